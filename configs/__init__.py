@@ -1,0 +1,1 @@
+"""Training and evaluation configurations (YAML), found by name through importlib.resources."""
