@@ -1,0 +1,1 @@
+"""Text and synthetic data, used by training and by the evaluations."""
