@@ -1,0 +1,10 @@
+"""Top-k chunk attention: every query reads its own chunk and the best past chunks."""
+
+from rwkvx_kernels.chunk_attention.api import (
+    cached_chunk_attention,
+    chosen_impl,
+    chunk_attention,
+)
+from rwkvx_kernels.chunk_attention.cache import KeyValueCache
+
+__all__ = ["KeyValueCache", "cached_chunk_attention", "chosen_impl", "chunk_attention"]

@@ -1,0 +1,127 @@
+"""The public chunk attention: checks its arguments, chooses an implementation and calls it."""
+
+import torch
+from torch import Tensor
+
+from rwkvx_kernels.chunk_attention.cache import KeyValueCache
+from rwkvx_kernels.chunk_attention.cpu import attend_cache, attend_sequence
+from rwkvx_kernels.chunk_attention.reference import chunk_attention_reference
+from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl
+
+AVAILABLE = ("reference", "cpu")
+SELECTIONS = ("flat",)
+
+
+def chosen_impl(device: torch.device | str, impl: str = "auto") -> str:
+    """Name the implementation that `impl` stands for with tensors on `device`."""
+    return resolve_impl(impl, torch.device(device), AVAILABLE)
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    topk: int,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+    selection: str = "flat",
+) -> Tensor:
+    """Attention of each query to its own chunk, causally, and to the best completed past chunks.
+
+    Keys are cut into chunks of `chunk_size` tokens. A chunk is scored, per query and query head,
+    by the product of the query and its mean key (MoBA, arXiv 2502.13189); the best `topk - 1`
+    completed chunks before the query's own are attended with it under one softmax, scale
+    1/sqrt(D). With T <= topk · chunk_size this is dense causal attention. Differentiable in q, k
+    and v; the choice of chunks has no gradient.
+
+    Args:
+        q: [B, T, H, D]; k, v: [B, T, Hkv, D], H a multiple of Hkv; float32, bfloat16, float16 or
+            float64 (arithmetic in float32, in float64 for float64). T may be 0.
+        chunk_size, topk: at least 1; topk counts the own chunk.
+        cu_seqlens: [sequences + 1] integer offsets of sequences packed along T, batch size 1.
+            Chunks are counted from the start of each sequence.
+        impl: "auto", "reference", "cpu" or "triton".
+        selection: "flat" scores every past chunk.
+
+    Returns:
+        o [B, T, H, D] in the dtype of `q`.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+        NotImplementedError: an implementation or selection that is not there yet.
+    """
+    impl = chosen_impl(q.device, impl)
+    _check(q, k, v, chunk_size, topk, selection)
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} tokens, k and v have {k.shape[1]}")
+    if cu_seqlens is not None:
+        offsets = check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
+        parts = [
+            chunk_attention(q[:, a:b], k[:, a:b], v[:, a:b], chunk_size, topk, None, impl)
+            for a, b in zip(offsets, offsets[1:], strict=False)
+        ]
+        return torch.cat(parts, dim=1) if parts else q
+    if q.numel() == 0:
+        return q
+    if impl == "cpu":
+        return attend_sequence(q, k, v, chunk_size, topk)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return chunk_attention_reference(q.to(wide), k.to(wide), v.to(wide), chunk_size, topk).to(
+        q.dtype
+    )
+
+
+def cached_chunk_attention(
+    q: Tensor,
+    cache: KeyValueCache,
+    length: int,
+    topk: int,
+    impl: str = "auto",
+    selection: str = "flat",
+) -> Tensor:
+    """`chunk_attention` of the last T of the `length` tokens that `cache` holds; no gradient.
+
+    Args:
+        q: [B, T, H, D]; the T tokens are already in the cache.
+        length: tokens of the sequence, including those T.
+
+    Returns:
+        o [B, T, H, D] in the dtype of `q`.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+        NotImplementedError: an implementation or selection that is not there yet.
+    """
+    impl = chosen_impl(q.device, impl)
+    k, v = cache.k_BGSD[:, :, :length].transpose(1, 2), cache.v_BGSD[:, :, :length].transpose(1, 2)
+    _check(q, k, v, cache.chunk_size, topk, selection)
+    if not q.shape[1] <= length <= cache.written:
+        raise ValueError(f"{q.shape[1]} queries at length {length}: cache has {cache.written}")
+    if q.numel() == 0:
+        return q
+    if impl == "cpu":
+        return attend_cache(q, cache, length, topk)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_wide, k_wide, v_wide = (x.to(wide) for x in (q, k, v))
+    return chunk_attention_reference(q_wide, k_wide, v_wide, cache.chunk_size, topk).to(q.dtype)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, selection: str) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            "q must be [B, T, H, D] and k, v [B, T, Hkv, D], got "
+            f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"batch and head size of q {list(q.shape)} and k {list(k.shape)} differ")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k, v must share a float dtype: {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}")
+    if chunk_size < 1 or topk < 1:
+        raise ValueError(f"chunk_size and topk must be >= 1, got {chunk_size} and {topk}")
+    if selection not in SELECTIONS:
+        raise NotImplementedError(f'selection="{selection}" is not there; available: {SELECTIONS}')

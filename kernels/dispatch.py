@@ -1,0 +1,51 @@
+"""Choosing an implementation, the same way for every kernel family."""
+
+import torch
+
+IMPLEMENTATIONS = ("reference", "cpu", "triton")
+
+
+def resolve_impl(impl: str, device: torch.device, available: tuple[str, ...]) -> str:
+    """Name the implementation that `impl` stands for on `device`.
+
+    Args:
+        impl: "auto" or one of `IMPLEMENTATIONS`. An explicit request is never replaced by another.
+        device: where the tensors are.
+        available: the implementations that this family has.
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: a known implementation that this family does not have yet.
+    """
+    if impl == "auto":
+        # The "cpu" form is plain torch: it is also the fastest that runs on a GPU without Triton.
+        return "triton" if device.type == "cuda" and "triton" in available else "cpu"
+    if impl not in IMPLEMENTATIONS:
+        known = ", ".join(("auto", *IMPLEMENTATIONS))
+        raise ValueError(f"unknown impl {impl!r}: choose one of {known}")
+    if impl not in available:
+        raise NotImplementedError(
+            f'impl="{impl}" is not there yet for this kernel; available: {", ".join(available)}'
+        )
+    return impl
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, tokens: int) -> list[int]:
+    """Validate packed-sequence offsets and return them as a list.
+
+    Args:
+        cu_seqlens: [sequences + 1], integer, starts at 0, never decreases, ends at `tokens`.
+        batch: batch size of the packed tensors, which must be 1.
+        tokens: packed length T.
+
+    Raises:
+        ValueError: offsets that do not describe `tokens` packed tokens.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 1:
+        raise ValueError("cu_seqlens must be a 1-D integer tensor of sequence offsets")
+    if batch != 1:
+        raise ValueError(f"packed sequences need batch size 1, got {batch}")
+    offsets = [int(o) for o in cu_seqlens.tolist()]
+    if offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets):
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {tokens}, got {offsets[:8]}")
+    return offsets

@@ -1,0 +1,101 @@
+"""The public WKV7 operation: checks its arguments, chooses an implementation and calls it."""
+
+import torch
+from torch import Tensor
+
+from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl
+from rwkvx_kernels.wkv7.cpu import wkv7_chunked
+from rwkvx_kernels.wkv7.reference import wkv7_reference
+
+AVAILABLE = ("reference", "cpu")
+
+
+def chosen_impl(device: torch.device | str, impl: str = "auto") -> str:
+    """Name the implementation that `wkv7(..., impl=impl)` runs for tensors on `device`."""
+    return resolve_impl(impl, torch.device(device), AVAILABLE)
+
+
+def wkv7(
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of RWKV-7 (arXiv 2503.14456), differentiable in every floating argument.
+
+        S_t = S_{t-1} (diag(exp(log_decay_t)) + alpha_t beta_t^T) + v_t k_t^T
+        y_t = S_t r_t
+
+    Args:
+        r, log_decay, k, alpha, beta: [B, T, H, K]; float32, bfloat16, float16 or float64, all of
+            one dtype except `log_decay`, which may be float32 beside narrower ones. T may be 0.
+            log_decay <= 0 is the natural logarithm of the decay (no other parametrisation).
+        v: [B, T, H, V]. V may differ from K.
+        initial_state: [B, H, V, K] float32 (float64 for float64 input), or None for zeros.
+            With `cu_seqlens`, [sequences, H, V, K].
+        cu_seqlens: [sequences + 1] integer offsets of sequences packed along T, batch size 1.
+        impl: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        y [B, T, H, V] in the dtype of `v`, and the final state, of the shape and dtype of
+        `initial_state`. The state is kept in float32 (float64 for float64 input) throughout.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, log_decay > 0.
+        NotImplementedError: an implementation that is not there yet.
+    """
+    impl = chosen_impl(r.device, impl)
+    _check(r, log_decay, k, v, alpha, beta)
+    batch, tokens, heads, key_dim = r.shape
+    lengths = [tokens] * batch
+    if cu_seqlens is not None:
+        offsets = check_cu_seqlens(cu_seqlens, batch, tokens)
+        lengths = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+    state_dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+    state_shape = (len(lengths), heads, v.shape[-1], key_dim)
+    if initial_state is None:
+        initial_state = r.new_zeros(state_shape, dtype=state_dtype)
+    elif tuple(initial_state.shape) != state_shape or initial_state.dtype != state_dtype:
+        raise ValueError(
+            f"initial_state must be {list(state_shape)} {state_dtype}, "
+            f"got {list(initial_state.shape)} {initial_state.dtype}"
+        )
+    inputs = [x.to(state_dtype) for x in (r, log_decay, k, v, alpha, beta)]
+    if impl == "cpu":
+        y, state = wkv7_chunked(*inputs, initial_state, lengths)
+    elif cu_seqlens is None:
+        y, state = wkv7_reference(*inputs, initial_state)
+    else:
+        parts = [
+            wkv7_reference(*(x[:, a:b] for x in inputs), initial_state[i : i + 1])
+            for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
+        ]
+        y = torch.cat([y for y, _ in parts], dim=1) if parts else inputs[3]
+        state = torch.cat([s for _, s in parts]) if parts else initial_state
+    return y.to(v.dtype), state
+
+
+def _check(r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor) -> None:
+    named = {"log_decay": log_decay, "k": k, "alpha": alpha, "beta": beta}
+    if r.dim() != 4:
+        raise ValueError(f"r must be [B, T, H, K], got {list(r.shape)}")
+    for name, x in named.items():
+        if x.shape != r.shape:
+            raise ValueError(f"{name} must have the shape of r {list(r.shape)}: {list(x.shape)}")
+    if v.dim() != 4 or v.shape[:3] != r.shape[:3]:
+        raise ValueError(f"v must be [B, T, H, V] beside r {list(r.shape)}, got {list(v.shape)}")
+    if r.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(f"wkv7 takes floating-point tensors, got {r.dtype}")
+    for name, x in {**named, "v": v}.items():
+        wider = name == "log_decay" and x.dtype == torch.float32 and r.dtype.itemsize < 4
+        if x.dtype != r.dtype and not wider:
+            raise ValueError(f"{name} is {x.dtype}, but r is {r.dtype}")
+        if x.device != r.device:
+            raise ValueError(f"{name} is on {x.device}, but r is on {r.device}")
+    if log_decay.device.type == "cpu" and log_decay.numel() and float(log_decay.max()) > 0:
+        raise ValueError("log_decay must be <= 0 (the logarithm of a decay between 0 and 1)")

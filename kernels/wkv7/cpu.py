@@ -1,0 +1,220 @@
+"""WKV7 in chunks, in plain torch: matrix products instead of a loop over tokens.
+
+Axes: B batch, T time, H heads, K key channels, V value channels; N sequences, M chunks (all first
+chunks of all sequences, then all second chunks, ...), C tokens of a chunk. README.md derives the
+equations; differentiable by autograd.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Fastest on a CPU without and with a backward pass to come (docs/results/kernels_cpu.md).
+CHUNK_FORWARD = 32
+CHUNK_TRAINING = 64
+# Longer inputs are worked through in pieces of about so many tokens, which stay in the cache.
+SEGMENT_TOKENS = 1024
+# exp(+-MAX_EXPONENT) and products of two of them are finite in float32. A decay of exp(-40) leaves
+# nothing of the state that float32 could show beside a new value, so clamping there is exact.
+MAX_EXPONENT = 40.0
+# Up to this many tokens a sequence, the plain recurrence costs less than a chunk.
+STEP_TOKENS = 4
+
+
+def wkv7_chunked(
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    state_NHVK: Tensor,
+    lengths: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence over sequences of `lengths` tokens laid one after the other in [B, T].
+
+    Args:
+        r, log_decay, k, alpha, beta: [B, T, H, K]; v: [B, T, H, V]; all of the state's dtype.
+        state_NHVK: one state per sequence. A batch is a list of sequences of equal length.
+        lengths: tokens of each sequence, summing to B·T.
+
+    Returns:
+        y [B, T, H, V] and the final states [N, H, V, K].
+    """
+    longest = max(lengths, default=0)
+    if longest == 0:
+        return torch.zeros_like(v), state_NHVK
+    if longest <= STEP_TOKENS and min(lengths) == longest:
+        return _steps(r, log_decay, k, v, alpha, beta, state_NHVK)
+    training = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (r, log_decay, k, v, alpha, beta, state_NHVK)
+    )
+    chunk = _chunk_size(log_decay, longest, CHUNK_TRAINING if training else CHUNK_FORWARD)
+    layout = _Layout(lengths, chunk, v.device)
+    log_decay = log_decay.clamp(min=-MAX_EXPONENT)
+    chunks = [layout.to_chunks(x) for x in (r, log_decay, k, v, alpha, beta)]
+    state = state_NHVK if layout.order is None else state_NHVK[layout.order]
+    pieces, start = [], 0
+    finals: list[Tensor] = []
+    for counts in layout.segments():
+        stop = start + sum(counts)
+        y, state, done = _segment(*(x[start:stop] for x in chunks), state, counts)
+        pieces.append(y)
+        finals = [*done, *finals]  # the shortest sequences end first and stand last
+        start = stop
+    state = torch.cat([state, *finals]) if finals else state
+    if layout.order is not None:
+        state = state[torch.argsort(layout.order)]
+    y_MHCV = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    return layout.from_chunks(y_MHCV, v.shape), state
+
+
+def _chunk_size(log_decay: Tensor, longest: int, preferred: int) -> int:
+    """The largest power of two whose centred exponents stay within `MAX_EXPONENT`."""
+    steepest = max(1e-6, -float(log_decay.detach().amin()))
+    chunk = preferred
+    while chunk > 1 and (chunk / 2 * steepest > MAX_EXPONENT or chunk >= 2 * longest):
+        chunk //= 2
+    return chunk
+
+
+class _Layout:
+    """Where the tokens of each sequence stand among chunks of equal size.
+
+    Chunks are in the order of their number within their sequence, and within one number by falling
+    sequence length, so that a scan step is one slice: the first `counts[step]` sequences.
+    Missing tokens at the end of a sequence are zeros, which leave the state as it is.
+    """
+
+    def __init__(self, lengths: list[int], chunk: int, device: torch.device) -> None:
+        self.chunk, self.lengths = chunk, lengths
+        self.order: Tensor | None = None
+        per_sequence = [-(-n // chunk) for n in lengths]
+        self.counts = [sum(n > step for n in per_sequence) for step in range(max(per_sequence))]
+        if min(lengths) == max(lengths):
+            return
+        length = torch.tensor(lengths, device=device)
+        self.order = torch.argsort(length, descending=True, stable=True)
+        start = (torch.cumsum(length, 0) - length)[self.order]
+        within = torch.arange(chunk, device=device)
+        rows = []
+        for step, count in enumerate(self.counts):
+            position = step * chunk + within
+            row = start[:count, None] + position
+            rows.append(row.masked_fill(position >= length[self.order[:count], None], -1))
+        self.rows = torch.cat(rows).flatten()  # [M·C], -1 for a missing token
+
+    def to_chunks(self, x_BTHK: Tensor) -> Tensor:
+        """[B, T, H, K] -> [M, H, C, K], contiguous."""
+        heads, width = x_BTHK.shape[2:]
+        if self.order is None:
+            batch, tokens = x_BTHK.shape[:2] if len(self.lengths) > 1 else (1, self.lengths[0])
+            x = x_BTHK.reshape(batch, tokens, heads, width)
+            missing = len(self.counts) * self.chunk - tokens
+            if missing:
+                x = F.pad(x, (0, 0, 0, 0, 0, missing))
+            x = x.view(batch, len(self.counts), self.chunk, heads, width).permute(1, 0, 3, 2, 4)
+            return x.reshape(-1, heads, self.chunk, width)
+        rows = self.rows.clamp(min=0)
+        x = x_BTHK.reshape(-1, heads, width)[rows].masked_fill((self.rows < 0)[:, None, None], 0)
+        return x.view(-1, self.chunk, heads, width).transpose(1, 2).contiguous()
+
+    def from_chunks(self, y_MHCV: Tensor, shape: torch.Size) -> Tensor:
+        """[M, H, C, V] -> [B, T, H, V]."""
+        heads, width = shape[2:]
+        if self.order is None:
+            steps, tokens = len(self.counts), self.lengths[0]
+            y = y_MHCV.view(steps, len(self.lengths), heads, self.chunk, width)
+            y = y.permute(1, 0, 3, 2, 4).reshape(-1, steps * self.chunk, heads, width)
+            return y[:, :tokens].reshape(shape)
+        valid = torch.nonzero(self.rows >= 0).squeeze(1)
+        source = torch.empty(len(valid), dtype=torch.int64, device=y_MHCV.device)
+        source[self.rows[valid]] = valid
+        return y_MHCV.transpose(1, 2).reshape(-1, heads, width)[source].view(shape)
+
+    def segments(self) -> list[list[int]]:
+        """Consecutive scan steps, grouped into pieces of about `SEGMENT_TOKENS` tokens."""
+        groups: list[list[int]] = [[]]
+        for count in self.counts:
+            if groups[-1] and (sum(groups[-1]) + count) * self.chunk > SEGMENT_TOKENS:
+                groups.append([])
+            groups[-1].append(count)
+        return groups
+
+
+def _segment(
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    counts: list[int],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Consecutive scan steps over [M, H, C, K] chunks.
+
+    Returns y [M, H, C, V], the states [counts[-1], H, V, K] of the sequences that are still active
+    in the last step, and the states of those that ended before, in their order.
+    """
+    chunks, heads, size, width = r.shape
+    g = log_decay.cumsum(dim=2)
+    centred = g - g[:, :, (size - 1) // 2, None]
+    grow, shrink = centred.exp(), (-centred).exp()
+    query = torch.cat([alpha * (centred - log_decay).exp(), r * grow], dim=2).flatten(0, 1)
+    key = torch.cat([beta * shrink, k * shrink], dim=2).flatten(0, 1)
+    value = v.flatten(0, 1)
+    # All four C x C matrices in one product: rows alpha, r; columns beta, k.
+    scores = torch.bmm(query, key.transpose(1, 2))
+    a_ab, a_ak = scores[:, :size, :size].tril(-1), scores[:, :size, size:].tril(-1)
+    a_r = torch.cat([scores[:, size:, :size].tril(), scores[:, size:, size:].tril()], dim=2)
+    identity = torch.eye(size, dtype=r.dtype, device=r.device)
+    # [W | U0] = (I - A_ab)^-1 [alpha | A_ak V], by substitution: doubling explodes (kernels.md).
+    right = torch.cat([query[:, :size], torch.bmm(a_ak, value)], dim=2)
+    solved = torch.linalg.solve_triangular(identity - a_ab, right, upper=False, unitriangular=True)
+    w, u0 = solved[:, :, :width], solved[:, :, width:]
+    to_centre = g[:, :, (size - 1) // 2].exp().flatten(0, 1).unsqueeze(1)
+    to_end = centred[:, :, -1].exp().flatten(0, 1).unsqueeze(1)
+    outputs, done = [], []
+    bounds = [0]
+    for count in counts:
+        bounds.append(bounds[-1] + count * heads)
+    current = state.flatten(0, 1)
+    for a, b in pairwise(bounds):
+        if len(current) > b - a:
+            done.insert(0, current[b - a :].unflatten(0, (-1, heads)))
+            current = current[: b - a]
+        from_centre = current * to_centre[a:b]
+        # U = U0 + W S^T;  y = r S^T + [A_rb | A_rk] [U; V];  S' = (S + [U; V]^T [beta; k]) decay
+        u = torch.baddbmm(u0[a:b], w[a:b], from_centre.transpose(1, 2))
+        uv = torch.cat([u, value[a:b]], dim=1)
+        y = torch.bmm(query[a:b, size:], from_centre.transpose(1, 2))
+        outputs.append(torch.baddbmm(y, a_r[a:b], uv))
+        current = torch.baddbmm(from_centre, uv.transpose(1, 2), key[a:b]) * to_end[a:b]
+    y_MHCV = torch.cat(outputs).view(chunks, heads, size, -1)
+    return y_MHCV, current.unflatten(0, (-1, heads)), done
+
+
+def _steps(
+    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A few tokens of every sequence by the recurrence itself, three products a token."""
+    sequences, heads = state.shape[:2]
+    steps = r.numel() // (sequences * heads * r.shape[-1])
+
+    def by_token(x: Tensor) -> Tensor:
+        """[B, T, H, K] -> [T, N·H, K]."""
+        return x.reshape(sequences, steps, heads, -1).transpose(0, 1).flatten(1, 2)
+
+    r, decay, k, value, alpha, beta = map(by_token, (r, log_decay.exp(), k, v, alpha, beta))
+    current, outputs = state.flatten(0, 1), []
+    for t in range(steps):
+        u = torch.bmm(current, alpha[t].unsqueeze(2))
+        left = torch.cat([u, value[t].unsqueeze(2)], dim=2)
+        right = torch.stack([beta[t], k[t]], dim=1)
+        current = torch.baddbmm(current * decay[t].unsqueeze(1), left, right)
+        outputs.append(torch.bmm(current, r[t].unsqueeze(2)).squeeze(2))
+    y = torch.stack(outputs).unflatten(1, (sequences, heads)).transpose(0, 1)
+    return y.reshape(v.shape), current.unflatten(0, (sequences, heads))
