@@ -1,0 +1,29 @@
+"""The channel mix of RWKV-7, in both kinds of block.
+
+Axes: B batch, T time, C width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from rwkvx.config import ModelConfig
+from rwkvx.time_mix import last_token, token_shift
+
+
+class ChannelMix(nn.Module):
+    """W_v relu(W_k (x + (shift(x) - x) x_k))^2 (arXiv 2503.14456, eq. 21-22)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.x_k = nn.Parameter(torch.empty(config.width))
+        self.key = nn.Linear(config.width, config.ffn_mult * config.width, bias=False)
+        self.value = nn.Linear(config.ffn_mult * config.width, config.width, bias=False)
+
+    def forward(
+        self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, C], normalised, and the last input before it [B, C] -> output, new shift."""
+        starts = None if cu_seqlens is None else cu_seqlens[:-1]
+        ends = None if cu_seqlens is None else cu_seqlens[1:] - 1
+        mixed = torch.lerp(x, token_shift(x, shift, starts), self.x_k)
+        return self.value(torch.relu(self.key(mixed)).square()), last_token(x, ends)

@@ -1,0 +1,202 @@
+"""The hybrid language model: embedding, residual blocks of two kinds, head.
+
+Axes: B batch, T time, C width, V vocabulary.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkvx.channel_mix import ChannelMix
+from rwkvx.config import ModelConfig
+from rwkvx.errors import InputError
+from rwkvx.sparse_attention import SparseAttention
+from rwkvx.state import BlockState, ModelState, Rwkv7State, SparseState
+from rwkvx.time_mix import TimeMix
+
+# Without gradients, long inputs are read in segments of about so many tokens (over the batch):
+# activations stay in the cache and memory stays flat (docs/results/cpu.md).
+SEGMENT_TOKENS = 1024
+LOGITS = ("all", "last", "none")
+
+
+class Block(nn.Module):
+    """x += mixer(ln1(x)); x += channel_mix(ln2(x)), with one of two mixers."""
+
+    def __init__(self, config: ModelConfig, kind: str, first: bool) -> None:
+        super().__init__()
+        self.kind, self.config = kind, config
+        self.ln1, self.ln2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        self.att: nn.Module = (
+            TimeMix(config, first) if kind == "rwkv7" else SparseAttention(config)
+        )
+        self.ffn = ChannelMix(config)
+
+    def fresh_state(self, batch: int, like: Tensor) -> BlockState:
+        """The state before the first token; `like` gives dtype and device."""
+        zeros = like.new_zeros(batch, self.config.width)
+        if self.kind == "rwkv7":
+            heads, size = self.config.heads, self.config.head_size
+            wide = torch.promote_types(like.dtype, torch.float32)
+            wkv = like.new_zeros(batch, heads, size, size, dtype=wide)
+            return Rwkv7State(zeros, wkv, zeros)
+        kv_width = self.config.kv_heads * self.config.head_size
+        taps = self.config.key_conv - 1
+        conv = like.new_zeros(batch, taps, kv_width) if self.config.key_conv else None
+        return SparseState(None, 0, conv, zeros)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: BlockState,
+        v_first: Tensor | None,
+        cu_seqlens: Tensor | None,
+        keep_cache: bool,
+    ) -> tuple[Tensor, BlockState, Tensor | None]:
+        """x [B, T, C] -> x [B, T, C], the new state, v_first [B, T, C]."""
+        if isinstance(state, Rwkv7State):
+            y, shift, wkv, v_first = self.att(
+                self.ln1(x), state.shift, state.wkv, v_first, cu_seqlens
+            )
+            x = x + y
+            y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, cu_seqlens)
+            return x + y, Rwkv7State(shift, wkv, ffn_shift), v_first
+        y, cache, conv = self.att(
+            self.ln1(x), state.cache, state.length, state.conv, cu_seqlens, keep_cache
+        )
+        length = state.length + x.shape[1] if cache is not None else 0
+        x = x + y
+        y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, cu_seqlens)
+        return x + y, SparseState(cache, length, conv, ffn_shift), v_first
+
+
+class Model(nn.Module):
+    """RWKV-7 blocks interleaved with top-k sparse attention blocks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.emb = nn.Embedding(config.vocab_size, config.width)
+        self.ln0 = nn.LayerNorm(config.width)
+        first = config.pattern.index("rwkv7") if "rwkv7" in config.pattern else -1
+        self.blocks = nn.ModuleList(
+            Block(config, kind, i == first) for i, kind in enumerate(config.pattern)
+        )
+        self.ln_out = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False
+        self._tokenizer: Any = None
+
+    def forward(
+        self,
+        ids: Tensor,
+        state: ModelState | None = None,
+        logits: str = "all",
+        cu_seqlens: Tensor | None = None,
+        keep_cache: bool = True,
+    ) -> tuple[Tensor | None, ModelState]:
+        """Read tokens.
+
+        Args:
+            ids: [B, T] int64 (or int32), T >= 1.
+            state: what was read before, of the same batch; None at the start. It stays valid and
+                may be continued any number of times.
+            logits: "all" -> [B, T, V], "last" -> [B, 1, V], "none" -> None.
+            cu_seqlens: [sequences + 1] offsets of sequences packed along T; batch size 1, and the
+                attention caches start empty and are not kept.
+            keep_cache: False leaves the attention caches of the returned state empty.
+
+        Returns:
+            logits (dtype of the weights) and the state after the last token.
+
+        Raises:
+            InputError: ids of the wrong shape, dtype or range, or a state of another batch size.
+        """
+        self._check(ids, state, logits)
+        if cu_seqlens is not None:
+            keep_cache = False
+            cu_seqlens = cu_seqlens.to(ids.device, torch.int64)
+        step = max(1, SEGMENT_TOKENS // ids.shape[0])
+        whole = torch.is_grad_enabled() or cu_seqlens is not None or not keep_cache
+        if state is None:
+            sequences = ids.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+            state = self.fresh_state(sequences)
+        outputs = []
+        for part in [ids] if whole else ids.split(step, dim=1):
+            x, state = self._read(part, state, cu_seqlens, keep_cache)
+            if logits == "all":
+                outputs.append(self.head(self.ln_out(x)))
+        if logits == "last":
+            outputs = [self.head(self.ln_out(x[:, -1:]))]
+        if not outputs:
+            return None, state
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state
+
+    def fresh_state(self, batch: int) -> ModelState:
+        """The state before the first token of `batch` sequences."""
+        return ModelState(
+            tuple(block.fresh_state(batch, self.emb.weight) for block in self.blocks), 0
+        )
+
+    def _read(
+        self, ids: Tensor, state: ModelState, cu_seqlens: Tensor | None, keep_cache: bool
+    ) -> tuple[Tensor, ModelState]:
+        """One segment through all blocks: hidden [B, T, C] and the new state."""
+        x, v_first, states = self.ln0(self.emb(ids)), None, []
+        for block, old in zip(self.blocks, state.blocks, strict=True):
+            arguments = (x, old, v_first, cu_seqlens, keep_cache)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, new, v_first = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, new, v_first = block(*arguments)
+            states.append(new)
+        return x, ModelState(tuple(states), state.length + ids.shape[1])
+
+    def _check(self, ids: Tensor, state: ModelState | None, logits: str) -> None:
+        if logits not in LOGITS:
+            raise InputError(f"logits must be one of {LOGITS}, got {logits!r}")
+        if ids.dim() != 2 or ids.shape[1] == 0 or ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(
+                f"ids must be int64 [B, T] with T >= 1, got {list(ids.shape)} {ids.dtype}"
+            )
+        if state is not None and len(state.blocks) != len(self.blocks):
+            raise InputError(
+                f"the state has {len(state.blocks)} blocks, the model has {len(self.blocks)}"
+            )
+        if ids.device.type == "cpu":
+            low, high = (int(x) for x in ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise InputError(f"token id {bad} is outside the vocabulary 0..{self.head.out_features - 1}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.emb.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.emb.weight.dtype
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer that the config names."""
+        if self._tokenizer is None:
+            from rwkvx.tokenizers import get_tokenizer
+
+            self._tokenizer = get_tokenizer(self.config.tokenizer)
+        return self._tokenizer
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config and weights, hexadecimal: equal for equal functions only."""
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        for name, x in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            data = x.detach().cpu().contiguous().view(-1)
+            digest.update(memoryview(data.view(torch.uint8).numpy()))
+        return digest.hexdigest()

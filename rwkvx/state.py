@@ -1,0 +1,93 @@
+"""What a model remembers: one NamedTuple per kind of block, passed in and returned.
+
+Axes: B batch, C width, H heads, N head size, G key/value heads, W convolution width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkvx_kernels.chunk_attention import KeyValueCache
+
+
+class Rwkv7State(NamedTuple):
+    """Of an RWKV-7 block: constant size.
+
+    `shift` and `ffn_shift` [B, C] are the last inputs of the two mixers, `wkv` [B, H, N, N]
+    (value, key) the float32 matrix state.
+    """
+
+    shift: Tensor
+    wkv: Tensor
+    ffn_shift: Tensor
+
+
+class SparseState(NamedTuple):
+    """Of a sparse block: grows with the text.
+
+    `cache` holds the keys and values of the `length` tokens that count for this state (None: no
+    tokens yet), `conv` [B, W - 1, G·N] the last keys before the convolution (None: no
+    convolution), `ffn_shift` [B, C] the last input of the channel mix.
+    """
+
+    cache: KeyValueCache | None
+    length: int
+    conv: Tensor | None
+    ffn_shift: Tensor
+
+
+BlockState = Rwkv7State | SparseState
+
+
+class ModelState(NamedTuple):
+    """Of a whole model: one state per block, and how many tokens were read."""
+
+    blocks: tuple[BlockState, ...]
+    length: int
+
+    def recurrent(self) -> "ModelState":
+        """The same without gradients and with an empty attention cache: what state passing passes."""
+        blocks = tuple(_map_tensors(b, Tensor.detach, keep_cache=False) for b in self.blocks)
+        return ModelState(blocks, 0)
+
+
+def select_state(state: ModelState, rows: Tensor | list[int]) -> ModelState:
+    """The batch rows `rows` (integer indices, repeats allowed) as a state of their own."""
+    if not isinstance(rows, Tensor):
+        rows = torch.tensor(rows, dtype=torch.int64)
+    blocks = []
+    for block in state.blocks:
+        index = rows.to(block.ffn_shift.device)
+        picked = _map_tensors(block, lambda x, index=index: x[index])  # type: ignore[misc]
+        if isinstance(block, SparseState) and block.cache is not None:
+            assert isinstance(picked, SparseState)
+            picked = picked._replace(cache=block.cache.rows(block.length, index))
+        blocks.append(picked)
+    return ModelState(tuple(blocks), state.length)
+
+
+def repeat_state(state: ModelState, n: int) -> ModelState:
+    """Every batch row `n` times, neighbours together (as `repeat_interleave`)."""
+    rows = torch.arange(state.blocks[0].ffn_shift.shape[0]).repeat_interleave(n)
+    return select_state(state, rows)
+
+
+def state_bytes(state: ModelState) -> int:
+    """Memory that the state's tokens take, in bytes (spare capacity of caches not counted)."""
+    total = 0
+    for block in state.blocks:
+        for x in block:
+            if isinstance(x, Tensor):
+                total += x.numel() * x.element_size()
+            elif isinstance(x, KeyValueCache) and isinstance(block, SparseState):
+                total += int(x.bytes_per_token() * block.length * x.k_BGSD.shape[0])
+    return total
+
+
+def _map_tensors(block: BlockState, f, keep_cache: bool = True) -> BlockState:  # type: ignore[no-untyped-def]
+    if isinstance(block, Rwkv7State):
+        return Rwkv7State(*(f(x) for x in block))
+    conv = None if block.conv is None else f(block.conv)
+    cache, length = (block.cache, block.length) if keep_cache else (None, 0)
+    return SparseState(cache, length, conv, f(block.ffn_shift))

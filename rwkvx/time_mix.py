@@ -1,0 +1,105 @@
+"""The mixer of RWKV-7 blocks (arXiv 2503.14456; BlinkDL/RWKV-LM, RWKV-v7/train_temp).
+
+Axes: B batch, T time, C width, H heads, N head size, D low rank.
+"""
+
+from math import exp
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkvx.config import ModelConfig
+from rwkvx_kernels.wkv7 import wkv7
+
+# Bounds the decay: log_decay = LOG_DECAY_SCALE · sigmoid(·), so a decay is at least exp(-0.6065).
+LOG_DECAY_SCALE = -exp(-0.5)
+GROUP_NORM_EPS = 64e-5
+MIXES = ("r", "w", "k", "v", "a", "g")
+
+
+def token_shift(x_BTC: Tensor, previous: Tensor, starts: Tensor | None) -> Tensor:
+    """The token before each token: [B, T, C].
+
+    `previous` [B, C] stands before the first token; for packed sequences, `previous` [sequences, C]
+    stands before the tokens `starts` [sequences].
+    """
+    if starts is None:
+        return torch.cat([previous.unsqueeze(1), x_BTC[:, :-1]], dim=1)
+    shifted = torch.cat([x_BTC[:, :1], x_BTC[:, :-1]], dim=1)
+    return shifted.index_copy(1, starts, previous.unsqueeze(0))
+
+
+def last_token(x_BTC: Tensor, ends: Tensor | None) -> Tensor:
+    """The last token of each sequence: [B, C], or [sequences, C] at `ends` of packed ones."""
+    return x_BTC[:, -1] if ends is None else x_BTC[0, ends]
+
+
+class TimeMix(nn.Module):
+    """r, w, k, v, a, g from the token-shifted input, the WKV7 recurrence, group norm and gate."""
+
+    def __init__(self, config: ModelConfig, first: bool) -> None:
+        super().__init__()
+        width, self.head_size = config.width, config.head_size
+        self.first = first
+        for name in MIXES:
+            self.register_parameter(f"x_{name}", nn.Parameter(torch.empty(width)))
+        for name, rank in config.ranks.items():
+            if name == "v" and first:  # the first block makes v_first and needs no value residual
+                continue
+            if name != "g":
+                self.register_parameter(f"{name}0", nn.Parameter(torch.empty(width)))
+            self.register_parameter(f"{name}1", nn.Parameter(torch.empty(width, rank)))
+            self.register_parameter(f"{name}2", nn.Parameter(torch.empty(rank, width)))
+        self.k_k, self.k_a = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
+        self.r_k = nn.Parameter(torch.empty(config.heads, config.head_size))
+        for name in ("receptance", "key", "value", "output"):
+            self.add_module(name, nn.Linear(width, width, bias=False))
+        self.ln_x = nn.GroupNorm(config.heads, width, eps=GROUP_NORM_EPS)
+
+    def forward(
+        self,
+        x: Tensor,
+        shift: Tensor,
+        wkv: Tensor,
+        v_first: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mix over time.
+
+        Args:
+            x: [B, T, C], normalised. shift: [B, C]. wkv: [B, H, N, N] float32.
+            v_first: [B, T, C], the values of the first RWKV-7 block (None in that block).
+
+        Returns:
+            output [B, T, C], new shift, new wkv, v_first.
+        """
+        starts = None if cu_seqlens is None else cu_seqlens[:-1]
+        delta = token_shift(x, shift, starts) - x
+        x_r, x_w, x_k, x_v, x_a, x_g = (
+            torch.addcmul(x, delta, getattr(self, f"x_{name}")) for name in MIXES
+        )
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        wide = torch.promote_types(x.dtype, torch.float32)  # a decay of 0.999 needs the bits
+        w = self.w0.to(wide) + torch.tanh(x_w @ self.w1) @ self.w2
+        log_decay = torch.sigmoid(w) * LOG_DECAY_SCALE
+        a = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)
+        g = torch.sigmoid(x_g @ self.g1) @ self.g2
+        if v_first is None:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2))
+        kk = F.normalize(self._heads(k * self.k_k), dim=-1)
+        k = k * torch.addcmul(1 - self.k_a, a, self.k_a)  # k (1 + (a - 1) k_a)
+        r, k, v, a, log_decay = map(self._heads, (r, k, v, a, log_decay))
+        y, wkv = wkv7(r, log_decay, k, v, -kk, kk * a, initial_state=wkv, cu_seqlens=cu_seqlens)
+        y = F.layer_norm(y, (self.head_size,), eps=GROUP_NORM_EPS)
+        y = torch.addcmul(self._heads(self.ln_x.bias), y, self._heads(self.ln_x.weight))
+        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True)
+        y = torch.addcmul(y, bonus, v).flatten(-2)
+        ends = None if cu_seqlens is None else cu_seqlens[1:] - 1
+        return self.output(y * g), last_token(x, ends), wkv, v_first
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., H, N]."""
+        return x.unflatten(-1, (-1, self.head_size))
