@@ -1,0 +1,119 @@
+"""What the evaluations need of a model, and the few operations that they share.
+
+Axes: B batch rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import rwkvx
+
+State = Any
+Advance = Callable[[int], None]
+
+
+class Tokenizer(Protocol):
+    """The part of a tokenizer that the evaluations use."""
+
+    @property
+    def eos_token_id(self) -> int: ...
+
+    def encode(self, text: str, /, *, add_special_tokens: bool = ...) -> list[int]: ...
+
+    def decode(self, ids: list[int], /) -> str: ...
+
+
+class LanguageModel(Protocol):
+    """`rwkvx.Model`, or anything that behaves like it."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def fingerprint(self) -> str: ...
+
+    def __call__(
+        self, ids: Tensor, state: State = None, logits: str = "all"
+    ) -> tuple[Tensor | None, State]: ...
+
+
+class StateTools:
+    """Forking and choosing rows of a state; tests replace it for models of their own."""
+
+    def repeat(self, state: State, rows: int) -> State:
+        """Every batch row `rows` times, copies side by side."""
+        return state if rows == 1 else rwkvx.repeat_state(state, rows)
+
+    def select(self, state: State, rows: Tensor) -> State:
+        """The batch rows named by `rows`, int64 `[B']`."""
+        return rwkvx.select_state(state, rows)
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested tuples, lists, dicts and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    children: Iterable[Any] = ()
+    if isinstance(value, dict):
+        children = value.values()
+    elif isinstance(value, tuple | list):
+        children = value
+    elif dataclasses.is_dataclass(value):
+        children = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    for child in children:
+        yield from tensors_of(child)
+
+
+def state_bytes(state: State) -> int:
+    """Bytes that the tensors of a state hold; storage that is shared counts once."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(state)
+    }
+    return sum(storages.values())
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model's weights are; the CPU for a model without any."""
+    parameters = getattr(model, "parameters", None)
+    first = next(iter(parameters()), None) if callable(parameters) else None
+    return first.device if isinstance(first, Tensor) else torch.device("cpu")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    phrases = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in phrases)
+
+
+def read_tokens(
+    model: LanguageModel,
+    ids_BT: Tensor,
+    state: State,
+    *,
+    logits: str,
+    piece: int,
+    advance: Advance | None = None,
+) -> tuple[Tensor | None, State]:
+    """Reads `ids_BT` (int64) in pieces of `piece` tokens, so that progress can be shown.
+
+    logits: "none", or "last" for `[B, 1, V]` after the last token.
+    advance: told the number of tokens (all rows together) after each piece.
+    """
+    total = ids_BT.shape[1]
+    out: Tensor | None = None
+    for start in range(0, total, piece):
+        part = ids_BT[:, start : start + piece]
+        final = start + piece >= total
+        out, state = model(part, state=state, logits=logits if final else "none")
+        if advance is not None:
+            advance(part.numel())
+    return out, state

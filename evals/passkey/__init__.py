@@ -1,0 +1,1 @@
+"""Passkey retrieval at exact token lengths."""
