@@ -60,12 +60,12 @@ class ExactTokenizer(PreTrainedTokenizer):
     def _checked(self, ids: Any) -> list[int]:
         """`ids` as a list of ints inside the vocabulary."""
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        ids = [ids] if isinstance(ids, int) else list(ids)
+        checked: list[int] = [ids] if isinstance(ids, int) else list(ids)
         # A negative id would silently count from the end of the table.
-        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
-            bad = next(i for i in ids if not 0 <= i < self.vocab_size)
+        if checked and (min(checked) < 0 or max(checked) >= self.vocab_size):
+            bad = next(i for i in checked if not 0 <= i < self.vocab_size)
             raise InputError(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
-        return ids
+        return checked
 
     def _decode(
         self,

@@ -54,9 +54,9 @@ class _Vocabulary:
         ids, lengths, out, at = self.ids, self.lengths, [], 0
         while at < len(data):
             for length in lengths.get(data[at : at + 2], ()):
+                # A slice cut short by the end of the data still is right: it is all that is left.
                 token = ids.get(data[at : at + length])
-                # A slice cut short by the end of the data may be a shorter entry: not this length.
-                if token is not None and at + length <= len(data):
+                if token is not None:
                     break
             else:
                 token, length = ids[data[at : at + 1]], 1

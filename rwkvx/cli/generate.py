@@ -1,0 +1,61 @@
+"""``rwkvx generate``: continue a prompt, printing as it goes."""
+
+import codecs
+import os
+
+import click
+
+__all__ = ["generate_command"]
+
+
+@click.command("generate")
+@click.argument("prompt")
+@click.option(
+    "--model", required=True, metavar="M", help="Shipped name, our own folder or a .pth file."
+)
+@click.option("--max-tokens", type=click.IntRange(0), default=100, show_default=True)
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="0: most likely.")
+@click.option("--top-p", type=float, default=0.9, show_default=True)
+@click.option("--seed", type=int, default=None, help="For the same continuation again.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
+def generate_command(
+    prompt: str,
+    model: str,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    device: str,
+    dtype: str,
+) -> None:
+    """Print PROMPT and its continuation by a model. "-" reads the prompt from standard input.
+
+    \b
+    Examples:
+      rwkvx generate --model passkey-tiny "The grass is green." --max-tokens 40
+      rwkvx generate --model passkey-tiny - --temperature 0 < prompt.txt
+    """
+    import rwkvx
+    from rwkvx.sampling import generate
+
+    # Bytes all the way: a prompt that is no UTF-8 (a file, an odd argument) is read as it is.
+    data = click.get_binary_stream("stdin").read() if prompt == "-" else os.fsencode(prompt)
+    loaded = rwkvx.load(model, device=device, dtype=dtype)
+    tokenizer = loaded.tokenizer
+    tokens = generate(
+        loaded,
+        tokenizer.encode_bytes(data),
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop_ids=[tokenizer.eos_token_id],
+        device=device,
+    )
+    # A character may be spread over several tokens: print it once it is whole.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    click.echo(decoder.decode(data), nl=False)
+    for token in tokens:
+        click.echo(decoder.decode(tokenizer.decode_bytes([token])), nl=False)
+    click.echo(decoder.decode(b"", final=True))

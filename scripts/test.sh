@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Install what the tests need, then lint, check types and test. Arguments go to pytest.
+# Tests on real data need RWKVX_DATA to name the data folder; without it they are skipped.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=scripts/setup.sh
+source "$here/setup.sh" dev,eval,train
+cd "$RWKVX_ROOT"
+export PATH="$RWKVX_BIN:$PATH"
+
+# Every step runs, so that one report shows all there is to mend.
+failed=()
+step() {
+    echo "--- $1"
+    shift
+    "$@" || failed+=("$*")
+}
+step "ruff check" ruff check .
+step "ruff format" ruff format --check .
+step "mypy" bash scripts/typecheck.sh
+step "pytest" python -m pytest "$@"
+if [ "${#failed[@]}" -gt 0 ]; then
+    printf 'failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi
