@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import sys
 
 import click
 
@@ -40,7 +41,7 @@ def generate_command(
     from rwkvx.sampling import generate
 
     # Bytes all the way: a prompt that is no UTF-8 (a file, an odd argument) is read as it is.
-    data = click.get_binary_stream("stdin").read() if prompt == "-" else os.fsencode(prompt)
+    data = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
     loaded = rwkvx.load(model, device=device, dtype=dtype)
     tokenizer = loaded.tokenizer
     tokens = generate(

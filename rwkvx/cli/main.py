@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from rwkvx import __version__
 from rwkvx.cli.lazy import LazyGroup, explain_missing_module
 from rwkvx.errors import InputError
 
@@ -55,7 +56,7 @@ cli = LazyGroup(
         "info": ("rwkvx.cli.info:info_command", "Show what a model is made of."),
     },
 )
-click.version_option(package_name="rwkvx", prog_name="rwkvx")(cli)
+click.version_option(__version__, prog_name="rwkvx")(cli)
 
 
 def main(args: Sequence[str] | None = None) -> None:

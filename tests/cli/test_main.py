@@ -1,0 +1,167 @@
+"""The command group: quick help, and errors as one line with a non-zero exit status."""
+
+import errno
+import subprocess
+import sys
+
+import click
+import pytest
+
+from rwkvx.cli import cli, main
+from rwkvx.cli.lazy import LazyGroup, explain_missing_module
+from rwkvx.errors import InputError
+
+COMMANDS = [
+    ["demo"],
+    ["train"],
+    ["eval"],
+    ["eval", "passkey"],
+    ["eval", "lm"],
+    ["generate"],
+    ["convert"],
+    ["bench"],
+    ["info"],
+]
+
+
+def run(
+    args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command."""
+    monkeypatch.delenv("RWKVX_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as status:
+        main(args)
+    out, err = capsys.readouterr()
+    return int(status.value.code or 0), out, err
+
+
+def failing(error: Exception) -> click.Command:
+    @click.command("fails")
+    def fails() -> None:
+        raise error
+
+    return fails
+
+
+def test_help_is_quick() -> None:
+    """Help of the groups imports nothing heavy, and none of the commands."""
+    code = (
+        "import sys\n"
+        "from rwkvx.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as e: status = e.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'lm_eval'} & set(sys.modules)\n"
+        "heavy |= {m for m in sys.modules if m.startswith('rwkvx_')}\n"
+        "assert not heavy and not status, (heavy, status)\n"
+    )
+    for args in (["--help"], ["eval", "--help"], ["--version"]):
+        subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
+
+
+def test_all_commands_are_listed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out, _ = run(["--help"], capsys, monkeypatch)
+    assert status == 0
+    assert isinstance(cli, LazyGroup)
+    for name, text in ((n, t) for n, (_, t) in cli.lazy.items()):
+        assert f"  {name} " in out
+        assert text.split()[0] in out
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_help_has_an_example(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out, err = run([*command, "--help"], capsys, monkeypatch)
+    assert status == 0, err
+    assert "Example" in out
+    assert f"rwkvx {' '.join(command)}" in out.partition("Example")[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InputError("length 10 is too short"), 1, "length 10 is too short"),
+        (InputError("two\n  lines"), 1, "two lines"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a.yaml"), 1, "a.yaml: No such file"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+        (click.ClickException("of click"), 1, "of click"),
+        (click.BadParameter("odd"), 2, "Invalid value: odd (see: rwkvx fails --help)"),
+        (click.Abort(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            ModuleNotFoundError("No module", name="matplotlib.pyplot"),
+            1,
+            "this needs the package matplotlib, which is missing: pip install 'rwkvx[eval]'",
+        ),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, BaseException) else "",
+)
+def test_errors_are_one_line(
+    error: Exception,
+    status: int,
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(cli.lazy, "fails", (failing(error), "fails"))
+    code, out, err = run(["fails"], capsys, monkeypatch)
+    # click first ends the line that ^C on a terminal may have left open.
+    assert (code, out, err.lstrip("\n")) == (status, "", f"error: {line}\n")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RWKVX_DEBUG", raising=False)
+    monkeypatch.setitem(cli.lazy, "fails", (failing(RuntimeError("a bug")), "fails"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["fails"])
+
+
+def test_debug_keeps_every_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RWKVX_DEBUG", "1")
+    monkeypatch.setitem(cli.lazy, "fails", (failing(InputError("mine")), "fails"))
+    with pytest.raises(InputError, match="mine"):
+        main(["fails"])
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["nonsense"], "error: No such command 'nonsense'"),
+        (["generate", "--model"], "error: Option '--model' requires an argument"),
+        (["generate", "x", "--model", "m", "--top", "1"], "error: No such option"),
+    ],
+)
+def test_bad_usage(
+    args: list[str],
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    status, out, err = run(args, capsys, monkeypatch)
+    assert (status, out) == (2, "")
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+    assert "--help)" in err
+
+
+def test_convert_says_that_it_is_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _, err = run(["convert", "a.pth", "b"], capsys, monkeypatch)
+    assert status == 1
+    assert err.startswith("error: `rwkvx convert` is not there yet")
+
+
+@pytest.mark.parametrize(
+    ("module", "advice"),
+    [
+        ("lm_eval.api", "pip install 'rwkvx[eval]'"),
+        ("tensorboard", "pip install 'rwkvx[train]'"),
+        ("somelib.part", "pip install somelib"),
+        ("rwkvx_evals.nothing", "this installation of rwkvx has no module rwkvx_evals.nothing"),
+    ],
+)
+def test_missing_modules_are_explained(module: str, advice: str) -> None:
+    assert advice in str(explain_missing_module(ModuleNotFoundError("no", name=module)))
