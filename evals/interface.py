@@ -5,14 +5,14 @@ Axes: B batch rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 import rwkvx
+import rwkvx.state
 
 State = Any
 Advance = Callable[[int], None]
@@ -53,29 +53,9 @@ class StateTools:
         """The batch rows named by `rows`, int64 `[B']`."""
         return rwkvx.select_state(state, rows)
 
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested tuples, lists, dicts and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-        return
-    children: Iterable[Any] = ()
-    if isinstance(value, dict):
-        children = value.values()
-    elif isinstance(value, tuple | list):
-        children = value
-    elif dataclasses.is_dataclass(value):
-        children = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    for child in children:
-        yield from tensors_of(child)
-
-
-def state_bytes(state: State) -> int:
-    """Bytes that the tensors of a state hold; storage that is shared counts once."""
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(state)
-    }
-    return sum(storages.values())
+    def bytes(self, state: State) -> int:
+        """Memory that the state takes."""
+        return rwkvx.state.state_bytes(state)
 
 
 def device_of(model: Any) -> torch.device:

@@ -24,7 +24,6 @@ from rwkvx_evals.interface import (
     device_of,
     is_out_of_memory,
     read_tokens,
-    state_bytes,
 )
 from rwkvx_evals.journal import Journal, Row
 from rwkvx_evals.passkey.plan import Group, Plan, Sample, cost_of, length_label
@@ -116,11 +115,11 @@ class PasskeyRun:
         short, long = PROBE_TOKENS
         ids = torch.from_numpy(self.plan.filler.take(0, long)).to(self.device)[None]
         _, state = self.model(ids[:, :short], state=None, logits="none")
-        first = state_bytes(state)
+        first = self.tools.bytes(state)
         began = time.perf_counter()
         _, state = self.model(ids[:, short:], state=state, logits="none")
         seconds = max(time.perf_counter() - began, 1e-9)
-        second = state_bytes(state)
+        second = self.tools.bytes(state)
         # A cache that grows by whole blocks may not have grown at all: spread what it holds then.
         slope = (second - first) / (long - short) if second > first else second / long
         self._probe = Probe(float(first), slope, (long - short) / seconds)

@@ -41,6 +41,9 @@ class HistoryTools(StateTools):
     def select(self, state: History, rows: Tensor) -> History:
         return History(state.ids_BT[rows])
 
+    def bytes(self, state: History) -> int:
+        return state.ids_BT.nbytes
+
 
 @dataclass
 class Oracle:

@@ -1,0 +1,141 @@
+"""lm-eval's own task definitions, with their data from a local folder or from the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.tasks
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from rwkvx.data.folder import DATA_VARIABLE
+from rwkvx.errors import InputError
+
+Documents = list[dict[str, Any]]
+
+
+def read_jsonl(path: Path) -> Documents:
+    """Rows of a JSON-lines file; raises InputError when it is missing or damaged."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    try:
+        return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON lines: {error}") from error
+
+
+def _lambada(folder: Path) -> dict[str, Documents]:
+    return {"test": read_jsonl(folder / "lambada_openai" / "lambada_test.jsonl")}
+
+
+def _piqa(folder: Path) -> dict[str, Documents]:
+    """The questions and, from a file of their own, the labels that lm-eval expects beside them."""
+    rows = read_jsonl(folder / "piqa" / "valid.jsonl")
+    path = folder / "piqa" / "valid-labels.lst"
+    try:
+        labels = [int(line) for line in path.read_text(encoding="utf-8").split()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if len(labels) != len(rows):
+        raise InputError(f"{path} has {len(labels)} labels for {len(rows)} questions")
+    joined = [row | {"label": label} for row, label in zip(rows, labels, strict=True)]
+    # lm-eval's definition names a training split too; few-shot examples would come from it.
+    return {"validation": joined, "train": []}
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """How a data folder holds one task."""
+
+    files: str
+    read: Callable[[Path], dict[str, Documents]]
+
+
+LOCAL = {
+    "lambada_openai": LocalTask("lambada_openai/lambada_test.jsonl", _lambada),
+    "piqa": LocalTask("piqa/valid.jsonl and piqa/valid-labels.lst", _piqa),
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """lm-eval task objects, and where the data of each came from."""
+
+    tasks: list[Any]
+    sources: dict[str, str]
+
+
+def definition_file(name: str) -> Path | None:
+    """lm-eval's YAML that defines a task, found by reading names only (its index takes 13 s)."""
+    root = Path(lm_eval.tasks.__file__).parent
+    line = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*$", re.MULTILINE)
+    likely = sorted(root.rglob(f"{name}.yaml"))
+    for file in [*likely, *sorted(root.rglob("*.yaml"))]:
+        if line.search(file.read_text(encoding="utf-8", errors="replace")):
+            return file
+    return None
+
+
+def load_tasks(names: Sequence[str], folder: Path | None) -> Loaded:
+    """The tasks, with data from `folder` where it is known how it holds them, else from the hub.
+
+    Raises InputError for unknown tasks and for data that cannot be had.
+    """
+    tasks: list[Any] = []
+    sources: dict[str, str] = {}
+    for name in names:
+        file = definition_file(name)
+        if folder is not None and name in LOCAL and file is not None:
+            found, source = [_load_local(name, file, folder)], f"folder {folder}"
+        else:
+            found, source = _load_from_hub(name, file), "hub"
+        for task in found:
+            tasks.append(task)
+            sources[task.task_name] = source
+    return Loaded(tasks, sources)
+
+
+def _load_local(name: str, file: Path, folder: Path) -> Any:
+    splits = LOCAL[name].read(folder)
+    built = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items() if rows}
+    config = load_yaml(file) | {"custom_dataset": lambda **_: built}
+    if "train" not in built:
+        config["training_split"] = None
+    config.pop("tag", None)
+    return TaskManager(include_defaults=False).load([config])["tasks"][name]
+
+
+def _load_from_hub(name: str, file: Path | None) -> list[Any]:
+    try:
+        if file is not None:
+            manager = TaskManager(include_defaults=False, include_path=[file.parent])
+        else:
+            # A group or a tag: these are only found through the whole index.
+            manager = TaskManager()
+        if name not in manager.all_tasks:
+            raise InputError(f"lm-eval has no task {name!r}")
+        return list(manager.load([name])["tasks"].values())
+    except InputError:
+        raise
+    except Exception as error:  # whatever the hub client raises when it cannot reach its server
+        reason = str(error).strip().split("\n")[0][:200]
+        raise InputError(f"{how_to_get(name)} (the hub: {reason})") from error
+
+
+def how_to_get(name: str) -> str:
+    """One sentence on where the data of a task can come from."""
+    local = LOCAL.get(name)
+    if local is None:
+        return f"no data for task {name}: connect to huggingface.co, where lm-eval gets it"
+    return (
+        f"no data for task {name}: name a folder that holds {local.files} with --data or "
+        f"{DATA_VARIABLE}, or connect to huggingface.co, where lm-eval gets it"
+    )
