@@ -26,9 +26,26 @@ find_python() {
     return 1
 }
 
+# pip with its chatter kept in a file, which is shown when pip fails.
+quiet_pip() {
+    local venv="$1" log
+    shift
+    log="$(mktemp)"
+    if ! "$venv/bin/python" -m pip "$@" >"$log" 2>&1; then
+        cat "$log" >&2
+        rm -f "$log"
+        return 1
+    fi
+    rm -f "$log"
+}
+
 make_venv() {
     local venv="$1" python
-    [ -x "$venv/bin/python" ] && [ ! -e "$venv/.rwkvx-unfinished" ] && return
+    if [ -x "$venv/bin/python" ] && [ ! -e "$venv/.rwkvx-unfinished" ]; then
+        # Some tools make environments without pip.
+        "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >&2
+        return
+    fi
     python="$(find_python)" || return 1
     # Debian ships venv without ensurepip unless the package below is installed.
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
@@ -43,31 +60,32 @@ make_venv() {
     touch "$venv/.rwkvx-unfinished"
     "$python" -m venv "$venv"
     # Older versions of pip download whole packages only to read their metadata.
-    "$venv/bin/python" -m pip install --quiet --upgrade pip
+    quiet_pip "$venv" install --upgrade pip || return 1
     rm "$venv/.rwkvx-unfinished"
 }
 
 # torch comes first: plain `pip install torch` on Linux may bring several GB of CUDA packages.
 install_torch() {
-    local pip=("$1/bin/python" -m pip) plan
-    if "$1/bin/python" -c 'from importlib.metadata import version as v
+    local venv="$1" plan brings_cuda=yes
+    if "$venv/bin/python" -c 'from importlib.metadata import version as v
 import sys; sys.exit(tuple(map(int, v("torch").split(".")[:2])) < (2, 10))' 2>/dev/null; then
         return
     fi
     echo "Installing $TORCH" >&2
-    if nvidia-smi -L >/dev/null 2>&1; then
-        "${pip[@]}" install --quiet "$TORCH"
-        return
+    if ! nvidia-smi -L >/dev/null 2>&1; then
+        plan="$(mktemp)"
+        if quiet_pip "$venv" install --dry-run --report "$plan" "$TORCH" &&
+            ! grep -qE '"name": "(nvidia|cuda)-' "$plan"; then
+            brings_cuda=no
+        fi
+        rm -f "$plan"
+        if [ "$brings_cuda" = yes ]; then
+            "$venv/bin/python" -m pip install --quiet --timeout 15 --retries 1 \
+                --index-url "$CPU_INDEX" "$TORCH" 2>/dev/null && return
+            echo "No CPU build within reach: installing the one with CUDA" >&2
+        fi
     fi
-    plan="$(mktemp)"
-    if "${pip[@]}" install --quiet --dry-run --report "$plan" "$TORCH" &&
-        ! grep -qE '"name": "(nvidia|cuda)-' "$plan"; then
-        "${pip[@]}" install --quiet "$TORCH"
-    elif ! "${pip[@]}" install --quiet --timeout 15 --retries 1 --index-url "$CPU_INDEX" "$TORCH"; then
-        echo "No CPU build within reach: installing the one with CUDA" >&2
-        "${pip[@]}" install --quiet "$TORCH"
-    fi
-    rm -f "$plan"
+    quiet_pip "$venv" install "$TORCH"
 }
 
 setup() {
@@ -87,11 +105,12 @@ setup() {
     install_torch "$venv" || return 1
     extras="$known$missing"
     extras="${extras#,}"
-    echo "Installing rwkvx[$extras]" >&2
-    "$venv/bin/python" -m pip install --quiet --editable "$RWKVX_ROOT[$extras]" || return 1
+    echo "Installing rwkvx[$extras] (the first time takes minutes)" >&2
+    quiet_pip "$venv" install --editable "$RWKVX_ROOT[$extras]" || return 1
     printf '%s\n%s\n' "$hash" "$extras" >"$stamp.new"
     mv "$stamp.new" "$stamp"
 }
 
 RWKVX_BIN="${RWKVX_VENV:-${VIRTUAL_ENV:-$RWKVX_ROOT/.venv}}/bin"
+[ "${RWKVX_BIN:0:1}" = / ] || RWKVX_BIN="$PWD/$RWKVX_BIN"
 setup "${RWKVX_BIN%/bin}" "${1:-eval}"
