@@ -17,7 +17,7 @@ from rwkvx_evals.lm.report import Results
 @click.option("--tasks", default="lambada_openai,piqa", show_default=True, help="lm-eval's names.")
 @click.option("--data", help="Folder with the tasks' data; default: RWKVX_DATA, else the hub.")
 @click.option("--limit", type=int, help="Only the first items of each task.")
-@click.option("--batch", type=int, help="Contexts read together at most; default 64.")
+@click.option("--batch", type=int, help="Contexts read together at most; default: by device.")
 @click.option("--max-length", type=int, help="Refuse longer requests; default: no limit.")
 @click.option(
     "--truncate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import click
 import lm_eval
+import lm_eval.utils
 from lm_eval.tasks import TaskManager
 
 from rwkvx.errors import InputError
@@ -27,6 +29,18 @@ from rwkvx_evals.lm.tasks import load_tasks
 
 # Enough draws for two digits of a perplexity's standard error; lm-eval's 100 000 take minutes.
 BOOTSTRAP_DRAWS = 1000
+
+
+@contextlib.contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """lm-eval compiles a task's templates again for every item: most of its time before scoring."""
+    environment = lm_eval.utils.env
+    original = environment.from_string
+    environment.from_string = functools.cache(original)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        environment.from_string = original  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -114,7 +128,7 @@ def evaluate(
 
 
 def _run(lm: RwkvxLM, tasks: list[Any], limit: int | None) -> dict[str, Any]:
-    with _quiet_lm_eval(), open(os.devnull, "w", encoding="utf-8"):
+    with _quiet_lm_eval(), _templates_compiled_once():
         found = lm_eval.simple_evaluate(
             model=lm,
             tasks=tasks,

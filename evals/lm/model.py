@@ -14,14 +14,16 @@ from tqdm import tqdm
 import rwkvx
 from rwkvx.errors import InputError
 from rwkvx_evals.files import code_fingerprint, digest
-from rwkvx_evals.interface import Advance, StateTools
+from rwkvx_evals.interface import Advance, StateTools, device_of
 from rwkvx_evals.journal import Journal
 from rwkvx_evals.lm.generation import Generator, Prompt
 from rwkvx_evals.lm.requests import Ids, Request, truncate
 from rwkvx_evals.lm.scoring import Score, Scorer
 
 TRUNCATIONS = ("left", "middle")
-DEFAULT_BATCH = 64
+# Rows read together. On a CPU more rows win no speed and cost padding: LAMBADA and PIQA in bytes
+# are 2.24 M tokens, fed as 2.31 M in batches of 16 and as 2.76 M in batches of 64.
+DEFAULT_BATCH = {"cpu": 16, "cuda": 64}
 DEFAULT_NEW_TOKENS = 256
 
 
@@ -70,7 +72,7 @@ class RwkvxLM(TemplateLM):
         self._scorer = Scorer(
             model,
             model.config.vocab_size,
-            batch=_batch(batch_size, max_batch_size),
+            batch=_batch(batch_size, max_batch_size, device_of(model).type),
             tools=tools or StateTools(),
             journal=journal,
             identity=identity,
@@ -243,10 +245,10 @@ def _number(score: Score) -> float:
     return float("nan") if score.logprob is None else score.logprob
 
 
-def _batch(batch_size: int | str | None, max_batch_size: int | None) -> int:
-    """Rows read together; lm-eval's default of one, and "auto", mean our own default."""
+def _batch(batch_size: int | str | None, max_batch_size: int | None, device: str) -> int:
+    """Rows read together; None and "auto" mean the default of the device."""
     if batch_size in (None, "auto"):
-        return int(max_batch_size or DEFAULT_BATCH)
+        return int(max_batch_size or DEFAULT_BATCH.get(device, 64))
     size = int(str(batch_size).removeprefix("auto:"))
     if size < 1:
         raise InputError(f"batch size {batch_size}: at least one is needed")

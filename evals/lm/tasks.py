@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,16 @@ class Loaded:
     sources: dict[str, str]
 
 
+@cache
+def _definition_files() -> list[Path]:
+    return sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"))
+
+
 def definition_file(name: str) -> Path | None:
     """lm-eval's YAML that defines a task, found by reading names only (its index takes 13 s)."""
-    root = Path(lm_eval.tasks.__file__).parent
+    files = _definition_files()
     line = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*$", re.MULTILINE)
-    likely = sorted(root.rglob(f"{name}.yaml"))
-    for file in [*likely, *sorted(root.rglob("*.yaml"))]:
+    for file in sorted(files, key=lambda file: file.stem != name):
         if line.search(file.read_text(encoding="utf-8", errors="replace")):
             return file
     return None

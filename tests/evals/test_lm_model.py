@@ -1,0 +1,249 @@
+"""The lm-eval model class against direct computation."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CountingModel, tiny_model
+
+from rwkvx.errors import InputError
+from rwkvx_evals.journal import Journal
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from rwkvx_evals.lm.model import RwkvxLM
+from rwkvx_evals.lm.requests import Request, make_batches, make_units, truncate
+
+PAIRS = [
+    ("The cat sat on the", " mat"),
+    ("The cat sat on the", " roof of the house"),
+    ("", "hello"),
+    ("a", "b"),
+    ("x" * 130, " and the end"),
+    ("y" * 130, " or not"),
+    ("The cat sat on the", "!"),
+    ("word " * 39 + "word", " tail"),
+    ("a", "b"),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> CountingModel:
+    return tiny_model()
+
+
+def instances(pairs: list[tuple[str, ...]], kind: str = "loglikelihood") -> list[Instance]:
+    return [
+        Instance(kind, {}, pair, index, (f"task{index % 2}", index, 1))
+        for index, pair in enumerate(pairs)
+    ]
+
+
+def make(model: CountingModel, **more: object) -> RwkvxLM:
+    return RwkvxLM(model, quiet=True, **more)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def direct(model: CountingModel, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """One request alone: the whole sequence in one call, every logit."""
+    logits, _ = model(torch.tensor([context + continuation]))
+    logprobs = logits[0].float().log_softmax(-1)[len(context) - 1 : -1]
+    wanted = torch.tensor(continuation)
+    total = logprobs.gather(1, wanted[:, None]).double().sum().item()
+    return total, bool((logprobs.argmax(-1) == wanted).all())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_loglikelihoods_equal_a_direct_computation(model: CountingModel, batch: int) -> None:
+    lm = make(model, batch_size=batch)
+    for (context, continuation), (logprob, greedy) in zip(
+        PAIRS, lm.loglikelihood(instances(PAIRS)), strict=True
+    ):
+        expected, is_greedy = direct(
+            model, list(context.encode()) or [0], list(continuation.encode())
+        )
+        assert logprob == pytest.approx(expected, abs=2e-4)
+        assert greedy == is_greedy
+
+
+def test_a_greedy_continuation_is_recognised(model: CountingModel) -> None:
+    context = list(b"The cat")
+    with torch.no_grad():
+        token = int(model(torch.tensor([context]), logits="last")[0].argmax())
+    lm = make(model)
+    best, other = lm._score(
+        [Request(tuple(context), (token,)), Request(tuple(context), ((token + 1) % 256,))], ()
+    )
+    assert best.greedy
+    assert not other.greedy
+
+
+def test_a_shared_context_is_read_once(model: CountingModel) -> None:
+    context = "A long question with four answers:"
+    pairs = [(context, answer) for answer in (" one", " two", " three", " f")]
+    before = model.tokens_fed
+    make(model).loglikelihood(instances(pairs))
+    padded = 4 * (len(" three") - 1)
+    assert model.tokens_fed - before == len(context) + padded
+    before = model.tokens_fed
+    make(model).loglikelihood(instances([(context, a) for a in "abcd"]))
+    assert model.tokens_fed - before == len(context)
+
+
+def test_equal_requests_are_computed_once(model: CountingModel) -> None:
+    before = model.tokens_fed
+    make(model).loglikelihood(instances([("same", " thing")] * 5))
+    assert model.tokens_fed - before == len("same thing") - 1
+
+
+def test_every_request_is_in_one_batch() -> None:
+    requests = [Request(tuple(c.encode()) or (0,), tuple(a.encode())) for c, a in PAIRS[:-1]]
+    for rows in (1, 3, 64):
+        batches = make_batches(make_units(requests), rows)
+        found = sorted(b.index for batch in batches for unit in batch for b in unit.branches)
+        assert found == list(range(len(requests)))
+        assert all(len({len(unit.prefix) for unit in batch}) == 1 for batch in batches)
+
+
+def test_rolling_scores_every_token_after_one_document_start(
+    model: CountingModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "Once upon a time there was a model. " * 5
+    expected, _ = direct(model, [0], list(text.encode()))
+    texts = instances([(text,), ("",), ("z",)], "loglikelihood_rolling")
+    whole = make(model).loglikelihood_rolling(texts)
+    assert whole[0] == pytest.approx(expected, abs=1e-3)
+    assert whole[1] == 0.0
+    # The same in parts, as when the logits of a long text do not fit into memory.
+    monkeypatch.setattr("rwkvx_evals.lm.scoring.LOGITS_BYTES", 4 * 256 * 7)
+    assert make(model).loglikelihood_rolling(texts)[0] == pytest.approx(expected, abs=1e-3)
+    monkeypatch.undo()
+    windows = make(model, max_length=50)._windows(list(text.encode()))
+    assert [t for _, part in windows for t in part] == list(text.encode())
+
+
+def test_a_document_that_starts_itself_gets_no_second_start(model: CountingModel) -> None:
+    assert make(model)._windows([0, 65, 66]) == [((0,), (65, 66))]
+    with pytest.raises(AssertionError):
+        make(model)._check_start("", [0, 0])
+    with pytest.raises(AssertionError):
+        make(model)._check_start("text", [0, 116])
+
+
+def test_generation_stops_and_ignores_its_neighbours(model: CountingModel) -> None:
+    prompts = ["abc", "xyz", "The cat sat", "abd"]
+    options = {"until": ["\n"], "max_gen_toks": 9}
+    asked = [(p, options) for p in prompts]
+    many = make(model).generate_until(instances(asked, "generate_until"))  # type: ignore[arg-type]
+    single = [
+        make(model, batch_size=1).generate_until(instances([a], "generate_until"))[0]  # type: ignore[list-item]
+        for a in asked
+    ]
+    assert many == single
+    stop = many[0][2]
+    options = {"until": stop, "max_gen_toks": 9}
+    (cut,) = make(model).generate_until(instances([("abc", options)], "generate_until"))  # type: ignore[list-item]
+    assert cut == many[0].split(stop)[0]
+    sampling = {"do_sample": True, "temperature": 0.7}
+    with pytest.raises(InputError, match="only greedy"):
+        make(model).generate_until(instances([("abc", sampling)], "generate_until"))  # type: ignore[list-item]
+
+
+def test_long_requests_are_refused_or_cut_and_counted(model: CountingModel) -> None:
+    with pytest.raises(InputError, match="3 of 9 requests are longer than 60 tokens"):
+        make(model, max_length=60).loglikelihood(instances(PAIRS))
+    lm = make(model, max_length=60, truncate="left")
+    found = lm.loglikelihood(instances(PAIRS))
+    assert lm.truncated == 3
+    context = list(PAIRS[7][0].encode())
+    continuation = list(b" tail")
+    expected, _ = direct(model, context[len(context) + len(continuation) - 1 - 60 :], continuation)
+    assert found[7][0] == pytest.approx(expected, abs=2e-4)
+    with pytest.raises(InputError, match="does not fit"):
+        make(model, max_length=2, truncate="middle").loglikelihood(instances(PAIRS))
+    assert make(model).max_length is None
+
+
+def test_truncation_keeps_the_right_part() -> None:
+    ids = tuple(range(10))
+    assert truncate(ids, 4, "left") == (6, 7, 8, 9)
+    assert truncate(ids, 5, "middle") == (0, 1, 7, 8, 9)
+    assert truncate(ids, 12, "left") == ids
+
+
+def test_not_a_number_is_invalid_for_its_request_alone() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.emb.weight[ord("Z")] = float("nan")
+    lm = make(model)
+    good, bad = lm.loglikelihood(instances([("abc", " def"), ("aZc", " def")]))
+    assert good[0] == pytest.approx(direct(model, list(b"abc"), list(b" def"))[0], abs=2e-4)
+    assert math.isnan(bad[0])
+    assert lm.failures == {"task1": {"oom": 0, "invalid": 1}}
+    assert lm.asked == {"task0": 1, "task1": 1}
+
+
+def test_memory_that_runs_out_halves_the_batch(
+    model: CountingModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = make(model).loglikelihood(instances(PAIRS))
+    original = CountingModel.forward
+
+    def limited(self: CountingModel, ids: torch.Tensor, *args: object, **kwargs: object) -> object:
+        if ids.shape[0] > 1 and ids.shape[1] != 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+        if 120 in ids.tolist()[0]:
+            raise MemoryError
+        return original(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(CountingModel, "forward", limited)
+    lm = make(model, batch_size=8)
+    found = lm.loglikelihood(instances([PAIRS[5], PAIRS[4], PAIRS[7]]))
+    assert found[0][0] == pytest.approx(expected[5][0], abs=2e-4)
+    assert found[2][0] == pytest.approx(expected[7][0], abs=2e-4)
+    assert math.isnan(found[1][0])
+    assert lm.failures == {"task1": {"oom": 1, "invalid": 0}}
+
+
+def test_a_journal_answers_again_without_reading(model: CountingModel, tmp_path: Path) -> None:
+    with Journal(tmp_path / "a.jsonl") as journal:
+        first = make(model, journal=journal).loglikelihood(instances(PAIRS))
+    lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == len(set(PAIRS))
+    before = model.tokens_fed
+    with Journal(tmp_path / "a.jsonl") as journal:
+        assert make(model, journal=journal).loglikelihood(instances(PAIRS)) == first
+    assert model.tokens_fed == before
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:9])
+    with Journal(tmp_path / "a.jsonl") as journal:
+        assert make(model, journal=journal).loglikelihood(instances(PAIRS)) == first
+    assert sorted((tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_the_name_is_registered(model: CountingModel) -> None:
+    assert get_model("rwkvx") is RwkvxLM
+    with pytest.raises(InputError, match="pretrained"):
+        RwkvxLM()
+    with pytest.raises(InputError, match="left, middle"):
+        make(model, truncate="right")
+    with pytest.raises(InputError, match="at least one"):
+        make(model, batch_size=0)
+
+
+def test_the_world_tokenizer_splits_by_lm_evals_rule() -> None:
+    model = tiny_model("world", 65536)
+    lm = make(model)
+    pairs = [("The cat sat on the ", "mat."), ("1 + 1 =", " 2"), ("", "你好")]
+    for (context, continuation), (logprob, _) in zip(
+        pairs, lm.loglikelihood(instances(pairs)), strict=True
+    ):
+        whole = lm.tok_encode(context + continuation)
+        head = lm.tok_encode(context.rstrip()) if context else []
+        expected, _ = direct(model, head or [0], whole[len(head) :])
+        assert logprob == pytest.approx(expected, abs=2e-4)
