@@ -2,20 +2,20 @@
 
 import json
 import struct
-from importlib.resources import files
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
+from rwkvx.checkpoint.folder import WEIGHTS, read_config
+from rwkvx.checkpoint.load import find_model, shipped_models
 from rwkvx.config import ModelConfig
 from rwkvx.errors import InputError
 
-__all__ = ["Memory", "find_folder", "info_command", "memory", "read_header"]
+__all__ = ["Memory", "info_command", "memory", "read_header"]
 
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
-_SHIPPED = Path(str(files("rwkvx"))) / "models"
 
 
 class Memory(NamedTuple):
@@ -23,22 +23,6 @@ class Memory(NamedTuple):
 
     constant: int
     per_token: float
-
-
-def find_folder(model: str) -> Path:
-    """The folder of a shipped name, or a folder itself; InputError where there is neither."""
-    for folder in (_SHIPPED / model, Path(model)):
-        if (folder / "config.json").is_file():
-            return folder
-    if Path(model).is_file():
-        raise InputError(f"{model} is a file: `rwkvx info` reads a folder with config.json")
-    shipped = ", ".join(shipped_names()) or "none"
-    raise InputError(f"no model {model!r}: give a folder with config.json or a name of: {shipped}")
-
-
-def shipped_names() -> list[str]:
-    """Names of the models inside the package."""
-    return sorted(path.parent.name for path in _SHIPPED.glob("*/config.json"))
 
 
 def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
@@ -76,18 +60,6 @@ def memory(config: ModelConfig, element: int = 4) -> Memory:
     return Memory(counts["rwkv7"] * rwkv + counts["sparse"] * sparse, counts["sparse"] * per_token)
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The model's config; InputError where config.json is broken."""
-    file = folder / "config.json"
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is no JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{file} holds no JSON object")
-    return ModelConfig.from_dict(data)
-
-
 def size(number: float) -> str:
     """A number of bytes for people."""
     for unit in ("B", "KiB", "MiB"):
@@ -109,10 +81,8 @@ def shape_of_pattern(pattern: tuple[str, ...]) -> str:
 def describe(folder: Path) -> list[tuple[str, str]]:
     """Rows of the table that ``rwkvx info`` prints."""
     config = read_config(folder)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise InputError(f"{folder} holds no .safetensors file")
-    tensors = {name: x for file in weights for name, x in read_header(file).items()}
+    weights = folder / WEIGHTS
+    tensors = read_header(weights)
     state = memory(config)
     conv = f", key convolution of {config.key_conv}" if config.key_conv else ""
     rows = [
@@ -127,7 +97,7 @@ def describe(folder: Path) -> list[tuple[str, str]]:
     kinds = ", ".join(sorted({dtype for dtype, _ in tensors.values()}))
     rows += [
         ("parameters", f"{sum(prod(shape) for _, shape in tensors.values()):,}"),
-        ("weights", f"{size(sum(file.stat().st_size for file in weights))}, {kinds}"),
+        ("weights", f"{size(weights.stat().st_size)}, {kinds}"),
         ("state", f"{size(state.constant)} + {state.per_token:,.0f} B per token (float32)"),
     ]
     totals = ((name, state.constant + state.per_token * n) for name, n in _LENGTHS)
@@ -153,9 +123,12 @@ def info_command(model: str | None) -> None:
       rwkvx info runs/my-model
     """
     if model is None:
-        click.echo("\n".join(shipped_names()) or "no model ships with this installation")
+        click.echo("\n".join(shipped_models()) or "no model ships with this installation")
         return
-    rows = describe(find_folder(model))
+    folder = find_model(model)
+    if not folder.is_dir():
+        raise InputError(f"{model} is a file: `rwkvx info` reads a folder with config.json")
+    rows = describe(folder)
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         click.echo(f"{name:<{width}}  {text}")

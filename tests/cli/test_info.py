@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from rwkvx import Model, ModelConfig
 from rwkvx.cli import main
-from rwkvx.cli.info import find_folder, memory, read_header
+from rwkvx.cli.info import memory, read_header
 from rwkvx.errors import InputError
 from rwkvx.state import state_bytes
 
@@ -90,8 +90,7 @@ def test_broken_headers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{", "is no JSON"),
-        ("[]", "holds no JSON object"),
+        ("{", "config.json is damaged"),
         ('{"witdh": 3}', "unknown model key 'witdh'"),
     ],
 )
@@ -103,15 +102,17 @@ def test_broken_configs_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_missing_models_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no model 'nothing'"):
-        find_folder("nothing")
+def test_missing_models_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["nothing"]) == 1
+    assert "no model 'nothing'" in capsys.readouterr().err
     (tmp_path / "a.pth").write_bytes(b"")
-    with pytest.raises(InputError, match="is a file"):
-        find_folder(str(tmp_path / "a.pth"))
+    assert run([str(tmp_path / "a.pth")]) == 1
+    assert "is a file" in capsys.readouterr().err
+    assert run([str(tmp_path)]) == 1
+    assert "is no model folder" in capsys.readouterr().err
 
 
 def test_weights_must_be_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "model.safetensors").unlink()
     assert run([str(folder)]) == 1
-    assert "holds no .safetensors file" in capsys.readouterr().err
+    assert "model.safetensors: No such file" in capsys.readouterr().err
