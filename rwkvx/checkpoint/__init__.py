@@ -1,0 +1,5 @@
+"""Loading and saving models."""
+
+from rwkvx.checkpoint.load import load
+
+__all__ = ["load"]

@@ -1,0 +1,95 @@
+"""The `.pth` layout of RWKV-X: `rwkv.*` beside `moba.j.*` (howard-hou/RWKV-X)."""
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkvx.config import ModelConfig, hybrid_pattern
+from rwkvx.errors import InputError
+
+CHUNK_SIZE, TOPK = 2048, 3
+_BLOCK = re.compile(r"(?:rwkv\.)?blocks\.(\d+)\.(.+)")
+_SPARSE = re.compile(r"moba\.(\d+)\.(.+)")
+
+
+def read_pth(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and tensors by our parameter names; sizes are read from the tensors.
+
+    Raises:
+        InputError: not a weights-only file, truncated, or not of this layout.
+    """
+    raw = _read(path)
+    numbers = {m[1] for name in raw if (m := _BLOCK.fullmatch(name))}
+    sparse = {m[1] for name in raw if (m := _SPARSE.fullmatch(name))}
+    if not numbers or "rwkv.emb.weight" not in raw:
+        raise InputError(f"{path} does not hold an RWKV-X model (no rwkv.emb.weight)")
+    pattern = hybrid_pattern(len(numbers), len(sparse))
+    places = {
+        kind: [i for i, p in enumerate(pattern) if p == kind] for kind in ("rwkv7", "sparse")
+    }
+    tensors = {}
+    for name, x in raw.items():
+        target = _rename(name, places)
+        if target is not None:
+            flat = x.dim() > 1 and x.numel() == x.shape[-1] and not name.endswith(".weight")
+            tensors[target] = x.flatten() if flat else x
+    return _config(path, raw, pattern), tensors
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        raw = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds more than tensors; nothing of it was executed: {_first_line(error)}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise InputError(f"{path} is truncated or damaged: {_first_line(error)}") from error
+    if not isinstance(raw, dict) or not all(isinstance(x, Tensor) for x in raw.values()):
+        raise InputError(f"{path} does not hold tensors by name")
+    return raw
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def _rename(name: str, places: dict[str, list[int]]) -> str | None:
+    """Our name of a tensor, None for the value residual that block 0 carries without using it."""
+    if m := _SPARSE.fullmatch(name):
+        return f"blocks.{places['sparse'][int(m[1])]}.{m[2]}"
+    if m := _BLOCK.fullmatch(name):
+        if int(m[1]) == 0 and re.fullmatch(r"att\.v[012]", m[2]):
+            return None
+        if m[2].startswith("ln0."):
+            return m[2]
+        return f"blocks.{places['rwkv7'][int(m[1])]}.{m[2]}"
+    return name.removeprefix("rwkv.")
+
+
+def _config(path: Path, raw: dict[str, Tensor], pattern: tuple[str, ...]) -> ModelConfig:
+    def shape(name: str) -> torch.Size:
+        if name not in raw:
+            raise InputError(f"{path} lacks the tensor {name}")
+        return raw[name].shape
+
+    vocab, width = shape("rwkv.emb.weight")
+    att = "rwkv.blocks.0.att"
+    later = "rwkv.blocks.1.att.v1"  # block 0 may have none
+    return ModelConfig(
+        vocab_size=vocab,
+        width=width,
+        pattern=pattern,
+        head_size=shape(f"{att}.r_k")[-1],
+        chunk_size=CHUNK_SIZE,
+        topk=TOPK,
+        ffn_mult=shape("rwkv.blocks.0.ffn.key.weight")[0] // width,
+        decay_rank=shape(f"{att}.w1")[-1],
+        iclr_rank=shape(f"{att}.a1")[-1],
+        value_rank=raw[later].shape[-1] if later in raw else None,
+        gate_rank=shape(f"{att}.g1")[-1],
+        tokenizer="world" if vocab == 65536 else "bytes",
+    )

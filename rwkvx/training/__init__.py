@@ -1,0 +1,1 @@
+"""Training: configs, data, optimiser, loop."""

@@ -1,0 +1,61 @@
+"""`rwkvx train`."""
+
+import click
+
+from rwkvx.training.config import field_names, read_config
+
+EPILOG = """Example: rwkvx train configs/passkey_tiny.yaml --seed 1 --optimizer.lr 2e-3
+
+Fields are those of the YAML file, nested ones with dots, values in YAML syntax. A run that was
+stopped goes on from its last checkpoint when the same command is given again."""
+
+
+@click.command(
+    "train",
+    epilog=EPILOG,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    options_metavar="[--data FOLDER] [--FIELD VALUE]...",
+)
+@click.argument("config")
+@click.option("--data", help="Folder of text data (default: the variable RWKVX_DATA).")
+@click.pass_context
+def train_command(context: click.Context, config: str, data: str | None) -> None:
+    """Train a model as the YAML file CONFIG says (a path, or the name of a shipped config)."""
+    overrides = _overrides(context.args)
+    settings = read_config(find_config(config), overrides)
+    from rwkvx.training.trainer import Trainer
+
+    Trainer(settings, data).run()
+    click.echo(f"saved {settings.folder / 'model'}")
+
+
+def find_config(name: str) -> str:
+    """A path as it is; a bare name is looked up among the shipped configs."""
+    from importlib.resources import files
+    from pathlib import Path
+
+    if Path(name).exists() or "/" in name:
+        return name
+    shipped = files("rwkvx_configs") / f"{name.removesuffix('.yaml')}.yaml"
+    return str(shipped) if shipped.is_file() else name
+
+
+def _overrides(arguments: list[str]) -> dict[str, str]:
+    """["--steps", "10", "--optimizer.lr=1e-3"] as a mapping.
+
+    Raises:
+        click.UsageError: no such field, or a field without a value.
+    """
+    known, found, rest = set(field_names()), {}, list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in known:
+            raise click.UsageError(f"no field {word}; fields: {', '.join(sorted(known))}")
+        if not equals:
+            if not rest:
+                raise click.UsageError(f"--{name} needs a value")
+            value = rest.pop(0)
+        found[name] = value
+    return found

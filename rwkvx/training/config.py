@@ -1,0 +1,181 @@
+"""What a training run is, as frozen data: YAML files, overridden field by field."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from dacite import Config, DaciteError, UnexpectedDataError, from_dict
+
+from rwkvx.config import ModelConfig
+from rwkvx.errors import InputError
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A part of the run with one sequence length.
+
+    Attributes:
+        steps: optimiser steps of this stage.
+        length: tokens of a sequence.
+        batch: sequences of a micro-batch.
+        state_passing: share of sequences that start from the final recurrent state of a sequence
+            of the step before (arXiv 2507.02782), so that states far older than `length` are seen.
+    """
+
+    steps: int
+    length: int
+    batch: int
+    state_passing: float = 0.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from.
+
+    Attributes:
+        kind: "passkey" (synthetic, fresh samples), "text" (files) or "hub" (a Hugging Face data set).
+        paths: text files (.txt, .xz, .jsonl with a "text" field, .tar.xz of .txt), relative to the
+            data folder; for "passkey", the prose used as filler; for "hub", name and subset.
+        prose: passkey: share of samples whose filler is prose, the rest has the standard sentences.
+        other_weight: passkey: weight of the mean loss over other tokens beside that of the answers.
+        limit_mb: read at most so many megabytes of text.
+        split: hub: the split to read.
+    """
+
+    kind: str
+    paths: tuple[str, ...] = ()
+    prose: float = 0.5
+    other_weight: float = 0.2
+    limit_mb: float = 1024.0
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with RWKV-7's parameter groups and a schedule.
+
+    Attributes:
+        lr: peak learning rate; warmup: steps of linear rise; schedule: "cosine" or "wsd" (constant,
+            then linear decay over the last `decay` share of the run); final: last rate / peak.
+    """
+
+    lr: float = 1.0e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1.0e-18
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    warmup: int = 50
+    schedule: str = "cosine"
+    decay: float = 0.2
+    final: float = 0.05
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run.
+
+    Attributes:
+        name: of the run; out: folder of its files (default runs/NAME).
+        model: the architecture; init: weights to start from (a name or folder), else fresh ones.
+        stages: run one after the other.
+        steps: total steps, if fewer than the stages have; 0 for all of them.
+        accumulate: micro-batches of a step. precision: "float32" or "bf16" (autocast).
+        eval_every, save_every: steps between evaluations and checkpoints. seed: of everything.
+        threads: CPU threads, 0 for torch's own choice.
+    """
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    stages: tuple[StageConfig, ...]
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    out: str = ""
+    init: str = ""
+    steps: int = 0
+    accumulate: int = 1
+    precision: str = "float32"
+    device: str = "cpu"
+    gradient_checkpointing: bool = False
+    eval_every: int = 200
+    eval_batches: int = 4
+    save_every: int = 200
+    seed: int = 0
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, ("float32", "bf16"))
+        _one_of("data.kind", self.data.kind, ("passkey", "text", "hub"))
+        _one_of("optimizer.schedule", self.optimizer.schedule, ("cosine", "wsd"))
+        if not self.stages:
+            raise InputError("stages must hold at least one stage")
+        for stage in self.stages:
+            if min(stage.steps, stage.length, stage.batch) < 1:
+                raise InputError(f"steps, length and batch of a stage must be >= 1: {stage}")
+        if self.accumulate < 1:
+            raise InputError(f"accumulate must be >= 1, got {self.accumulate}")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the run."""
+        planned = sum(stage.steps for stage in self.stages)
+        return min(self.steps, planned) if self.steps else planned
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.out or f"runs/{self.name}")
+
+    def stage(self, step: int) -> StageConfig:
+        """The stage that step number `step` (from 0) belongs to."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{name} must be one of {known}, got {value!r}")
+
+
+def read_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:
+    """Read a YAML file and set fields by dotted name ("optimizer.lr"), values in YAML syntax.
+
+    Raises:
+        InputError: unreadable file, unknown key, wrong type.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read config {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"config {path} holds no mapping")
+    for dotted, text in (overrides or {}).items():
+        *parents, last = dotted.split(".")
+        place = data
+        for key in parents:
+            place = place.setdefault(key, {})
+        place[last] = yaml.safe_load(text)
+    try:
+        settings = Config(strict=True, cast=[tuple], type_hooks={float: float})
+        return from_dict(TrainConfig, data, settings)
+    except UnexpectedDataError as error:
+        key = sorted(error.keys)[0]
+        raise InputError(f"unknown key {key!r} in config {path}") from error
+    except (DaciteError, TypeError, ValueError) as error:
+        raise InputError(f"config {path}: {' '.join(str(error).split())}") from error
+
+
+def field_names(kind: type = TrainConfig, prefix: str = "") -> list[str]:
+    """All fields by dotted name: what a command line can override."""
+    names = []
+    hints = get_type_hints(kind)
+    for f in fields(kind):
+        if is_dataclass(hints[f.name]):
+            names += field_names(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            names.append(prefix + f.name)
+    return names

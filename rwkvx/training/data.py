@@ -1,0 +1,184 @@
+"""Batches as a function of (seed, step): nothing to save for a resume, nothing repeats.
+
+Axes: B batch, T time.
+"""
+
+import io
+import json
+import lzma
+import tarfile
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rwkvx.data.folder import data_folder
+from rwkvx.data.passkey import Filler, Ids, PasskeyBuilder, standard_filler
+from rwkvx.errors import InputError
+from rwkvx.training.config import DataConfig, StageConfig
+
+
+class Batch(NamedTuple):
+    """Inputs and targets [B, T] int64; loss weights [B, T] float32; answer positions [B, T] bool."""
+
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor
+    answers: Tensor
+
+
+class Source(Protocol):
+    """Gives batches; equal arguments give equal batches."""
+
+    def batch(self, stage: StageConfig, seed: tuple[int, ...]) -> Batch: ...
+
+
+def build_source(config: DataConfig, tokenizer: Any, data: str | None = None) -> Source:
+    """The source that `config` names; text is read and tokenised once, here."""
+    if config.kind == "hub":
+        return TextSource(_hub_tokens(config, tokenizer))
+    tokens = read_tokens(config, tokenizer, data) if config.paths else None
+    if config.kind == "passkey":
+        return PasskeySource(config, tokenizer, tokens)
+    if tokens is None:
+        raise InputError("data.paths names no text file")
+    return TextSource(tokens)
+
+
+class TextSource:
+    """Random windows of documents that stand one after the other, each ended by token 0."""
+
+    def __init__(self, tokens: NDArray[np.int32]) -> None:
+        self.tokens = tokens
+
+    def batch(self, stage: StageConfig, seed: tuple[int, ...]) -> Batch:
+        """Windows of `stage.length` + 1 tokens; every token counts alike."""
+        if len(self.tokens) <= stage.length:
+            raise InputError(
+                f"the text has {len(self.tokens)} tokens, a sequence needs {stage.length + 1}"
+            )
+        rng = np.random.default_rng(seed)
+        starts = rng.integers(0, len(self.tokens) - stage.length, size=stage.batch)
+        rows = np.stack([self.tokens[s : s + stage.length + 1] for s in starts]).astype(np.int64)
+        ids = torch.from_numpy(rows)
+        weights = torch.full((stage.batch, stage.length), 1.0 / (stage.batch * stage.length))
+        return Batch(ids[:, :-1], ids[:, 1:], weights, torch.zeros_like(weights, dtype=torch.bool))
+
+
+class PasskeySource:
+    """Passkey prompts with their answers; filler of standard sentences or random prose."""
+
+    def __init__(self, config: DataConfig, tokenizer: Any, prose: NDArray[np.int32] | None) -> None:
+        if config.prose > 0 and prose is None:
+            raise InputError("data.prose > 0 needs data.paths with prose")
+        self.config, self.builder, self.prose = config, PasskeyBuilder(tokenizer), prose
+        self.standard = standard_filler(tokenizer)
+
+    def batch(self, stage: StageConfig, seed: tuple[int, ...]) -> Batch:
+        """One prompt a row, its last tokens padded with the end of document."""
+        rng = np.random.default_rng(seed)
+        ids = np.zeros((stage.batch, stage.length + 1), dtype=np.int64)
+        answers = np.zeros((stage.batch, stage.length), dtype=bool)
+        used = np.zeros((stage.batch, stage.length), dtype=bool)
+        for row in range(stage.batch):
+            prompt, answer = self._sample(stage.length + 1, rng)
+            end = len(prompt) + len(answer)
+            ids[row, :end] = np.concatenate([prompt, answer])
+            answers[row, len(prompt) - 1 : end - 1] = True
+            used[row, : end - 1] = True
+        target = torch.from_numpy(ids)
+        answer, other = torch.from_numpy(answers), torch.from_numpy(used & ~answers)
+        weights = answer / answer.sum() + self.config.other_weight * other / other.sum()
+        return Batch(target[:, :-1], target[:, 1:], weights.float(), answer)
+
+    def _sample(self, room: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
+        """Prompt and answer of together at most `room` tokens, any alignment to chunks."""
+        key = _random_key(rng)
+        answer = self.builder.answer(key)
+        longest = room - len(answer)
+        shortest = max(self.builder.minimum, longest - 64)
+        length = int(rng.integers(shortest, max(shortest, longest) + 1))
+        depth = float(rng.random())
+        if rng.random() < self.config.prose and self.prose is not None:
+            start = int(rng.integers(0, len(self.prose) - room))
+            window = self.prose[start : start + room].astype(np.int64)
+            filler = Filler("prose", np.empty(0, np.int64), window)
+            return self.builder.build(filler, length, depth, key).ids, answer
+        offset = int(rng.integers(0, 2 * self.standard.natural_length)) if rng.random() < 0.5 else 0
+        return self.builder.build(self.standard, length, depth, key, offset=offset).ids, answer
+
+
+def _random_key(rng: np.random.Generator) -> int:
+    """Half as the evaluation draws them; half with repeated digits, which are harder to copy."""
+    if rng.random() < 0.5:
+        return int(rng.integers(1, 50_001))
+    digits = rng.choice(10, size=int(rng.integers(1, 4)), replace=False)
+    text = "".join(str(digits[i]) for i in rng.integers(0, len(digits), size=rng.integers(1, 6)))
+    return max(1, int(text))
+
+
+def read_tokens(config: DataConfig, tokenizer: Any, data: str | None) -> NDArray[np.int32]:
+    """All text of `config.paths`, tokenised: int32 [tokens], each document ended by token 0."""
+    folder = data_folder(data)
+    parts: list[NDArray[np.int32]] = []
+    room = int(config.limit_mb * 1e6)
+    for name in config.paths:
+        path = Path(name)
+        if not path.is_absolute() and not path.exists() and folder is not None:
+            path = folder / name
+        if not path.exists():
+            raise InputError(
+                f"text {name} is not there: name the data folder with --data or RWKVX_DATA"
+            )
+        for document in _documents(path):
+            if room <= 0:
+                break
+            ids = tokenizer.encode(document, add_special_tokens=False)
+            parts.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32))
+            room -= len(document.encode())
+    if not parts:
+        raise InputError(f"no text in {', '.join(config.paths)}")
+    return np.concatenate(parts)
+
+
+def _documents(path: Path) -> Any:
+    """The documents of one file, one after the other."""
+    try:
+        if path.name.endswith((".tar.xz", ".tar.gz", ".tar")):
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    file = archive.extractfile(member) if member.isfile() else None
+                    if file is not None and member.name.endswith((".txt", ".md")):
+                        yield file.read().decode("utf-8", errors="replace")
+            return
+        raw = lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
+        text = raw.decode("utf-8")
+    except (OSError, lzma.LZMAError, tarfile.TarError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read text {path}: {error}") from error
+    if ".jsonl" not in path.suffixes:
+        yield text
+        return
+    for number, line in enumerate(io.StringIO(text), start=1):
+        try:
+            yield json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f'{path}, line {number}: no JSON object with a "text" field') from error
+
+
+def _hub_tokens(config: DataConfig, tokenizer: Any) -> NDArray[np.int32]:
+    """A Hugging Face data set with a "text" column."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise InputError("data.kind: hub needs `pip install rwkvx[train]`") from error
+    parts, room = [], int(config.limit_mb * 1e6)
+    for item in load_dataset(*config.paths, split=config.split, streaming=True):
+        ids = tokenizer.encode(item["text"], add_special_tokens=False)
+        parts.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32))
+        room -= len(item["text"].encode())
+        if room <= 0:
+            break
+    return np.concatenate(parts)

@@ -1,0 +1,120 @@
+"""Training checkpoints: everything that a run needs to go on as if it had not been stopped."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkvx.checkpoint.files import write_json, write_tensors
+from rwkvx.checkpoint.folder import read_tensors, save_folder
+from rwkvx.errors import InputError
+from rwkvx.model import Model
+from rwkvx.state import ModelState, Rwkv7State, SparseState
+from rwkvx.training.config import TrainConfig
+
+OPTIMIZER, STATE, PROGRESS = "optimizer.safetensors", "carried.safetensors", "progress.json"
+
+
+def config_key(config: TrainConfig) -> str:
+    """Hash of what determines the weights of each step (not of how often they are looked at)."""
+    data = asdict(config)
+    for name in ("out", "steps", "eval_every", "eval_batches", "save_every", "threads", "name"):
+        data.pop(name)
+    data["planned"] = config.total_steps
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    carried: ModelState | None,
+    config: TrainConfig,
+) -> None:
+    """Write into folder/step-N, then point folder/progress.json at it and drop the one before."""
+    target = folder / f"step-{step}"
+    save_folder(model, target)
+    tensors = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, x in state.items():
+            tensors[f"{index}.{name}"] = x
+    write_tensors(target / OPTIMIZER, tensors)
+    if carried is not None:
+        write_tensors(target / STATE, _flatten(carried))
+    before = read_progress(folder)
+    write_json(folder / PROGRESS, {"step": step, "config": config_key(config)})
+    if before and before["step"] != step:
+        _remove(folder / f"step-{before['step']}")
+
+
+def read_progress(folder: Path) -> dict[str, object] | None:
+    """{"step", "config"} of the newest checkpoint, or None."""
+    path = folder / PROGRESS
+    if not path.exists():
+        return None
+    try:
+        progress: dict[str, object] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged: {error}; remove it to start again") from error
+    return progress
+
+
+def load_checkpoint(
+    folder: Path, model: Model, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> tuple[int, ModelState | None]:
+    """Fill model and optimiser from the newest checkpoint: steps done and the carried state.
+
+    Raises:
+        InputError: the checkpoint belongs to another config.
+    """
+    progress = read_progress(folder)
+    if progress is None:
+        return 0, None
+    if progress["config"] != config_key(config):
+        raise InputError(
+            f"{folder} holds a run of another config: choose another --out or remove the folder"
+        )
+    source = folder / f"step-{progress['step']}"
+    model.load_state_dict(read_tensors(source / "model.safetensors"))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, x in read_tensors(source / OPTIMIZER).items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = x
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    carried = None
+    if (source / STATE).exists():
+        carried = _unflatten(model, read_tensors(source / STATE))
+    return int(str(progress["step"])), carried
+
+
+def _flatten(state: ModelState) -> dict[str, Tensor]:
+    return {
+        f"{i}.{name}": x
+        for i, block in enumerate(state.blocks)
+        for name, x in block._asdict().items()
+        if isinstance(x, Tensor)
+    }
+
+
+def _unflatten(model: Model, tensors: dict[str, Tensor]) -> ModelState:
+    blocks: list[Rwkv7State | SparseState] = []
+    for i, empty in enumerate(model.fresh_state(1).blocks):
+        present = {
+            name: tensors[f"{i}.{name}"].to(model.device)
+            for name in empty._fields
+            if f"{i}.{name}" in tensors
+        }
+        blocks.append(empty._replace(**present))
+    return ModelState(tuple(blocks), 0)
+
+
+def _remove(folder: Path) -> None:
+    for path in folder.glob("*"):
+        path.unlink()
+    if folder.exists():
+        folder.rmdir()

@@ -1,0 +1,176 @@
+"""The training loop.
+
+Axes: B batch, T time, V vocabulary.
+"""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from rwkvx.checkpoint import load
+from rwkvx.checkpoint.folder import save_folder
+from rwkvx.init import init_weights
+from rwkvx.model import Model
+from rwkvx.state import ModelState, select_state
+from rwkvx.training.config import StageConfig, TrainConfig
+from rwkvx.training.data import Batch, Source, build_source
+from rwkvx.training.optim import build_optimizer, learning_rate, set_learning_rate
+from rwkvx.training.resume import load_checkpoint, save_checkpoint
+
+# First number of a data seed: training and evaluation never share a sample.
+TRAINING, EVALUATION, CARRYING = 0, 1, 2
+
+
+class Trainer:
+    """One run: `Trainer(config).run()` returns the trained model, also saved in config.folder."""
+
+    def __init__(self, config: TrainConfig, data: str | None = None) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        if config.init:
+            self.model = load(config.init, device=config.device)
+        else:
+            self.model = init_weights(Model(config.model), config.seed).to(config.device)
+        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.source: Source = build_source(config.data, self.model.tokenizer, data)
+        self.step, self.carried = load_checkpoint(
+            config.folder, self.model, self.optimizer, config
+        )
+
+    def run(self) -> Model:
+        """Train to the end, with a progress bar, TensorBoard events, evaluations, checkpoints."""
+        config, total = self.config, self.config.total_steps
+        writer = _writer(config.folder / "tensorboard")
+        started = self.step
+        tokens = sum(_tokens(config, s) for s in range(total))
+        with tqdm(total=tokens, unit="tok", unit_scale=True, file=sys.stderr) as bar:
+            bar.update(sum(_tokens(config, s) for s in range(started)))
+            while self.step < total:
+                loss = self.train_step()
+                bar.set_postfix(step=f"{self.step}/{total}", loss=f"{loss:.4f}", refresh=False)
+                bar.update(_tokens(config, self.step - 1))
+                if writer is not None:
+                    writer.add_scalar("loss/train", loss, self.step)
+                last = self.step == total
+                if last or self.step % config.eval_every == 0:
+                    metrics = self.evaluate()
+                    text = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+                    bar.write(f"step {self.step}: {text}", file=sys.stderr)
+                    for name, value in metrics.items() if writer is not None else ():
+                        writer.add_scalar(name, value, self.step)
+                if last or self.step % config.save_every == 0:
+                    save_checkpoint(
+                        config.folder, self.step, self.model, self.optimizer, self.carried, config
+                    )
+        if writer is not None:
+            writer.close()
+        save_folder(self.model, config.folder / "model")
+        return self.model
+
+    def train_step(self) -> float:
+        """One optimiser step; returns its loss."""
+        config, stage = self.config, self.config.stage(self.step)
+        set_learning_rate(
+            self.optimizer, learning_rate(self.step, config.total_steps, config.optimizer)
+        )
+        total = 0.0
+        for micro in range(config.accumulate):
+            seed = (config.seed, TRAINING, self.step, micro)
+            batch = self.source.batch(stage, seed)
+            state = self._initial_state(stage, micro)
+            loss, final = self._loss(batch, state)
+            (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
+            total += loss.item() / config.accumulate
+            self.carried = final.recurrent()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss and, for tasks with answers, the share of samples answered exactly, on new data."""
+        stage = self.config.stage(max(0, self.step - 1))
+        losses, right, asked = 0.0, 0, 0
+        for index in range(self.config.eval_batches):
+            batch = self._to_device(
+                self.source.batch(stage, (self.config.seed, EVALUATION, index))
+            )
+            with self._autocast():
+                logits, _ = self.model(batch.inputs, keep_cache=False)
+            losses += _weighted_loss(logits, batch).item()
+            if batch.answers.any():
+                wrong = (logits.argmax(-1) != batch.targets) & batch.answers
+                right += int((~wrong.any(dim=1)).sum())
+                asked += len(wrong)
+        metrics = {"loss/eval": losses / self.config.eval_batches}
+        return {**metrics, "accuracy/eval": right / asked} if asked else metrics
+
+    def _loss(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
+        batch = self._to_device(batch)
+        with self._autocast():
+            logits, final = self.model(batch.inputs, state, keep_cache=False)
+        return _weighted_loss(logits, batch), final
+
+    def _initial_state(self, stage: StageConfig, micro: int) -> ModelState | None:
+        """Rows that start from the carried recurrent states, others from zero; None for all zero."""
+        if self.carried is None or stage.state_passing == 0:
+            return None
+        generator = torch.Generator().manual_seed(
+            hash((self.config.seed, CARRYING, self.step, micro)) % (1 << 62)
+        )
+        had = self.carried.blocks[0].ffn_shift.shape[0]
+        rows = torch.randint(had, (stage.batch,), generator=generator)
+        passed = torch.rand(stage.batch, generator=generator) < stage.state_passing
+        state = select_state(self.carried, rows)
+        keep = passed.to(self.model.device)
+        blocks = tuple(
+            block._replace(
+                **{
+                    name: x * keep.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+                    for name, x in block._asdict().items()
+                    if isinstance(x, Tensor)
+                }
+            )
+            for block in state.blocks
+        )
+        return ModelState(blocks, 0)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return Batch(*(x.to(self.config.device, non_blocking=True) for x in batch))
+
+    def _autocast(self) -> Any:
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(torch.device(self.config.device).type, dtype=torch.bfloat16)
+
+
+def _weighted_loss(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    losses = F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), reduction="none"
+    )
+    return (losses * batch.weights.flatten()).sum()
+
+
+def _tokens(config: TrainConfig, step: int) -> int:
+    stage = config.stage(step)
+    return stage.length * stage.batch * config.accumulate
+
+
+def _writer(folder: Path) -> Any:
+    """A TensorBoard writer, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("no TensorBoard events: `pip install rwkvx[train]` adds them", file=sys.stderr)
+        return None
+    return SummaryWriter(str(folder))
