@@ -36,11 +36,11 @@ def _templates_compiled_once() -> Iterator[None]:
     """lm-eval compiles a task's templates again for every item: most of its time before scoring."""
     environment = lm_eval.utils.env
     original = environment.from_string
-    environment.from_string = functools.cache(original)  # type: ignore[method-assign]
+    environment.from_string = functools.cache(original)
     try:
         yield
     finally:
-        environment.from_string = original  # type: ignore[method-assign]
+        environment.from_string = original
 
 
 @contextlib.contextmanager

@@ -28,6 +28,8 @@ PAIRS = [
     ("x" * 130, " and the end"),
     ("y" * 130, " or not"),
     ("The cat sat on the", "!"),
+    ("The dog ran to the", " door"),
+    ("The dog ran to the", " gate of the town"),
     ("word " * 39 + "word", " tail"),
     ("a", "b"),
 ]
@@ -156,15 +158,15 @@ def test_generation_stops_and_ignores_its_neighbours(model: CountingModel) -> No
 
 
 def test_long_requests_are_refused_or_cut_and_counted(model: CountingModel) -> None:
-    with pytest.raises(InputError, match="3 of 9 requests are longer than 60 tokens"):
+    with pytest.raises(InputError, match="3 of 11 requests are longer than 60 tokens"):
         make(model, max_length=60).loglikelihood(instances(PAIRS))
     lm = make(model, max_length=60, truncate="left")
     found = lm.loglikelihood(instances(PAIRS))
     assert lm.truncated == 3
-    context = list(PAIRS[7][0].encode())
+    context = list(PAIRS[9][0].encode())
     continuation = list(b" tail")
     expected, _ = direct(model, context[len(context) + len(continuation) - 1 - 60 :], continuation)
-    assert found[7][0] == pytest.approx(expected, abs=2e-4)
+    assert found[9][0] == pytest.approx(expected, abs=2e-4)
     with pytest.raises(InputError, match="does not fit"):
         make(model, max_length=2, truncate="middle").loglikelihood(instances(PAIRS))
     assert make(model).max_length is None
@@ -204,9 +206,9 @@ def test_memory_that_runs_out_halves_the_batch(
 
     monkeypatch.setattr(CountingModel, "forward", limited)
     lm = make(model, batch_size=8)
-    found = lm.loglikelihood(instances([PAIRS[5], PAIRS[4], PAIRS[7]]))
+    found = lm.loglikelihood(instances([PAIRS[5], PAIRS[4], PAIRS[9]]))
     assert found[0][0] == pytest.approx(expected[5][0], abs=2e-4)
-    assert found[2][0] == pytest.approx(expected[7][0], abs=2e-4)
+    assert found[2][0] == pytest.approx(expected[9][0], abs=2e-4)
     assert math.isnan(found[1][0])
     assert lm.failures == {"task1": {"oom": 1, "invalid": 0}}
 
