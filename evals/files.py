@@ -11,7 +11,6 @@ import resource
 import sys
 from collections.abc import Callable
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +77,8 @@ def code_fingerprint() -> str:
 
 
 def package_version() -> str:
-    """The installed version; "unknown" when running from sources that are not installed."""
-    try:
-        return metadata.version("rwkvx")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    """The version of the package whose code is running."""
+    return rwkvx.__version__
 
 
 def peak_memory_bytes() -> int:

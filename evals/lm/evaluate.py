@@ -46,15 +46,19 @@ def _templates_compiled_once() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_lm_eval() -> Iterator[None]:
     """Keeps lm-eval's own bars and remarks away, and its bootstrap inside this process."""
-    logger = logging.getLogger("lm_eval")
-    level, workers = logger.level, os.environ.get("DISABLE_MULTIPROC")
-    logger.setLevel(logging.ERROR)
+    # The hub client warns at every retry; what it says in the end becomes one line of ours.
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    workers = os.environ.get("DISABLE_MULTIPROC")
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if workers is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:
@@ -83,6 +87,8 @@ def evaluate(
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit}: at least one item is needed")
     began = time.perf_counter()
+    if folder is None and not quiet:
+        click.echo("no data folder is named: asking the hub", err=True)
     with _quiet_lm_eval():
         loaded = load_tasks(tasks, folder)
     if not quiet:
