@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import lm_eval
+import lm_eval.evaluator
 import lm_eval.utils
 from lm_eval.tasks import TaskManager
 
@@ -33,14 +35,17 @@ BOOTSTRAP_DRAWS = 1000
 
 @contextlib.contextmanager
 def _templates_compiled_once() -> Iterator[None]:
-    """lm-eval compiles a task's templates again for every item: most of its time before scoring."""
+    """lm-eval compiles a task's templates again for every item: most of its time before scoring.
+
+    It also asks git for a commit of the current folder, which complains outside a repository.
+    """
     environment = lm_eval.utils.env
-    original = environment.from_string
-    environment.from_string = functools.cache(original)
-    try:
+    compiled = functools.cache(environment.from_string)
+    with (
+        mock.patch.object(environment, "from_string", compiled),
+        mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
+    ):
         yield
-    finally:
-        environment.from_string = original
 
 
 @contextlib.contextmanager
