@@ -43,7 +43,7 @@ def _templates_compiled_once() -> Iterator[None]:
     compiled = functools.cache(environment.from_string)
     with (
         mock.patch.object(environment, "from_string", compiled),
-        mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
+        mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None),
     ):
         yield
 
