@@ -24,7 +24,7 @@ class ModelConfig:
             included.
         sparse_kv_heads: key/value heads of the sparse blocks (grouped-query attention); None for
             as many as query heads.
-        key_conv: width of the causal depthwise convolution on the keys of sparse blocks; 0 for none.
+        key_conv: width of the causal depthwise convolution on the keys of sparse blocks; 0: none.
         ffn_mult: inner width of the channel mix, in multiples of `width`.
         decay_rank, iclr_rank, value_rank, gate_rank: low-rank sizes of the time mix (w, a, v, g);
             None for RWKV-7's own rule.

@@ -5,7 +5,8 @@ Axes: B batch, T time, C width, V vocabulary.
 
 import hashlib
 import json
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,7 @@ class Block(nn.Module):
         super().__init__()
         self.kind, self.config = kind, config
         self.ln1, self.ln2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.att: nn.Module = (
-            TimeMix(config, first) if kind == "rwkv7" else SparseAttention(config)
-        )
+        self.att: nn.Module = TimeMix(config, first) if kind == "rwkv7" else SparseAttention(config)
         self.ffn = ChannelMix(config)
 
     def fresh_state(self, batch: int, like: Tensor) -> BlockState:
@@ -107,16 +106,19 @@ class Model(nn.Module):
                 may be continued any number of times.
             logits: "all" -> [B, T, V], "last" -> [B, 1, V], "none" -> None.
             cu_seqlens: [sequences + 1] offsets of sequences packed along T; batch size 1, and the
-                attention caches start empty and are not kept.
+                attention caches start empty and are not kept. No sequence may be empty.
             keep_cache: False leaves the attention caches of the returned state empty.
 
         Returns:
             logits (dtype of the weights) and the state after the last token.
 
         Raises:
-            InputError: ids of the wrong shape, dtype or range, or a state of another batch size.
+            InputError: ids of the wrong shape, dtype or range, a state of another batch size or
+                model, offsets that do not describe T packed tokens.
         """
-        self._check(ids, state, logits)
+        self._check(ids, logits)
+        if state is not None or cu_seqlens is not None:
+            self._check_rows(ids, state, cu_seqlens)
         if cu_seqlens is not None:
             keep_cache = False
             cu_seqlens = cu_seqlens.to(ids.device, torch.int64)
@@ -139,7 +141,8 @@ class Model(nn.Module):
     def fresh_state(self, batch: int) -> ModelState:
         """The state before the first token of `batch` sequences."""
         return ModelState(
-            tuple(block.fresh_state(batch, self.emb.weight) for block in self.blocks), 0
+            tuple(cast(Block, block).fresh_state(batch, self.emb.weight) for block in self.blocks),
+            0,
         )
 
     def _read(
@@ -156,22 +159,49 @@ class Model(nn.Module):
             states.append(new)
         return x, ModelState(tuple(states), state.length + ids.shape[1])
 
-    def _check(self, ids: Tensor, state: ModelState | None, logits: str) -> None:
+    def _check(self, ids: Tensor, logits: str) -> None:
         if logits not in LOGITS:
             raise InputError(f"logits must be one of {LOGITS}, got {logits!r}")
-        if ids.dim() != 2 or ids.shape[1] == 0 or ids.dtype not in (torch.int64, torch.int32):
+        if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
             raise InputError(
-                f"ids must be int64 [B, T] with T >= 1, got {list(ids.shape)} {ids.dtype}"
-            )
-        if state is not None and len(state.blocks) != len(self.blocks):
-            raise InputError(
-                f"the state has {len(state.blocks)} blocks, the model has {len(self.blocks)}"
+                f"ids must be int64 [B, T] with B, T >= 1, got {list(ids.shape)} {ids.dtype}"
             )
         if ids.device.type == "cpu":
             low, high = (int(x) for x in ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 bad = low if low < 0 else high
-                raise InputError(f"token id {bad} is outside the vocabulary 0..{self.head.out_features - 1}")
+                last = self.config.vocab_size - 1
+                raise InputError(f"token id {bad} is outside the vocabulary 0..{last}")
+
+    def _check_rows(self, ids: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> None:
+        """Check that the state has one row for each sequence, and that `cu_seqlens` fits."""
+        rows = ids.shape[0]
+        if cu_seqlens is not None:
+            offsets = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
+            rises = all(a < b for a, b in pairwise(offsets))
+            if rows != 1 or not rises or [0, ids.shape[1]] != [*offsets[:1], *offsets[-1:]]:
+                raise InputError(
+                    f"cu_seqlens must rise from 0 to {ids.shape[1]} beside ids of batch size 1, "
+                    f"got {offsets[:8]} beside ids {list(ids.shape)}"
+                )
+            rows = len(offsets) - 1
+        if state is None:
+            return
+        kinds = tuple("rwkv7" if isinstance(b, Rwkv7State) else "sparse" for b in state.blocks)
+        if kinds != self.config.pattern:
+            raise InputError(
+                f"the state is of blocks {kinds}, the model's are {self.config.pattern}"
+            )
+        shape = tuple(state.blocks[0].ffn_shift.shape)
+        if shape != (rows, self.config.width):
+            raise InputError(
+                f"the state is of {shape[0]} sequences of width {shape[1]}, the model reads "
+                f"{rows} of width {self.config.width}"
+            )
+        if cu_seqlens is not None and any(
+            isinstance(b, SparseState) and b.length for b in state.blocks
+        ):
+            raise InputError("packed sequences cannot continue a filled attention cache")
 
     @property
     def device(self) -> torch.device:

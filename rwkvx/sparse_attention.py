@@ -5,6 +5,8 @@ that of "Optimizing Mixture of Block Attention" (arXiv 2511.11571).
 Axes: B batch, T time, C width, H query heads, G key/value heads, N head size, W convolution width.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +61,7 @@ class SparseAttention(nn.Module):
         q, k, v = self.receptance(x), self.key(x), self.value(x)
         if conv is not None:
             k, conv = self._convolve(k, conv, cu_seqlens)
-        q, k, v = (z.unflatten(-1, (-1, size)) for z in (q, k, v))
+        q, k, v = (z.to(q.dtype).unflatten(-1, (-1, size)) for z in (q, k, v))
         training = torch.is_grad_enabled() and q.requires_grad
         if training and length:
             raise InputError(
@@ -86,7 +88,7 @@ class SparseAttention(nn.Module):
             offsets = cu_seqlens.tolist()
             parts = [
                 self._convolve(k[:, a:b], conv[i : i + 1], None)
-                for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
+                for i, (a, b) in enumerate(pairwise(offsets))
             ]
             return torch.cat([p for p, _ in parts], 1), torch.cat([c for _, c in parts])
         tokens, width = k.shape[1], self.key_conv.shape[0]

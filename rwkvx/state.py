@@ -3,6 +3,8 @@
 Axes: B batch, C width, H heads, N head size, G key/value heads, W convolution width.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -47,8 +49,8 @@ class ModelState(NamedTuple):
     length: int
 
     def recurrent(self) -> "ModelState":
-        """The same without gradients and with an empty attention cache: what state passing passes."""
-        blocks = tuple(_map_tensors(b, Tensor.detach, keep_cache=False) for b in self.blocks)
+        """The same without gradients and attention cache: what state passing passes."""
+        blocks = tuple(map_tensors(b, Tensor.detach, keep_cache=False) for b in self.blocks)
         return ModelState(blocks, 0)
 
 
@@ -59,7 +61,7 @@ def select_state(state: ModelState, rows: Tensor | list[int]) -> ModelState:
     blocks = []
     for block in state.blocks:
         index = rows.to(block.ffn_shift.device)
-        picked = _map_tensors(block, lambda x, index=index: x[index])  # type: ignore[misc]
+        picked = map_tensors(block, partial(_rows, index=index))
         if isinstance(block, SparseState) and block.cache is not None:
             assert isinstance(picked, SparseState)
             picked = picked._replace(cache=block.cache.rows(block.length, index))
@@ -85,7 +87,14 @@ def state_bytes(state: ModelState) -> int:
     return total
 
 
-def _map_tensors(block: BlockState, f, keep_cache: bool = True) -> BlockState:  # type: ignore[no-untyped-def]
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x[index]
+
+
+def map_tensors(
+    block: BlockState, f: Callable[[Tensor], Tensor], keep_cache: bool = True
+) -> BlockState:
+    """A block state with `f` applied to every tensor; the cache is kept as it is, or left out."""
     if isinstance(block, Rwkv7State):
         return Rwkv7State(*(f(x) for x in block))
     conv = None if block.conv is None else f(block.conv)

@@ -38,6 +38,23 @@ def last_token(x_BTC: Tensor, ends: Tensor | None) -> Tensor:
 class TimeMix(nn.Module):
     """r, w, k, v, a, g from the token-shifted input, the WKV7 recurrence, group norm and gate."""
 
+    x_r: nn.Parameter
+    w0: nn.Parameter
+    w1: nn.Parameter
+    w2: nn.Parameter
+    a0: nn.Parameter
+    a1: nn.Parameter
+    a2: nn.Parameter
+    v0: nn.Parameter
+    v1: nn.Parameter
+    v2: nn.Parameter
+    g1: nn.Parameter
+    g2: nn.Parameter
+    receptance: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear
+
     def __init__(self, config: ModelConfig, first: bool) -> None:
         super().__init__()
         width, self.head_size = config.width, config.head_size
@@ -88,10 +105,11 @@ class TimeMix(nn.Module):
         if v_first is None:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2))
+            v = v + (v_first - v) * torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2)
         kk = F.normalize(self._heads(k * self.k_k), dim=-1)
         k = k * torch.addcmul(1 - self.k_a, a, self.k_a)  # k (1 + (a - 1) k_a)
-        r, k, v, a, log_decay = map(self._heads, (r, k, v, a, log_decay))
+        r, k, v, a, log_decay = map(self._heads, (r, k.to(r.dtype), v.to(r.dtype), a, log_decay))
+        kk, a = kk.to(r.dtype), a.to(r.dtype)  # no-ops except under autocast
         y, wkv = wkv7(r, log_decay, k, v, -kk, kk * a, initial_state=wkv, cu_seqlens=cu_seqlens)
         y = F.layer_norm(y, (self.head_size,), eps=GROUP_NORM_EPS)
         y = torch.addcmul(self._heads(self.ln_x.bias), y, self._heads(self.ln_x.weight))

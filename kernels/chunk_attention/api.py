@@ -1,5 +1,7 @@
 """The public chunk attention: checks its arguments, chooses an implementation and calls it."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ def chunk_attention(
         offsets = check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
         parts = [
             chunk_attention(q[:, a:b], k[:, a:b], v[:, a:b], chunk_size, topk, None, impl)
-            for a, b in zip(offsets, offsets[1:], strict=False)
+            for a, b in pairwise(offsets)
         ]
         return torch.cat(parts, dim=1) if parts else q
     if q.numel() == 0:

@@ -17,14 +17,15 @@ from rwkvx_kernels.chunk_attention.cpu_select import select_chunks
 
 def attend_sequence(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int) -> Tensor:
     """Whole sequences, differentiable: q [B, T, H, D], k and v [B, T, G, D] -> [B, T, H, D]."""
-    output: Tensor = _ChunkAttention.apply(q, k, v, chunk_size, topk)  # type: ignore[no-untyped-call]
+    output: Tensor = _ChunkAttention.apply(q, k, v, chunk_size, topk)
     return output
 
 
 def attend_cache(q: Tensor, cache: KeyValueCache, length: int, topk: int) -> Tensor:
     """The last T of `length` cached tokens: q [B, T, H, D] -> [B, T, H, D]; no gradient."""
     size = cache.chunk_size
-    k_NCSD, v_NCSD = (x.flatten(0, 1).unflatten(1, (-1, size)) for x in (cache.k_BGSD, cache.v_BGSD))
+    cached = (cache.k_BGSD, cache.v_BGSD)
+    k_NCSD, v_NCSD = (x.flatten(0, 1).unflatten(1, (-1, size)) for x in cached)
     with torch.no_grad():
         q_NTRD = _to_groups(q, cache.k_BGSD.shape[1])
         means = cache.means_BGCD.flatten(0, 1)
@@ -59,9 +60,7 @@ class _ChunkAttention(torch.autograd.Function):
     """Saves inputs, output, log-sum-exp and the selection; recomputes the weights."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int) -> Tensor:
         q_NTRD = _to_groups(q, k.shape[2])
         k_NCSD, v_NCSD = _to_chunks(k, chunk_size), _to_chunks(v, chunk_size)
         o_NTRD, lse_NTR, chosen = _attend(q_NTRD, k_NCSD, v_NCSD, k_NCSD.mean(dim=2), 0, topk)
@@ -71,7 +70,7 @@ class _ChunkAttention(torch.autograd.Function):
         return o
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, o_NTRD, lse_NTR, chosen = ctx.saved_tensors
         q_NTRD, do_NTRD = _to_groups(q, k.shape[2]), _to_groups(do, k.shape[2])
         k_NCSD, v_NCSD = _to_chunks(k, ctx.chunk_size), _to_chunks(v, ctx.chunk_size)
@@ -106,7 +105,7 @@ def _attend(
 
 
 def _partial(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax attention over one set of keys: [n, m, D], [n, s, D] -> output, log-sum-exp [n, m]."""
+    """Softmax attention over one set of keys: [n, m, D], [n, s, D] -> output, lse [n, m]."""
     scores = torch.bmm(q, k.transpose(1, 2))
     if mask is not None:
         scores.masked_fill_(mask, -torch.inf)
@@ -163,8 +162,9 @@ def _attend_backward(
         dq_t = torch.empty_like(q_t)
         for piece in own_pieces(start, stop, size):
             rows = [piece.queries(x) for x in (q_t, do_t, lse_t, delta_t)]
+            keys, values = piece.keys(k_NCSD), piece.keys(v_NCSD)
             mask = piece.mask(heads, q_t.device)
-            dq_p, dk_p, dv_p = _partial_backward(*rows, piece.keys(k_NCSD), piece.keys(v_NCSD), mask)
+            dq_p, dk_p, dv_p = _partial_backward(rows, keys, values, mask)
             piece.put(dq_t, dq_p)
             piece.add(dk, dk_p)
             piece.add(dv, dv_p)
@@ -174,10 +174,11 @@ def _attend_backward(
             dq_pairs = q_t.new_empty((pairs.padded, dim))
             for tile in pairs.tiles():
                 rows = [x[pairs.rows[tile.pairs]] for x in flat]
-                rows[2].masked_fill_(pairs.is_padding[tile.pairs], torch.inf)  # no weight, no gradient
+                # A padding pair has no weight, hence no gradient.
+                rows[2].masked_fill_(pairs.is_padding[tile.pairs], torch.inf)
                 rows = [x.unflatten(0, (-1, tile.block)) for x in rows]
                 keys, values = tile.gather(k_chunks), tile.gather(v_chunks)
-                dq_p, dk_p, dv_p = _partial_backward(*rows, keys, values, None)
+                dq_p, dk_p, dv_p = _partial_backward(rows, keys, values, None)
                 dq_pairs[tile.pairs] = dq_p.flatten(0, 1)
                 dk_chunks.index_add_(0, tile.chunks, dk_p)
                 dv_chunks.index_add_(0, tile.chunks, dv_p)
@@ -190,9 +191,13 @@ def _attend_backward(
 
 
 def _partial_backward(
-    q: Tensor, do: Tensor, lse: Tensor, delta: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    rows: list[Tensor], k: Tensor, v: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients through one set of keys under the whole softmax: dq [n, m, D], dk, dv [n, s, D]."""
+    """Gradients through one set of keys under the whole softmax: dq [n, m, D], dk, dv [n, s, D].
+
+    rows: scaled queries and output gradients [n, m, D], log-sum-exp and delta [n, m].
+    """
+    q, do, lse, delta = rows
     weights = torch.bmm(q, k.transpose(1, 2)).sub_(lse.unsqueeze(-1)).exp_()
     if mask is not None:
         weights.masked_fill_(mask, 0)

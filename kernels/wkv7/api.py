@@ -1,5 +1,7 @@
 """The public WKV7 operation: checks its arguments, chooses an implementation and calls it."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def wkv7(
     lengths = [tokens] * batch
     if cu_seqlens is not None:
         offsets = check_cu_seqlens(cu_seqlens, batch, tokens)
-        lengths = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+        lengths = [b - a for a, b in pairwise(offsets)]
     state_dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     state_shape = (len(lengths), heads, v.shape[-1], key_dim)
     if initial_state is None:
@@ -65,19 +67,26 @@ def wkv7(
             f"initial_state must be {list(state_shape)} {state_dtype}, "
             f"got {list(initial_state.shape)} {initial_state.dtype}"
         )
-    inputs = [x.to(state_dtype) for x in (r, log_decay, k, v, alpha, beta)]
+    inputs = [*(x.to(state_dtype) for x in (r, log_decay, k, v, alpha, beta)), initial_state]
     if impl == "cpu":
-        y, state = wkv7_chunked(*inputs, initial_state, lengths)
+        y, state = wkv7_chunked(*inputs, lengths=lengths)
     elif cu_seqlens is None:
-        y, state = wkv7_reference(*inputs, initial_state)
+        y, state = wkv7_reference(*inputs)
     else:
-        parts = [
-            wkv7_reference(*(x[:, a:b] for x in inputs), initial_state[i : i + 1])
-            for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
-        ]
-        y = torch.cat([y for y, _ in parts], dim=1) if parts else inputs[3]
-        state = torch.cat([s for _, s in parts]) if parts else initial_state
+        y, state = _one_by_one(inputs, offsets)
     return y.to(v.dtype), state
+
+
+def _one_by_one(inputs: list[Tensor], offsets: list[int]) -> tuple[Tensor, Tensor]:
+    """The reference over packed sequences: y [1, T, H, V] and states [sequences, H, V, K]."""
+    *tokens, states = inputs
+    parts = [
+        wkv7_reference(*[*(x[:, a:b] for x in tokens), states[i : i + 1]])
+        for i, (a, b) in enumerate(pairwise(offsets))
+    ]
+    if not parts:
+        return torch.zeros_like(inputs[3]), states
+    return torch.cat([y for y, _ in parts], dim=1), torch.cat([s for _, s in parts])
 
 
 def _check(r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor) -> None:

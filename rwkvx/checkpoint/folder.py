@@ -24,12 +24,17 @@ def read_config(folder: Path) -> ModelConfig:
     """The config of a folder."""
     path = folder / CONFIG
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{folder} is no model folder: cannot read {path}") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # neither UTF-8 nor JSON
         raise InputError(f"{path} is damaged: {error}") from error
-    return ModelConfig.from_dict(data)
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is damaged: it holds no mapping")
+    try:
+        return ModelConfig.from_dict(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

@@ -38,9 +38,7 @@ def find_model(path: str | Path) -> Path:
     raise InputError(f"no model {str(path)!r}: not a file or folder, nor shipped ({known})")
 
 
-def load(
-    path: str | Path, device: str = "cpu", dtype: str = "float32", **overrides: Any
-) -> Model:
+def load(path: str | Path, device: str = "cpu", dtype: str = "float32", **overrides: Any) -> Model:
     """Load a model, in evaluation mode.
 
     Args:

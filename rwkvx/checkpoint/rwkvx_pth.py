@@ -27,9 +27,7 @@ def read_pth(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     if not numbers or "rwkv.emb.weight" not in raw:
         raise InputError(f"{path} does not hold an RWKV-X model (no rwkv.emb.weight)")
     pattern = hybrid_pattern(len(numbers), len(sparse))
-    places = {
-        kind: [i for i, p in enumerate(pattern) if p == kind] for kind in ("rwkv7", "sparse")
-    }
+    places = {kind: [i for i, p in enumerate(pattern) if p == kind] for kind in ("rwkv7", "sparse")}
     tensors = {}
     for name, x in raw.items():
         target = _rename(name, places)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import yaml
 from dacite import Config, DaciteError, UnexpectedDataError, from_dict
@@ -35,9 +35,9 @@ class DataConfig:
     """Where the tokens come from.
 
     Attributes:
-        kind: "passkey" (synthetic, fresh samples), "text" (files) or "hub" (a Hugging Face data set).
-        paths: text files (.txt, .xz, .jsonl with a "text" field, .tar.xz of .txt), relative to the
-            data folder; for "passkey", the prose used as filler; for "hub", name and subset.
+        kind: "passkey" (synthetic, fresh samples), "text" (files) or "hub" (Hugging Face).
+        paths: text files (.txt, .xz, .jsonl with a "text" field, .tar.xz of .txt), relative to
+            the data folder; for "passkey", the prose used as filler; for "hub", name and subset.
         prose: passkey: share of samples whose filler is prose, the rest has the standard sentences.
         other_weight: passkey: weight of the mean loss over other tokens beside that of the answers.
         limit_mb: read at most so many megabytes of text.
@@ -148,8 +148,8 @@ def read_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         InputError: unreadable file, unknown key, wrong type.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"cannot read config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise InputError(f"config {path} holds no mapping")

@@ -22,7 +22,7 @@ from rwkvx.training.config import DataConfig, StageConfig
 
 
 class Batch(NamedTuple):
-    """Inputs and targets [B, T] int64; loss weights [B, T] float32; answer positions [B, T] bool."""
+    """Inputs, targets [B, T] int64; loss weights [B, T] float32; answer positions [B, T] bool."""
 
     inputs: Tensor
     targets: Tensor
@@ -89,20 +89,30 @@ class PasskeySource:
             ids[row, :end] = np.concatenate([prompt, answer])
             answers[row, len(prompt) - 1 : end - 1] = True
             used[row, : end - 1] = True
-        target = torch.from_numpy(ids)
+        tokens = torch.from_numpy(ids)
         answer, other = torch.from_numpy(answers), torch.from_numpy(used & ~answers)
         weights = answer / answer.sum() + self.config.other_weight * other / other.sum()
-        return Batch(target[:, :-1], target[:, 1:], weights.float(), answer)
+        return Batch(tokens[:, :-1], tokens[:, 1:], weights.float(), answer)
 
     def _sample(self, room: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
         """Prompt and answer of together at most `room` tokens, any alignment to chunks."""
         key = _random_key(rng)
         answer = self.builder.answer(key)
         longest = room - len(answer)
+        if longest < self.builder.minimum:
+            raise InputError(
+                f"a passkey sequence of {room - 1} tokens is too short: prompt and answer need "
+                f"{self.builder.minimum + len(answer) - 1} with this tokenizer"
+            )
         shortest = max(self.builder.minimum, longest - 64)
         length = int(rng.integers(shortest, max(shortest, longest) + 1))
         depth = float(rng.random())
         if rng.random() < self.config.prose and self.prose is not None:
+            if len(self.prose) <= room:
+                raise InputError(
+                    f"the prose of data.paths has {len(self.prose)} tokens, a passkey sequence "
+                    f"needs more than {room}"
+                )
             start = int(rng.integers(0, len(self.prose) - room))
             window = self.prose[start : start + room].astype(np.int64)
             filler = Filler("prose", np.empty(0, np.int64), window)
@@ -154,7 +164,9 @@ def _documents(path: Path) -> Any:
                     if file is not None and member.name.endswith((".txt", ".md")):
                         yield file.read().decode("utf-8", errors="replace")
             return
-        raw = lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
+        raw = path.read_bytes()
+        if path.suffix == ".xz":
+            raw = lzma.decompress(raw)
         text = raw.decode("utf-8")
     except (OSError, lzma.LZMAError, tarfile.TarError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read text {path}: {error}") from error
@@ -165,7 +177,8 @@ def _documents(path: Path) -> Any:
         try:
             yield json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f'{path}, line {number}: no JSON object with a "text" field') from error
+            message = f'{path}, line {number}: no JSON object with a "text" field'
+            raise InputError(message) from error
 
 
 def _hub_tokens(config: DataConfig, tokenizer: Any) -> NDArray[np.int32]:

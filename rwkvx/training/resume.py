@@ -102,14 +102,16 @@ def _flatten(state: ModelState) -> dict[str, Tensor]:
 
 
 def _unflatten(model: Model, tensors: dict[str, Tensor]) -> ModelState:
+    def get(index: int, name: str) -> Tensor:
+        return tensors[f"{index}.{name}"].to(model.device)
+
     blocks: list[Rwkv7State | SparseState] = []
     for i, empty in enumerate(model.fresh_state(1).blocks):
-        present = {
-            name: tensors[f"{i}.{name}"].to(model.device)
-            for name in empty._fields
-            if f"{i}.{name}" in tensors
-        }
-        blocks.append(empty._replace(**present))
+        if isinstance(empty, Rwkv7State):
+            blocks.append(Rwkv7State(get(i, "shift"), get(i, "wkv"), get(i, "ffn_shift")))
+        else:
+            conv = None if empty.conv is None else get(i, "conv")
+            blocks.append(SparseState(None, 0, conv, get(i, "ffn_shift")))
     return ModelState(tuple(blocks), 0)
 
 

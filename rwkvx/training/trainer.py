@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +18,7 @@ from rwkvx.checkpoint import load
 from rwkvx.checkpoint.folder import save_folder
 from rwkvx.init import init_weights
 from rwkvx.model import Model
-from rwkvx.state import ModelState, select_state
+from rwkvx.state import ModelState, map_tensors, select_state
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.data import Batch, Source, build_source
 from rwkvx.training.optim import build_optimizer, learning_rate, set_learning_rate
@@ -41,9 +42,7 @@ class Trainer:
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.source: Source = build_source(config.data, self.model.tokenizer, data)
-        self.step, self.carried = load_checkpoint(
-            config.folder, self.model, self.optimizer, config
-        )
+        self.step, self.carried = load_checkpoint(config.folder, self.model, self.optimizer, config)
 
     def run(self) -> Model:
         """Train to the end, with a progress bar, TensorBoard events, evaluations, checkpoints."""
@@ -87,7 +86,7 @@ class Trainer:
             batch = self.source.batch(stage, seed)
             state = self._initial_state(stage, micro)
             loss, final = self._loss(batch, state)
-            (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
+            (loss / config.accumulate).backward()
             total += loss.item() / config.accumulate
             self.carried = final.recurrent()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
@@ -102,9 +101,7 @@ class Trainer:
         stage = self.config.stage(max(0, self.step - 1))
         losses, right, asked = 0.0, 0, 0
         for index in range(self.config.eval_batches):
-            batch = self._to_device(
-                self.source.batch(stage, (self.config.seed, EVALUATION, index))
-            )
+            batch = self._to_device(self.source.batch(stage, (self.config.seed, EVALUATION, index)))
             with self._autocast():
                 logits, _ = self.model(batch.inputs, keep_cache=False)
             losses += _weighted_loss(logits, batch).item()
@@ -122,28 +119,22 @@ class Trainer:
         return _weighted_loss(logits, batch), final
 
     def _initial_state(self, stage: StageConfig, micro: int) -> ModelState | None:
-        """Rows that start from the carried recurrent states, others from zero; None for all zero."""
+        """Rows of the carried recurrent states, others zero; None for all zero."""
         if self.carried is None or stage.state_passing == 0:
             return None
         generator = torch.Generator().manual_seed(
-            hash((self.config.seed, CARRYING, self.step, micro)) % (1 << 62)
+            _generator_seed(self.config.seed, CARRYING, self.step, micro)
         )
         had = self.carried.blocks[0].ffn_shift.shape[0]
         rows = torch.randint(had, (stage.batch,), generator=generator)
         passed = torch.rand(stage.batch, generator=generator) < stage.state_passing
         state = select_state(self.carried, rows)
         keep = passed.to(self.model.device)
-        blocks = tuple(
-            block._replace(
-                **{
-                    name: x * keep.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-                    for name, x in block._asdict().items()
-                    if isinstance(x, Tensor)
-                }
-            )
-            for block in state.blocks
-        )
-        return ModelState(blocks, 0)
+
+        def masked(x: Tensor) -> Tensor:
+            return x * keep.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+
+        return ModelState(tuple(map_tensors(block, masked) for block in state.blocks), 0)
 
     def _to_device(self, batch: Batch) -> Batch:
         return Batch(*(x.to(self.config.device, non_blocking=True) for x in batch))
@@ -159,6 +150,11 @@ def _weighted_loss(logits_BTV: Tensor, batch: Batch) -> Tensor:
         logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), reduction="none"
     )
     return (losses * batch.weights.flatten()).sum()
+
+
+def _generator_seed(*numbers: int) -> int:
+    """One seed for torch out of several numbers, the same on every machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _tokens(config: TrainConfig, step: int) -> int:
