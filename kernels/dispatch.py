@@ -1,6 +1,14 @@
 """Choosing an implementation, the same way for every kernel family."""
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
 import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
 
@@ -49,3 +57,16 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, tokens: int) -> list[
     if offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets):
         raise ValueError(f"cu_seqlens must rise from 0 to T = {tokens}, got {offsets[:8]}")
     return offsets
+
+
+def without_autocast(
+    operation: Callable[Concatenate[Tensor, P], R],
+) -> Callable[Concatenate[Tensor, P], R]:
+    """Run an operation in the dtypes it chose itself, also inside `torch.autocast`."""
+
+    @wraps(operation)
+    def run(first: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast(first.device.type, enabled=False):
+            return operation(first, *args, **kwargs)
+
+    return run

@@ -8,7 +8,7 @@ from torch import Tensor
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
 from rwkvx_kernels.chunk_attention.cpu import attend_cache, attend_sequence
 from rwkvx_kernels.chunk_attention.reference import chunk_attention_reference
-from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl
+from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl, without_autocast
 
 AVAILABLE = ("reference", "cpu")
 SELECTIONS = ("flat",)
@@ -19,6 +19,7 @@ def chosen_impl(device: torch.device | str, impl: str = "auto") -> str:
     return resolve_impl(impl, torch.device(device), AVAILABLE)
 
 
+@without_autocast
 def chunk_attention(
     q: Tensor,
     k: Tensor,
@@ -74,6 +75,7 @@ def chunk_attention(
     )
 
 
+@without_autocast
 def cached_chunk_attention(
     q: Tensor,
     cache: KeyValueCache,

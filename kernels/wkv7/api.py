@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl
+from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl, without_autocast
 from rwkvx_kernels.wkv7.cpu import wkv7_chunked
 from rwkvx_kernels.wkv7.reference import wkv7_reference
 
@@ -17,6 +17,7 @@ def chosen_impl(device: torch.device | str, impl: str = "auto") -> str:
     return resolve_impl(impl, torch.device(device), AVAILABLE)
 
 
+@without_autocast
 def wkv7(
     r: Tensor,
     log_decay: Tensor,

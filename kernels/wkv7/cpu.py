@@ -5,11 +5,11 @@ chunks of all sequences, then all second chunks, ...), C tokens of a chunk. READ
 equations; differentiable by autograd.
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rwkvx_kernels.wkv7.cpu_scan import scan_chunks
 
 # Fastest on a CPU without and with a backward pass to come (docs/results/kernels_cpu.md).
 CHUNK_FORWARD = 32
@@ -31,6 +31,7 @@ def wkv7_chunked(
     alpha: Tensor,
     beta: Tensor,
     state_NHVK: Tensor,
+    *,
     lengths: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over sequences of `lengths` tokens laid one after the other in [B, T].
@@ -56,18 +57,9 @@ def wkv7_chunked(
     log_decay = log_decay.clamp(min=-MAX_EXPONENT)
     chunks = [layout.to_chunks(x) for x in (r, log_decay, k, v, alpha, beta)]
     state = state_NHVK if layout.order is None else state_NHVK[layout.order]
-    pieces, start = [], 0
-    finals: list[Tensor] = []
-    for counts in layout.segments():
-        stop = start + sum(counts)
-        y, state, done = _segment(*(x[start:stop] for x in chunks), state, counts)
-        pieces.append(y)
-        finals = [*done, *finals]  # the shortest sequences end first and stand last
-        start = stop
-    state = torch.cat([state, *finals]) if finals else state
+    y_MHCV, state = scan_chunks(*chunks, state, layout.segments())
     if layout.order is not None:
         state = state[torch.argsort(layout.order)]
-    y_MHCV = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
     return layout.from_chunks(y_MHCV, v.shape), state
 
 
@@ -142,59 +134,6 @@ class _Layout:
                 groups.append([])
             groups[-1].append(count)
         return groups
-
-
-def _segment(
-    r: Tensor,
-    log_decay: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    counts: list[int],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Consecutive scan steps over [M, H, C, K] chunks.
-
-    Returns y [M, H, C, V], the states [counts[-1], H, V, K] of the sequences that are still active
-    in the last step, and the states of those that ended before, in their order.
-    """
-    chunks, heads, size, width = r.shape
-    g = log_decay.cumsum(dim=2)
-    centred = g - g[:, :, (size - 1) // 2, None]
-    grow, shrink = centred.exp(), (-centred).exp()
-    query = torch.cat([alpha * (centred - log_decay).exp(), r * grow], dim=2).flatten(0, 1)
-    key = torch.cat([beta * shrink, k * shrink], dim=2).flatten(0, 1)
-    value = v.flatten(0, 1)
-    # All four C x C matrices in one product: rows alpha, r; columns beta, k.
-    scores = torch.bmm(query, key.transpose(1, 2))
-    a_ab, a_ak = scores[:, :size, :size].tril(-1), scores[:, :size, size:].tril(-1)
-    a_r = torch.cat([scores[:, size:, :size].tril(), scores[:, size:, size:].tril()], dim=2)
-    identity = torch.eye(size, dtype=r.dtype, device=r.device)
-    # [W | U0] = (I - A_ab)^-1 [alpha | A_ak V], by substitution: doubling explodes (kernels.md).
-    right = torch.cat([query[:, :size], torch.bmm(a_ak, value)], dim=2)
-    solved = torch.linalg.solve_triangular(identity - a_ab, right, upper=False, unitriangular=True)
-    w, u0 = solved[:, :, :width], solved[:, :, width:]
-    to_centre = g[:, :, (size - 1) // 2].exp().flatten(0, 1).unsqueeze(1)
-    to_end = centred[:, :, -1].exp().flatten(0, 1).unsqueeze(1)
-    outputs, done = [], []
-    bounds = [0]
-    for count in counts:
-        bounds.append(bounds[-1] + count * heads)
-    current = state.flatten(0, 1)
-    for a, b in pairwise(bounds):
-        if len(current) > b - a:
-            done.insert(0, current[b - a :].unflatten(0, (-1, heads)))
-            current = current[: b - a]
-        from_centre = current * to_centre[a:b]
-        # U = U0 + W S^T;  y = r S^T + [A_rb | A_rk] [U; V];  S' = (S + [U; V]^T [beta; k]) decay
-        u = torch.baddbmm(u0[a:b], w[a:b], from_centre.transpose(1, 2))
-        uv = torch.cat([u, value[a:b]], dim=1)
-        y = torch.bmm(query[a:b, size:], from_centre.transpose(1, 2))
-        outputs.append(torch.baddbmm(y, a_r[a:b], uv))
-        current = torch.baddbmm(from_centre, uv.transpose(1, 2), key[a:b]) * to_end[a:b]
-    y_MHCV = torch.cat(outputs).view(chunks, heads, size, -1)
-    return y_MHCV, current.unflatten(0, (-1, heads)), done
 
 
 def _steps(
