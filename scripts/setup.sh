@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make a virtual environment and install this checkout into it.
 #
-#   bash scripts/setup.sh [EXTRAS]      EXTRAS: comma-separated, of eval,train,dev,flash,gpu
+#   bash scripts/setup.sh [EXTRAS]      EXTRAS: comma-separated, of eval,train,dev,peers,flash,gpu
 #                                       (default: eval)
 #
 # Needs Python 3.11 or newer with its venv module, nothing else. The environment is the one that

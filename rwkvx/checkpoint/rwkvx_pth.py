@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkvx.checkpoint.files import replacing
 from rwkvx.config import ModelConfig, hybrid_pattern
 from rwkvx.errors import InputError
+from rwkvx.model import Model
 
 CHUNK_SIZE, TOPK = 2048, 3
 _BLOCK = re.compile(r"(?:rwkv\.)?blocks\.(\d+)\.(.+)")
@@ -32,9 +34,57 @@ def read_pth(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     for name, x in raw.items():
         target = _rename(name, places)
         if target is not None:
-            flat = x.dim() > 1 and x.numel() == x.shape[-1] and not name.endswith(".weight")
-            tensors[target] = x.flatten() if flat else x
+            # Vectors are stored as [1, 1, C]; r_k is [H, N], also with one head.
+            tensors[target] = x.flatten() if x.dim() == 3 else x
     return _config(path, raw, pattern), tensors
+
+
+def write_pth(model: Model, path: Path) -> None:
+    """Write the weights as RWKV-X stores them (block 0 without its unused value residual).
+
+    Chunk size and top-k have no place in the file: a reader must be told them.
+
+    Raises:
+        InputError: the model has what the layout cannot hold.
+        OSError: the disk refuses; then there is no file, or the old one.
+    """
+    config = model.config
+    if reason := no_place_in_pth(config):
+        raise InputError(f"the RWKV-X layout has no place for {reason}")
+    raw = {}
+    for name, x in model.state_dict().items():
+        target, vector = _rwkvx_name(name, config.pattern), x.dim() == 1
+        plain = target.endswith((".weight", ".bias"))
+        raw[target] = x.detach().cpu().view(1, 1, -1) if vector and not plain else x.detach().cpu()
+    with replacing(path) as temporary:
+        torch.save({name: x.contiguous() for name, x in raw.items()}, temporary)
+
+
+def no_place_in_pth(config: ModelConfig) -> str | None:
+    """What of a model the layout cannot hold, None if it holds everything."""
+    rwkv_blocks, sparse_blocks = (config.pattern.count(x) for x in ("rwkv7", "sparse"))
+    if not rwkv_blocks:
+        return "a model without RWKV-7 blocks"
+    uneven = sparse_blocks and rwkv_blocks % sparse_blocks
+    if uneven or config.pattern != hybrid_pattern(rwkv_blocks, sparse_blocks):
+        return "this order of blocks"
+    if config.key_conv and sparse_blocks:
+        return "a key convolution"
+    if config.kv_heads != config.heads and sparse_blocks:
+        return "grouped-query heads"
+    return None
+
+
+def _rwkvx_name(name: str, pattern: tuple[str, ...]) -> str:
+    """The inverse of `_rename`."""
+    if name.startswith("ln0."):
+        return f"rwkv.blocks.0.{name}"
+    if not (m := _BLOCK.fullmatch(name)):
+        return f"rwkv.{name}"
+    position = int(m[1])
+    kind = pattern[position]
+    index = pattern[:position].count(kind)
+    return f"rwkv.blocks.{index}.{m[2]}" if kind == "rwkv7" else f"moba.{index}.{m[2]}"
 
 
 def _read(path: Path) -> dict[str, Tensor]:
