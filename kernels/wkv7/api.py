@@ -107,5 +107,5 @@ def _check(r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, alpha: Tensor, be
             raise ValueError(f"{name} is {x.dtype}, but r is {r.dtype}")
         if x.device != r.device:
             raise ValueError(f"{name} is on {x.device}, but r is on {r.device}")
-    if log_decay.device.type == "cpu" and log_decay.numel() and float(log_decay.max()) > 0:
+    if log_decay.device.type == "cpu" and log_decay.numel() and float(log_decay.detach().max()) > 0:
         raise ValueError("log_decay must be <= 0 (the logarithm of a decay between 0 and 1)")
