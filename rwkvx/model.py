@@ -19,9 +19,9 @@ from rwkvx.sparse_attention import SparseAttention
 from rwkvx.state import BlockState, ModelState, Rwkv7State, SparseState
 from rwkvx.time_mix import TimeMix
 
-# Without gradients, long inputs are read in segments of about so many tokens (over the batch):
-# activations stay in the cache and memory stays flat (docs/results/cpu.md).
-SEGMENT_TOKENS = 1024
+# Without gradients, long inputs are read in segments of about so many numbers (batch x tokens x
+# width): activations stay near the cache and memory stays flat (docs/results/cpu.md).
+SEGMENT_ELEMENTS = 1 << 19
 LOGITS = ("all", "last", "none")
 
 
@@ -122,7 +122,7 @@ class Model(nn.Module):
         if cu_seqlens is not None:
             keep_cache = False
             cu_seqlens = cu_seqlens.to(ids.device, torch.int64)
-        step = max(1, SEGMENT_TOKENS // ids.shape[0])
+        step = self.segment_tokens(ids.shape[0])
         whole = torch.is_grad_enabled() or cu_seqlens is not None or not keep_cache
         if state is None:
             sequences = ids.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -137,6 +137,10 @@ class Model(nn.Module):
         if not outputs:
             return None, state
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state
+
+    def segment_tokens(self, batch: int) -> int:
+        """Tokens of a sequence that are read at once without gradients."""
+        return max(1, SEGMENT_ELEMENTS // (batch * self.config.width))
 
     def fresh_state(self, batch: int) -> ModelState:
         """The state before the first token of `batch` sequences."""

@@ -10,9 +10,6 @@ from torch import Tensor
 TILE_SCORES = 1 << 20
 # Chunks of a tile: wide enough for an efficient product.
 TILE_CHUNKS = 4096
-# The top-k of a row lie within the top-k of its groups by maximum: exact, and a vectorised maximum
-# costs less than a partial sort of the whole row.
-GROUP = 32
 
 
 def select_chunks(
@@ -65,19 +62,24 @@ def _stream(q_NQD: Tensor, means_NCD: Tensor, limit_Q: Tensor, slots: int) -> Te
 
 
 def _top(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Top `slots` (or all, if fewer) of the last dimension: values and indices."""
+    """Top `slots` (or all, if fewer) of the last dimension: values and indices.
+
+    The top-k of a row lie within the top-k of its groups by maximum: exact, and a vectorised
+    maximum costs less than a partial sort of the whole row.
+    """
     width = scores.shape[-1]
-    columns = width // GROUP
-    if columns <= 2 * slots:
+    group_size = int((width / slots) ** 0.5)  # as many groups as members of the chosen groups
+    if group_size < 3:
         value, index = scores.topk(min(slots, width), dim=-1)
         return value, index
+    columns = width // group_size
     # Group c holds the elements c, c + columns, c + 2 columns, ...: the maximum is vectorised.
-    even = scores[..., : columns * GROUP].unflatten(-1, (GROUP, columns))
+    even = scores[..., : columns * group_size].unflatten(-1, (group_size, columns))
     group = even.amax(dim=-2).topk(slots, dim=-1).indices
-    member = torch.arange(GROUP, device=scores.device)[:, None] * columns
+    member = torch.arange(group_size, device=scores.device)[:, None] * columns
     candidate = (group.unsqueeze(-2) + member).flatten(-2)
-    if columns * GROUP < width:
-        rest = torch.arange(columns * GROUP, width, device=scores.device)
+    if columns * group_size < width:
+        rest = torch.arange(columns * group_size, width, device=scores.device)
         candidate = torch.cat([candidate, rest.expand(*candidate.shape[:-1], -1)], dim=-1)
     value, pick = scores.gather(-1, candidate).topk(slots, dim=-1)
     return value, candidate.gather(-1, pick)
