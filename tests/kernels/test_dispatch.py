@@ -1,0 +1,54 @@
+"""Choosing an implementation, and packed-sequence offsets."""
+
+import pytest
+import torch
+
+from rwkvx_kernels import chunk_attention, wkv7
+from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_takes_what_there_is() -> None:
+    assert resolve_impl("auto", CPU, ("reference", "cpu")) == "cpu"
+    assert resolve_impl("auto", CPU, ("reference", "cpu", "triton")) == "cpu"
+    assert resolve_impl("auto", CUDA, ("reference", "cpu", "triton")) == "triton"
+    assert resolve_impl("auto", CUDA, ("reference", "cpu")) == "cpu"
+
+
+@pytest.mark.parametrize("family", [wkv7, chunk_attention], ids=["wkv7", "chunk_attention"])
+def test_every_family_says_what_it_chose(family) -> None:  # type: ignore[no-untyped-def]
+    assert family.chosen_impl("cpu") == "cpu"
+    assert family.chosen_impl("cpu", "reference") == "reference"
+    with pytest.raises(NotImplementedError, match="available: reference, cpu"):
+        family.chosen_impl("cpu", "triton")
+    with pytest.raises(ValueError, match="unknown impl 'fast'"):
+        family.chosen_impl("cpu", "fast")
+
+
+def test_an_explicit_request_is_never_replaced() -> None:
+    assert resolve_impl("reference", CUDA, ("reference", "cpu", "triton")) == "reference"
+    with pytest.raises(NotImplementedError, match="not there yet"):
+        resolve_impl("triton", CUDA, ("reference", "cpu"))
+
+
+@pytest.mark.parametrize("offsets", [[0, 5], [0, 0, 2, 2, 5, 5], [0, 1, 2, 3, 4, 5]])
+def test_good_offsets(offsets: list[int]) -> None:
+    for dtype in (torch.int32, torch.int64):
+        assert check_cu_seqlens(torch.tensor(offsets, dtype=dtype), 1, 5) == offsets
+
+
+@pytest.mark.parametrize(
+    ("offsets", "batch", "message"),
+    [
+        ([1, 5], 1, "must rise from 0 to T = 5"),
+        ([0, 4], 1, "must rise"),
+        ([0, 3, 2, 5], 1, "must rise"),
+        ([[0, 5]], 1, "1-D integer"),
+        ([0.0, 5.0], 1, "1-D integer"),
+        ([0, 5], 2, "batch size 1, got 2"),
+    ],
+)
+def test_bad_offsets(offsets: list[int], batch: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_cu_seqlens(torch.tensor(offsets), batch, 5)
