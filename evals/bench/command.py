@@ -1,0 +1,129 @@
+"""`rwkvx bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rwkvx_evals.bench.run import Results
+
+
+@click.group("bench")
+def bench_command() -> None:
+    """Measure speed and memory on this machine.
+
+    \b
+    Example:
+      rwkvx bench cpu
+    """
+
+
+@bench_command.command("cpu")
+@click.option(
+    "--model",
+    default="rwkvx_0b2",
+    show_default=True,
+    help="A shape (name of a configuration or a .yaml file: random weights), or a model: a "
+    "shipped name, a folder, a .pth file.",
+)
+@click.option(
+    "--lengths",
+    default="128,256,512,1k,2k",
+    show_default=True,
+    help="Tokens of prefill, then decoding goes on from there; 1k = 1024, none: leave out.",
+)
+@click.option("--decode", default=16, show_default=True, help="Steps of a timing; 0: leave out.")
+@click.option(
+    "--long", "long_", default="none", show_default=True, help="Long prefills, such as 16k,64k."
+)
+@click.option("--window", default="8k", show_default=True, help="Last tokens of --long to time.")
+@click.option(
+    "--memory", default="none", show_default=True, help="Peak memory of reading so many tokens."
+)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.option("--threads", type=int, help="Default: all cores that this process may use.")
+@click.option("--repeats", default=5, show_default=True)
+@click.option("--peer/--no-peer", default=True, help="Measure rwkv-x too, where it is installed.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: runs/bench-MODEL.")
+def cpu_command(
+    model: str,
+    lengths: str,
+    decode: int,
+    long_: str,
+    window: str,
+    memory: str,
+    dtype: str,
+    threads: int | None,
+    repeats: int,
+    peer: bool,
+    out: Path | None,
+) -> None:
+    """Prefill, decoding, long prefill and memory, beside what no implementation can avoid.
+
+    Ours, the model's matrix products alone (the floor; for decoding: reading its weights once)
+    and the package rwkv-x on the same weights take turns in one process; logits are compared
+    before anything is timed. Leave the machine alone meanwhile, and set OMP_WAIT_POLICY=passive
+    before the start: threads that wait by spinning disturb the others.
+
+    \b
+    Examples:
+      OMP_WAIT_POLICY=passive rwkvx bench cpu
+      rwkvx bench cpu --lengths none --long 16k,64k
+      rwkvx bench cpu --model passkey-tiny --lengths none --long 16k,256k --memory 1m
+    """
+    from rwkvx_evals.bench.machine import available_cores
+    from rwkvx_evals.bench.run import Settings, run
+    from rwkvx_evals.passkey.plan import parse_length, parse_lengths
+
+    def several(text: str) -> tuple[int, ...]:
+        return () if text.strip().lower() in ("none", "") else parse_lengths(text)
+
+    settings = Settings(
+        model=model,
+        lengths=several(lengths),
+        decode=decode,
+        long=several(long_),
+        window=parse_length(window),
+        memory=max(several(memory), default=0),
+        dtype=dtype,
+        threads=available_cores() if threads is None else threads,
+        repeats=repeats,
+        peer=peer,
+    )
+    out = out or Path("runs") / f"bench-{Path(model).stem}"
+    results = run(settings, out)
+    click.echo(summary(results))
+    picture = f"   picture: {out / 'speed.png'}" if "prefill" in results else ""
+    click.echo(f"report: {out / 'report.md'}{picture}")
+    for warning in results["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def summary(results: Results) -> str:
+    """A line per measurement for the terminal."""
+    lines = []
+    for entry in results.get("prefill", []):
+        speed = entry["tokens_per_second"]["ours"]["median"]
+        lines.append(f"prefill {entry['tokens']:>6}: {speed:>10,.1f} tokens/s{_ratios(entry)}")
+    for entry in results.get("decode", []):
+        speed = entry["tokens_per_second"]["ours"]["median"]
+        lines.append(
+            f"decode @{entry['after_tokens']:>6}: {speed:>10,.1f} tokens/s{_ratios(entry)}"
+        )
+    for row in results.get("long", {}).get("lengths", []):
+        lines.append(
+            f"long {row['tokens']:>9}: {1e3 * row['mean_seconds_per_token']:>10.3f} ms per token, "
+            f"{row['ratio_to_shortest']['of_means']:.3f} of the shortest's"
+        )
+    if memory := results.get("memory"):
+        lines.append(
+            f"memory of reading {memory['tokens']:,} tokens: {memory['peak_bytes'] / 2**30:.2f} GiB"
+        )
+    return "\n".join(lines)
+
+
+def _ratios(entry: dict[str, dict[str, dict[str, float]]]) -> str:
+    return "".join(f", {name} {x['median']:.2f}" for name, x in entry["ratios"].items())

@@ -1,0 +1,95 @@
+"""What no implementation of the same model can avoid: its products with weights, and their bytes.
+
+FLOPs count a multiplication and an addition as two.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rwkvx
+
+# The two factors of the low-rank products of an RWKV-7 block: [C, D] and [D, C].
+_LOW_RANK = re.compile(r"blocks\.\d+\.att\.[wavg][12]")
+
+
+class Products:
+    """The products of activations with a model's own weights, alone, in the model's segments.
+
+    `linear` are those of its nn.Linear modules (the head for the last token only, as with
+    logits="last"), `low_rank` those of the low-rank matrices of its RWKV-7 blocks.
+    """
+
+    def __init__(self, model: rwkvx.Model) -> None:
+        self._head = model.head.weight
+        self._linear = [
+            module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)
+        ]
+        self._low_rank = [x for n, x in model.named_parameters() if _LOW_RANK.fullmatch(n)]
+        self._segment = model.segment_tokens(batch=1)
+        widths = {x.shape[1] for x in (*self._linear, self._head)}
+        widths |= {x.shape[0] for x in self._low_rank}
+        draw = torch.Generator().manual_seed(0)
+        self._inputs = {
+            n: torch.randn(1, self._segment, n, generator=draw).to(model.dtype)
+            for n in sorted(widths)
+        }
+
+    def run_linear(self, tokens: int) -> None:
+        """One prefill's worth."""
+        for size in segments(tokens, self._segment):
+            for weight in self._linear:
+                F.linear(self._inputs[weight.shape[1]][:, :size], weight)
+        F.linear(self._inputs[self._head.shape[1]][:, :1], self._head)
+
+    def run_low_rank(self, tokens: int) -> None:
+        """One prefill's worth."""
+        for size in segments(tokens, self._segment):
+            for matrix in self._low_rank:
+                self._inputs[matrix.shape[0]][:, :size] @ matrix
+
+    def linear_flops(self, tokens: int, head_tokens: int = 1) -> int:
+        """FLOPs of `run_linear`."""
+        blocks = sum(x.numel() for x in self._linear)
+        return 2 * (blocks * tokens + self._head.numel() * head_tokens)
+
+    def low_rank_flops(self, tokens: int) -> int:
+        """FLOPs of `run_low_rank`."""
+        return 2 * sum(x.numel() for x in self._low_rank) * tokens
+
+
+def segments(tokens: int, segment: int) -> list[int]:
+    """Sizes of the segments in which the model reads so many tokens of one sequence."""
+    full, rest = divmod(tokens, segment)
+    return [segment] * full + [rest] * (rest > 0)
+
+
+def bytes_per_token(model: rwkvx.Model) -> int:
+    """Bytes of weights that a decoded token reads: all but the embedding table."""
+    return sum(
+        x.numel() * x.element_size() for n, x in model.named_parameters() if n != "emb.weight"
+    )
+
+
+def plain_buffer(size: int) -> Tensor:
+    """A float32 buffer of about `size` bytes, every page of it touched."""
+    return torch.ones(max(1, size // 4))
+
+
+def selection_flops(config: rwkvx.ModelConfig, start: int, stop: int) -> int:
+    """Of flat selection for tokens `start` ... `stop` - 1: a product per past chunk and head."""
+    chunks = sum(position // config.chunk_size for position in range(start, stop))
+    return 2 * config.width * chunks * config.pattern.count("sparse")
+
+
+def attention_flops(config: rwkvx.ModelConfig, start: int, stop: int) -> int:
+    """Of scores and values for the same tokens: the own chunk so far and topk - 1 past chunks."""
+    size, attended = config.chunk_size, 0
+    for position in range(start, stop):
+        past = min(config.topk - 1, position // size) * size
+        attended += past + position % size + 1
+    return 4 * config.width * attended * config.pattern.count("sparse")

@@ -1,0 +1,134 @@
+"""What is measured: our model, by name or by shape, and the published package on its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from importlib import metadata
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+import rwkvx
+from rwkvx.checkpoint.load import shipped_models
+from rwkvx.checkpoint.rwkvx_pth import no_place_in_pth, write_pth
+from rwkvx.errors import InputError
+
+PEER = "rwkv-x"
+PEER_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+SEED = 0
+
+
+def find_shape(name: str) -> Path | None:
+    """The YAML file that `name` means: a file, or a name among the shipped configurations."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name).expanduser()
+    shipped = Path(str(files("rwkvx_configs"))) / f"{name}.yaml"
+    return shipped if shipped.is_file() else None
+
+
+def read_shape(path: Path) -> rwkvx.ModelConfig:
+    """The `model` section of a YAML file; raises InputError when there is none that fits."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    section = data.get("model") if isinstance(data, dict) else None
+    if not isinstance(section, dict):
+        raise InputError(f"{path} has no section `model`")
+    return rwkvx.ModelConfig.from_dict(section)
+
+
+def open_model(name: str, dtype: str) -> tuple[rwkvx.Model, str]:
+    """The model and where its weights are from: a shape with random weights, or whatever loads.
+
+    Raises InputError for a name that is neither.
+    """
+    shape = find_shape(name)
+    if shape is not None:
+        model = random_model(read_shape(shape)).to(getattr(torch, dtype))
+        return model.eval(), f"random, shape of {shape.name}"
+    try:
+        model = rwkvx.load(name, dtype=dtype)
+    except InputError as error:
+        if Path(name).expanduser().exists() or name in shipped_models():
+            raise
+        raise InputError(f"{error}, nor a shape ({', '.join(shipped_shapes())})") from error
+    return model, Path(name).name
+
+
+def shipped_shapes() -> list[str]:
+    """Names of the configurations inside the package."""
+    return sorted(p.stem for p in Path(str(files("rwkvx_configs"))).glob("*.yaml"))
+
+
+@torch.no_grad()
+def random_model(config: rwkvx.ModelConfig) -> rwkvx.Model:
+    """Random weights of a sane scale, none of them zero, drawn in place (no memory beyond them).
+
+    Fresh initial weights will not do: there, blocks put out nothing at all.
+    """
+    model = rwkvx.Model(config)
+    draw = torch.Generator().manual_seed(SEED)
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)}
+    for name, x in model.named_parameters():
+        last = name.rpartition(".")[2]
+        if id(x) in matrices:
+            x.normal_(0, x.shape[1] ** -0.5, generator=draw)
+        elif id(x) in norms or last in ("k_k", "k_a"):
+            x.normal_(1, 0.1, generator=draw)
+        elif last.startswith("x_"):
+            x.uniform_(0, 1, generator=draw)
+        elif x.dim() == 2 and last[-1] in "12":
+            x.normal_(0, x.shape[0] ** -0.5, generator=draw)
+        else:
+            x.normal_(0, 0.5, generator=draw)
+    return model.eval()
+
+
+class Peer:
+    """The package `rwkv-x` on the CPU."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        from rwkv_x.model import RWKV_X
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._model = RWKV_X(str(path), f"cpu {PEER_DTYPES[dtype]}")
+
+    def prefill(self, ids: list[int]) -> tuple[Tensor, Any]:
+        """Logits [V] of the last token and a state; `ids` of two tokens or more."""
+        logits, state = self._model.forward(ids, None)
+        return logits, state
+
+    def decode(self, token: int, state: Any) -> tuple[Tensor, Any]:
+        """Logits [V] after one more token; the state is changed."""
+        logits, state = self._model.forward(token, state)
+        return logits, state
+
+
+def open_peer(model: rwkvx.Model, dtype: str, wanted: bool) -> tuple[Peer | None, str]:
+    """The peer on the very same weights, through a temporary file in its own layout.
+
+    None where there is none; beside it the words that say which, or why not.
+    """
+    reason = None if wanted else "not asked for"
+    if wanted and find_spec("rwkv_x") is None:
+        reason = "not installed (pip install 'rwkvx[peers]')"
+    elif wanted and (missing := no_place_in_pth(model.config)):
+        reason = f"cannot hold {missing}"
+    elif wanted and model.config.head_size != 64:
+        reason = f"knows heads of 64 only, not of {model.config.head_size}"
+    if reason is not None:
+        return None, f"{PEER}: {reason}"
+    with tempfile.TemporaryDirectory(prefix="rwkvx-bench-") as folder:
+        path = Path(folder) / "model.pth"
+        write_pth(model, path)
+        peer = Peer(path, dtype)
+    return peer, f"{PEER} {metadata.version(PEER)}"
