@@ -153,7 +153,8 @@ def _attend_backward(
     """Gradients of `_attend` at offset 0: dq [N, T, R, D], dk and dv [N, C, S, D]."""
     heads, dim = q_NTRD.shape[2:]
     size, scale = k_NCSD.shape[2], dim**-0.5
-    dq, dk, dv = torch.empty_like(q_NTRD), torch.zeros_like(k_NCSD), torch.zeros_like(v_NCSD)
+    # Not zeros_like, which would copy the strides of a transposed view.
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q_NTRD, k_NCSD, v_NCSD))
     k_chunks, v_chunks = k_NCSD.flatten(0, 1), v_NCSD.flatten(0, 1)
     dk_chunks, dv_chunks = dk.view_as(k_chunks), dv.view_as(v_chunks)
     for start, stop in query_tiles(q_NTRD.shape, 0, size, chosen.shape[-1] + 1):
