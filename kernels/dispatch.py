@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,14 +59,14 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, tokens: int) -> list[
     return offsets
 
 
-def without_autocast(
-    operation: Callable[Concatenate[Tensor, P], R],
-) -> Callable[Concatenate[Tensor, P], R]:
+def without_autocast(operation: Callable[P, R]) -> Callable[P, R]:
     """Run an operation in the dtypes it chose itself, also inside `torch.autocast`."""
 
     @wraps(operation)
-    def run(first: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.autocast(first.device.type, enabled=False):
-            return operation(first, *args, **kwargs)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        device = next((x.device.type for x in tensors), "cpu")
+        with torch.autocast(device, enabled=False):
+            return operation(*args, **kwargs)
 
     return run

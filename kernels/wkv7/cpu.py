@@ -57,7 +57,7 @@ def wkv7_chunked(
     log_decay = log_decay.clamp(min=-MAX_EXPONENT)
     chunks = [layout.to_chunks(x) for x in (r, log_decay, k, v, alpha, beta)]
     state = state_NHVK if layout.order is None else state_NHVK[layout.order]
-    y_MHCV, state = scan_chunks(*chunks, state, layout.segments())
+    y_MHCV, state = scan_chunks(*[*chunks, state], segments=layout.segments())
     if layout.order is not None:
         state = state[torch.argsort(layout.order)]
     return layout.from_chunks(y_MHCV, v.shape), state

@@ -20,6 +20,7 @@ def scan_chunks(
     alpha: Tensor,
     beta: Tensor,
     state: Tensor,
+    *,
     segments: list[list[int]],
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over chunks, differentiable in every tensor.
@@ -33,7 +34,7 @@ def scan_chunks(
     Returns:
         y [M, H, C, V] and the final states [N, H, V, K].
     """
-    y, final = _Scan.apply(r, log_decay, k, v, alpha, beta, state, segments)  # type: ignore[no-untyped-call]
+    y, final = _Scan.apply(r, log_decay, k, v, alpha, beta, state, segments)
     return y, final
 
 
@@ -92,7 +93,7 @@ class _Scan(torch.autograd.Function):
     """Saves the inputs, the state before each chunk and U; recomputes the rest."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         r: Tensor,
         log_decay: Tensor,
@@ -120,7 +121,7 @@ class _Scan(torch.autograd.Function):
         return y.view(v.shape), current.view(state.shape)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         *rows, after, before, u = ctx.saved_tensors
         dy_rows = dy.flatten(0, 1)
         dstate, after = dfinal.flatten(0, 1).clone(), after.clone()

@@ -90,9 +90,9 @@ class PasskeySource:
             answers[row, len(prompt) - 1 : end - 1] = True
             used[row, : end - 1] = True
         tokens = torch.from_numpy(ids)
-        answer, other = torch.from_numpy(answers), torch.from_numpy(used & ~answers)
-        weights = answer / answer.sum() + self.config.other_weight * other / other.sum()
-        return Batch(tokens[:, :-1], tokens[:, 1:], weights.float(), answer)
+        asked, other = torch.from_numpy(answers), torch.from_numpy(used & ~answers)
+        weights = asked / asked.sum() + self.config.other_weight * other / other.sum()
+        return Batch(tokens[:, :-1], tokens[:, 1:], weights.float(), asked)
 
     def _sample(self, room: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
         """Prompt and answer of together at most `room` tokens, any alignment to chunks."""

@@ -52,3 +52,18 @@ def test_good_offsets(offsets: list[int]) -> None:
 def test_bad_offsets(offsets: list[int], batch: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_cu_seqlens(torch.tensor(offsets), batch, 5)
+
+
+def test_autocast_changes_nothing() -> None:
+    """The operations choose their own dtypes: a bfloat16 state would forget within 256 tokens."""
+    torch.manual_seed(0)
+    r, k, v, x = (torch.randn(1, 40, 2, 8) for _ in range(4))
+    decay = -torch.rand(1, 40, 2, 8)
+    expected = wkv7.wkv7(r, decay, k, v, -x * 0.1, x * 0.1)
+    attended = chunk_attention.chunk_attention(r, k, v, 4, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = wkv7.wkv7(r, log_decay=decay, k=k, v=v, alpha=-x * 0.1, beta=x * 0.1)
+        o = chunk_attention.chunk_attention(q=r, k=k, v=v, chunk_size=4, topk=2)
+    assert torch.equal(y, expected[0])
+    assert torch.equal(state, expected[1])
+    assert torch.equal(o, attended)
