@@ -25,6 +25,7 @@ class Products:
     """
 
     def __init__(self, model: rwkvx.Model) -> None:
+        self._segment = model.segment_tokens(1)
         self._head = model.head.weight
         self._linear = [
             module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)
@@ -63,7 +64,7 @@ class Products:
 
 
 def segments(tokens: int, segment: int) -> list[int]:
-    """Sizes of the segments in which the model reads so many tokens of one sequence."""
+    """Sizes of the parts in which so many tokens are read, at most `segment` at a time."""
     full, rest = divmod(tokens, segment)
     return [segment] * full + [rest] * (rest > 0)
 

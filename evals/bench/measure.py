@@ -26,7 +26,7 @@ from rwkvx_evals.bench.timing import Run, by_turns, ratio, spread
 TOLERANCE = 2e-5
 # Rough costs for the progress bar, in prefilled tokens of ours.
 PEER_TOKEN, DECODED_TOKEN, PEER_DECODED_TOKEN = 5.0, 30.0, 50.0
-PIECE = 1024  # tokens of one timing of a long prefill
+PIECE = 1024  # least tokens of one timing of a long prefill
 
 Entry = dict[str, Any]
 
@@ -214,9 +214,10 @@ def measure_long(
     What comes before the window is read untimed; logits "none".
     """
     states, places = {}, {}
+    pieces = pieces_of(window, subjects.model.segment_tokens(1))
     for length in lengths:
         state = None
-        for part in subjects.ids[:, : length - window].split(PIECE, dim=1):
+        for part in subjects.ids[:, : length - window].split(pieces[0], dim=1):
             _, state = subjects.model(part, state, logits="none")
             bar.update(part.shape[1])
         states[length], places[length] = state, length - window
@@ -228,7 +229,6 @@ def measure_long(
         places[length] = start + tokens
 
     seconds: dict[int, list[float]] = {length: [] for length in lengths}
-    pieces = [PIECE] * (window // PIECE) + [window % PIECE] * (window % PIECE > 0)
     for size in pieces:
         runs = [
             Run(str(n), lambda n=n, size=size: read(n, size), size, size)  # type: ignore[misc]
@@ -238,6 +238,13 @@ def measure_long(
         for length in lengths:
             seconds[length] += taken[str(length)]
     return _long_entry(subjects, seconds, pieces, window)
+
+
+def pieces_of(window: int, segment: int) -> list[int]:
+    """Whole segments, of `PIECE` tokens or more, the rest in the last: as if read in one call."""
+    piece = segment * -(-PIECE // segment)
+    count = max(1, window // piece)
+    return [piece] * (count - 1) + [window - piece * (count - 1)]
 
 
 def _long_entry(

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
+from rwkvx_evals.bench.report import threads
 from rwkvx_evals.passkey.plan import length_label
 
 # Colour-blind safe, told apart by marker and line style as well.
@@ -38,7 +39,7 @@ def draw_speed(results: dict[str, Any], path: Path) -> None:
     machine, settings = results["machine"], results["settings"]
     figure.suptitle(
         f"{results['model']['name']}, {settings['dtype']}: {machine['cpu']}, "
-        f"{machine['threads']} threads",
+        f"{threads(machine['threads'])}",
         x=0.01, ha="left", fontsize=11,
     )  # fmt: skip
     figure.savefig(path, dpi=150)

@@ -24,6 +24,11 @@ def render(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def threads(count: int) -> str:
+    """1 → "1 thread"."""
+    return f"{count} thread{'s' * (count > 1)}"
+
+
 def _head(results: Results) -> str:
     machine, settings, model = results["machine"], results["settings"], results["model"]
     memory = machine["memory_bytes"]
@@ -32,7 +37,7 @@ def _head(results: Results) -> str:
         "",
         f"- Model: {model['parameters']:,} parameters ({model['weights']}), {settings['dtype']}",
         f"- Machine: {machine['cpu']}, {machine['cores']} logical cores used with "
-        f"{machine['threads']} threads, {'?' if memory is None else f'{memory / 2**30:.1f}'} GiB",
+        f"{threads(machine['threads'])}, {'?' if memory is None else f'{memory / 2**30:.1f}'} GiB",
         f"- torch {machine['torch']}, Python {machine['python']}, rwkvx {machine['rwkvx']}, "
         f"commit {machine['commit'] or 'unknown'}, {machine['date']}",
         f"- Peer: {results['peer']['words']}",
@@ -91,6 +96,8 @@ def _decode(results: Results) -> str:
         f"many bytes as the weights that a step reads: {size / 1e6:,.1f} MB "
         f"({size / fastest / 1e9:.1f} GB/s here)."
     )
+    if results["peer"]["measured"]:
+        text += " The peer's decoding attends to 128 tokens of the prompt and to no later ones."
     return f"## Decoding\n\n{_table(names, rows)}\n\n{text}"
 
 

@@ -88,7 +88,7 @@ def _run(settings: Settings, out: Path, quiet: bool) -> Results:
         "warnings": warnings(machine),
         "settings": {**asdict(settings)},
         "model": {
-            "name": settings.model,
+            "name": Path(settings.model).name,
             "weights": origin,
             "parameters": sum(x.numel() for x in model.parameters()),
             "config": model.config.to_dict(),
@@ -105,7 +105,7 @@ def _run(settings: Settings, out: Path, quiet: bool) -> Results:
         total=settings.cost(peer is not None),
         disable=quiet,
         dynamic_ncols=True,
-        bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed} so far, {remaining} left",
+        bar_format="{desc}{percentage:3.0f}% |{bar}| {elapsed} so far, {remaining} left",
     ) as bar:
         _measure(settings, subjects, results, out, bar)
     results["complete"] = True

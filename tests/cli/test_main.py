@@ -20,6 +20,7 @@ COMMANDS = [
     ["generate"],
     ["convert"],
     ["bench"],
+    ["bench", "cpu"],
     ["info"],
 ]
 
