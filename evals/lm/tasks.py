@@ -21,10 +21,16 @@ from rwkvx.errors import InputError
 Documents = list[dict[str, Any]]
 
 
+class MissingDataError(InputError):
+    """The data of a task is neither in the folder nor to be had from the hub."""
+
+
 def read_jsonl(path: Path) -> Documents:
     """Rows of a JSON-lines file; raises InputError when it is missing or damaged."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError as error:
+        raise MissingDataError(f"cannot read {path}: {error.strerror}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     try:
@@ -92,7 +98,7 @@ def definition_file(name: str) -> Path | None:
 def load_tasks(names: Sequence[str], folder: Path | None) -> Loaded:
     """The tasks, with data from `folder` where it is known how it holds them, else from the hub.
 
-    Raises InputError for unknown tasks and for data that cannot be had.
+    Raises InputError for unknown tasks, MissingDataError for data that cannot be had.
     """
     tasks: list[Any] = []
     sources: dict[str, str] = {}
@@ -109,7 +115,10 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> Loaded:
 
 
 def _load_local(name: str, file: Path, folder: Path) -> Any:
-    splits = LOCAL[name].read(folder)
+    try:
+        splits = LOCAL[name].read(folder)
+    except MissingDataError as error:
+        raise MissingDataError(f"{how_to_get(name)} ({error})") from error
     built = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items() if rows}
     config = load_yaml(file) | {"custom_dataset": lambda **_: built}
     if "train" not in built:
@@ -132,7 +141,7 @@ def _load_from_hub(name: str, file: Path | None) -> list[Any]:
         raise
     except Exception as error:  # whatever the hub client raises when it cannot reach its server
         reason = str(error).strip().split("\n")[0][:200]
-        raise InputError(f"{how_to_get(name)} (the hub: {reason})") from error
+        raise MissingDataError(f"{how_to_get(name)} (the hub: {reason})") from error
 
 
 def how_to_get(name: str) -> str:

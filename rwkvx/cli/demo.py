@@ -1,0 +1,91 @@
+"""``rwkvx demo``: the main job on the shipped model, from retrieval to public tasks."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rwkvx.errors import InputError
+
+__all__ = ["demo_command"]
+
+LENGTHS, DEPTHS, SEEDS = "1k,4k,16k,64k", 10, 5
+QUICK_LENGTHS, QUICK_DEPTHS, QUICK_SEEDS, QUICK_ITEMS = "1k,4k", 5, 2, 100
+TASKS = ("lambada_openai", "piqa")
+
+
+@click.command("demo")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True
+)
+@click.option("--data", help="Folder with LAMBADA and PIQA; default: RWKVX_DATA, else the hub.")
+@click.option("--quick", is_flag=True, help="Shorter prompts, and 100 items of each task.")
+@click.option("--model", default="passkey-tiny", show_default=True, help="Shipped name or folder.")
+def demo_command(out: Path, data: str | None, quick: bool, model: str) -> None:
+    """The main job: find a passkey in up to 64K tokens, then LAMBADA and PIQA by lm-eval.
+
+    Writes reports and pictures. A killed run goes on where it stopped when it is started again.
+
+    \b
+    Examples:
+      rwkvx demo
+      rwkvx demo --quick --data DATA_FOLDER --out /tmp/demo
+    """
+    import rwkvx
+    from rwkvx.data.folder import data_folder
+
+    began = time.perf_counter()
+    folder = data_folder(data)  # a folder that is not there is said before anything else
+    loaded = rwkvx.load(model)
+    name = Path(model).name
+    wrong = run_passkey(loaded, name, out / "passkey", quick)
+    wrong += run_tasks(loaded, name, out / "lm", folder, quick)
+    click.echo(f"\ndone in {minutes(time.perf_counter() - began)}")
+    if wrong:
+        raise InputError(f"{wrong} samples have no answer: see the reports")
+
+
+def run_passkey(model: Any, name: str, out: Path, quick: bool) -> int:
+    """Passkey retrieval as `rwkvx eval passkey` runs it; how many samples have no answer."""
+    from rwkvx_evals.passkey.command import summary
+    from rwkvx_evals.passkey.evaluate import evaluate
+    from rwkvx_evals.passkey.plan import Settings, depth_values, parse_lengths
+
+    lengths, depths, seeds = LENGTHS, DEPTHS, SEEDS
+    if quick:
+        lengths, depths, seeds = QUICK_LENGTHS, QUICK_DEPTHS, QUICK_SEEDS
+    click.echo(f"Passkey retrieval: {name} at {lengths} tokens, {depths} depths × {seeds} keys")
+    settings = Settings(parse_lengths(lengths), depth_values(depths), seeds, 16, "float32")
+    results = evaluate(model, name, settings, out)
+    click.echo(summary(results))
+    click.echo(f"report: {out / 'report.md'}   picture: {out / 'heatmap.png'}")
+    return int(results["total"]["failed"])
+
+
+def run_tasks(model: Any, name: str, out: Path, folder: Path | None, quick: bool) -> int:
+    """The tasks as `rwkvx eval lm` runs them; how many requests have no answer.
+
+    Data that cannot be had ends in one line that says how to get it.
+    """
+    from rwkvx_evals.lm.command import summary
+    from rwkvx_evals.lm.evaluate import evaluate
+    from rwkvx_evals.lm.tasks import MissingDataError
+
+    items = f"the first {QUICK_ITEMS} items" if quick else "all items"
+    click.echo(f"\nlm-eval: {name} on {', '.join(TASKS)}, {items}")
+    limit = QUICK_ITEMS if quick else None
+    try:
+        results = evaluate(model, name, TASKS, out, folder=folder, limit=limit)
+    except MissingDataError as error:
+        click.echo(f"left out: {error}")
+        return 0
+    click.echo(summary(results))
+    click.echo(f"report: {out / 'report.md'}   picture: {out / 'scores.png'}")
+    return sum(counts["failed"] for counts in results["requests"].values())
+
+
+def minutes(seconds: float) -> str:
+    """75 → "1 min 15 s"."""
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
