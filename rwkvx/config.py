@@ -47,18 +47,25 @@ class ModelConfig:
     tokenizer: str = "world"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, list | tuple) or not self.pattern:
+            raise InputError(f"pattern must name blocks of {BLOCK_KINDS}, got {self.pattern!r}")
         object.__setattr__(self, "pattern", tuple(self.pattern))
-        unknown = sorted(set(self.pattern) - set(BLOCK_KINDS))
-        if unknown or not self.pattern:
-            raise InputError(f"pattern must name blocks of {BLOCK_KINDS}, got {unknown or 'none'}")
+        for kind in self.pattern:
+            if kind not in BLOCK_KINDS:
+                raise InputError(f"pattern must name blocks of {BLOCK_KINDS}, got {kind!r}")
         if self.tokenizer not in TOKENIZERS:
             raise InputError(f"tokenizer must be one of {TOKENIZERS}, got {self.tokenizer!r}")
         for name in ("vocab_size", "width", "head_size", "chunk_size", "topk", "ffn_mult"):
+            if not _whole(getattr(self, name), 1):
+                raise InputError(
+                    f"{name} must be a positive whole number, got {getattr(self, name)!r}"
+                )
+        for name in ("sparse_kv_heads", "decay_rank", "iclr_rank", "value_rank", "gate_rank"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a positive whole number, got {value!r}")
-        if self.key_conv < 0:
-            raise InputError(f"key_conv must be 0 (none) or a width, got {self.key_conv}")
+            if value is not None and not _whole(value, 1):
+                raise InputError(f"{name} must be a positive whole number or null, got {value!r}")
+        if not _whole(self.key_conv, 0):
+            raise InputError(f"key_conv must be 0 (none) or a width, got {self.key_conv!r}")
         if self.width % self.head_size:
             raise InputError(f"width {self.width} is no multiple of head_size {self.head_size}")
         if self.heads % self.kv_heads:
@@ -99,6 +106,10 @@ class ModelConfig:
         if missing:
             raise InputError(f"the model config lacks {missing[0]!r}")
         return cls(**data)
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def hybrid_pattern(rwkv_blocks: int, sparse_blocks: int) -> tuple[str, ...]:

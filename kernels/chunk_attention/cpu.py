@@ -13,6 +13,7 @@ from torch import Tensor
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
 from rwkvx_kernels.chunk_attention.cpu_pairs import Pairs, own_pieces, query_tiles
 from rwkvx_kernels.chunk_attention.cpu_select import select_chunks
+from rwkvx_kernels.dispatch import without_autocast
 
 
 def attend_sequence(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int) -> Tensor:
@@ -70,6 +71,7 @@ class _ChunkAttention(torch.autograd.Function):
         return o
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, o_NTRD, lse_NTR, chosen = ctx.saved_tensors
         q_NTRD, do_NTRD = _to_groups(q, k.shape[2]), _to_groups(do, k.shape[2])

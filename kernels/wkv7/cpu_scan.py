@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rwkvx_kernels.dispatch import without_autocast
+
 
 def scan_chunks(
     r: Tensor,
@@ -121,6 +123,7 @@ class _Scan(torch.autograd.Function):
         return y.view(v.shape), current.view(state.shape)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         *rows, after, before, u = ctx.saved_tensors
         dy_rows = dy.flatten(0, 1)
