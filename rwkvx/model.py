@@ -138,6 +138,12 @@ class Model(nn.Module):
             return None, state
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state
 
+    def set_topk(self, topk: int) -> None:
+        """Let every sparse block read `topk` chunks, in place of the config's number."""
+        for block in self.blocks:
+            if isinstance(block.att, SparseAttention):
+                block.att.topk = topk
+
     def segment_tokens(self, batch: int) -> int:
         """Tokens of a sequence that are read at once without gradients."""
         return max(1, SEGMENT_ELEMENTS // (batch * self.config.width))

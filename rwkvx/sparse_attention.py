@@ -24,7 +24,7 @@ class SparseAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.topk = config, config.topk
         kv_width = config.kv_heads * config.head_size
         self.receptance = nn.Linear(config.width, config.width, bias=False)
         self.key = nn.Linear(config.width, kv_width, bias=False)
@@ -75,9 +75,9 @@ class SparseAttention(nn.Module):
                 )
             cache = cache.append(length, k.detach(), v.detach())
         if training or cache is None:
-            y = chunk_attention(q, k, v, self.config.chunk_size, self.config.topk, cu_seqlens)
+            y = chunk_attention(q, k, v, self.config.chunk_size, self.topk, cu_seqlens)
         else:
-            y = cached_chunk_attention(q, cache, length + x.shape[1], self.config.topk)
+            y = cached_chunk_attention(q, cache, length + x.shape[1], self.topk)
         return self.output(y.flatten(-2)), cache, conv
 
     def _convolve(

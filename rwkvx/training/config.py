@@ -22,12 +22,15 @@ class StageConfig:
         batch: sequences of a micro-batch.
         state_passing: share of sequences that start from the final recurrent state of a sequence
             of the step before (arXiv 2507.02782), so that states far older than `length` are seen.
+        topk: chunks that a query reads in this stage, 0 for the model's own. Fewer make the right
+            chunk compete harder: at a few thousand tokens it must already win as at a million.
     """
 
     steps: int
     length: int
     batch: int
     state_passing: float = 0.0
+    topk: int = 0
 
 
 @dataclass(frozen=True)

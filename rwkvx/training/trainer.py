@@ -71,12 +71,14 @@ class Trainer:
                     )
         if writer is not None:
             writer.close()
+        self.model.set_topk(self.model.config.topk)
         save_folder(self.model, config.folder / "model")
         return self.model
 
     def train_step(self) -> float:
         """One optimiser step; returns its loss."""
         config, stage = self.config, self.config.stage(self.step)
+        self.model.set_topk(stage.topk or self.model.config.topk)
         set_learning_rate(
             self.optimizer, learning_rate(self.step, config.total_steps, config.optimizer)
         )
