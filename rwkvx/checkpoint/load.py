@@ -53,11 +53,7 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "float32", **overri
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used: {error}") from error
+    where = usable_device(device)
     found = find_model(path)
     if found.is_dir():
         config, tensors = read_folder(found)
@@ -68,6 +64,20 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "float32", **overri
     if overrides:
         config = ModelConfig.from_dict({**config.to_dict(), **overrides})
     return build(config, tensors, str(found)).to(where, getattr(torch, dtype)).eval()
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        InputError: there is none, or this torch cannot use it.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used: {error}") from error
+    return device
 
 
 def build(config: ModelConfig, tensors: dict[str, Tensor], origin: str) -> Model:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from dacite import Config, DaciteError, UnexpectedDataError, from_dict
@@ -116,8 +116,14 @@ class TrainConfig:
         for stage in self.stages:
             if min(stage.steps, stage.length, stage.batch) < 1:
                 raise InputError(f"steps, length and batch of a stage must be >= 1: {stage}")
-        if self.accumulate < 1:
-            raise InputError(f"accumulate must be >= 1, got {self.accumulate}")
+            if not 0 <= stage.state_passing <= 1:
+                raise InputError(f"state_passing must be between 0 and 1: {stage}")
+        for name in ("accumulate", "eval_every", "eval_batches", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("steps", "threads", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
 
     @property
     def total_steps(self) -> int:
@@ -156,20 +162,55 @@ def read_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         raise InputError(f"cannot read config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise InputError(f"config {path} holds no mapping")
-    for dotted, text in (overrides or {}).items():
-        *parents, last = dotted.split(".")
-        place = data
-        for key in parents:
-            place = place.setdefault(key, {})
-        place[last] = yaml.safe_load(text)
+    for name, text in (overrides or {}).items():
+        _override(data, name, text)
     try:
-        settings = Config(strict=True, cast=[tuple], type_hooks={float: float})
+        settings = Config(strict=True, type_hooks={float: _number, int: _integer, **_LISTS})
         return from_dict(TrainConfig, data, settings)
     except UnexpectedDataError as error:
         key = sorted(error.keys)[0]
         raise InputError(f"unknown key {key!r} in config {path}") from error
     except (DaciteError, TypeError, ValueError) as error:
         raise InputError(f"config {path}: {' '.join(str(error).split())}") from error
+
+
+def _override(data: dict[str, Any], name: str, text: str) -> None:
+    """Set one field by dotted name to a value in YAML syntax."""
+    *parents, last = name.split(".")
+    for key in parents:
+        inner = data.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"cannot set {name}: {key} is no mapping")
+        data = inner
+    try:
+        data[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{name}: {text!r} is not YAML") from error
+
+
+def _number(value: Any) -> float:
+    """YAML 1.1 reads 1e-3, without a point, as text."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {value}")
+    return float(value)
+
+
+def _list(value: Any) -> tuple[Any, ...]:
+    """A text is one value, not a sequence of letters."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected a list, got {value!r}")
+    return tuple(value)
+
+
+def _integer(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a whole number, got {value}")
+    return value
+
+
+_LISTS: dict[Any, Any] = dict.fromkeys(
+    (tuple[str, ...], tuple[float, float], tuple[StageConfig, ...]), _list
+)
 
 
 def field_names(kind: type = TrainConfig, prefix: str = "") -> list[str]:

@@ -168,17 +168,24 @@ def _documents(path: Path) -> Any:
         if path.suffix == ".xz":
             raw = lzma.decompress(raw)
         text = raw.decode("utf-8")
-    except (OSError, lzma.LZMAError, tarfile.TarError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read text {path}: {error}") from error
     if ".jsonl" not in path.suffixes:
         yield text
         return
     for number, line in enumerate(io.StringIO(text), start=1):
-        try:
-            yield json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            message = f'{path}, line {number}: no JSON object with a "text" field'
-            raise InputError(message) from error
+        if line.strip():
+            yield _text_field(line, f"{path}, line {number}")
+
+
+def _text_field(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise InputError(f'{where}: no JSON object with a "text" field')
+    return text
 
 
 def _hub_tokens(config: DataConfig, tokenizer: Any) -> NDArray[np.int32]:
@@ -187,11 +194,19 @@ def _hub_tokens(config: DataConfig, tokenizer: Any) -> NDArray[np.int32]:
         from datasets import load_dataset
     except ImportError as error:
         raise InputError("data.kind: hub needs `pip install rwkvx[train]`") from error
+    if not config.paths:
+        raise InputError(
+            "data.paths names no data set: give its name, and its subset if it has any"
+        )
     parts, room = [], int(config.limit_mb * 1e6)
     for item in load_dataset(*config.paths, split=config.split, streaming=True):
+        if not isinstance(item.get("text"), str):
+            raise InputError(f'the data set {config.paths[0]} has no "text" column')
         ids = tokenizer.encode(item["text"], add_special_tokens=False)
         parts.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32))
         room -= len(item["text"].encode())
         if room <= 0:
             break
+    if not parts:
+        raise InputError(f"the data set {config.paths[0]} is empty")
     return np.concatenate(parts)

@@ -57,8 +57,9 @@ def read_progress(folder: Path) -> dict[str, object] | None:
     if not path.exists():
         return None
     try:
-        progress: dict[str, object] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        progress: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        int(str(progress["step"])), str(progress["config"])
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error}; remove it to start again") from error
     return progress
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rwkvx.checkpoint import load
 from rwkvx.checkpoint.folder import save_folder
+from rwkvx.checkpoint.load import usable_device
 from rwkvx.init import init_weights
 from rwkvx.model import Model
 from rwkvx.state import ModelState, map_tensors, select_state
@@ -36,9 +37,10 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.config = config
         if config.init:
-            self.model = load(config.init, device=config.device)
+            self.model = load(config.init, config.device, **config.model.to_dict())
         else:
-            self.model = init_weights(Model(config.model), config.seed).to(config.device)
+            device = usable_device(config.device)
+            self.model = init_weights(Model(config.model), config.seed).to(device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.source: Source = build_source(config.data, self.model.tokenizer, data)
