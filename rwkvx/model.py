@@ -22,6 +22,7 @@ from rwkvx.time_mix import TimeMix
 # Without gradients, long inputs are read in segments of about so many numbers (batch x tokens x
 # width): activations stay near the cache and memory stays flat (docs/results/cpu.md).
 SEGMENT_ELEMENTS = 1 << 19
+SEGMENT_MULTIPLE = 64
 LOGITS = ("all", "last", "none")
 
 
@@ -122,13 +123,12 @@ class Model(nn.Module):
         if cu_seqlens is not None:
             keep_cache = False
             cu_seqlens = cu_seqlens.to(ids.device, torch.int64)
-        step = self.segment_tokens(ids.shape[0])
         whole = torch.is_grad_enabled() or cu_seqlens is not None or not keep_cache
         if state is None:
             sequences = ids.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
             state = self.fresh_state(sequences)
         outputs = []
-        for part in [ids] if whole else ids.split(step, dim=1):
+        for part in [ids] if whole else ids.split(self.segment_lengths(*ids.shape), dim=1):
             x, state = self._read(part, state, cu_seqlens, keep_cache)
             if logits == "all":
                 outputs.append(self.head(self.ln_out(x)))
@@ -144,9 +144,12 @@ class Model(nn.Module):
             if isinstance(block.att, SparseAttention):
                 block.att.topk = topk
 
-    def segment_tokens(self, batch: int) -> int:
-        """Tokens of a sequence that are read at once without gradients."""
-        return max(1, SEGMENT_ELEMENTS // (batch * self.config.width))
+    def segment_lengths(self, batch: int, tokens: int) -> list[int]:
+        """How T tokens of each sequence are cut where no gradient is needed: nearly equal parts."""
+        longest = max(SEGMENT_MULTIPLE, SEGMENT_ELEMENTS // (batch * self.config.width))
+        parts = -(-tokens // longest)
+        step = -(-tokens // (parts * SEGMENT_MULTIPLE)) * SEGMENT_MULTIPLE
+        return [min(step, tokens - start) for start in range(0, tokens, step)]
 
     def fresh_state(self, batch: int) -> ModelState:
         """The state before the first token of `batch` sequences."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rwkvx
+from rwkvx.model import SEGMENT_MULTIPLE
 
 # The two factors of the low-rank products of an RWKV-7 block: [C, D] and [D, C].
 _LOW_RANK = re.compile(r"blocks\.\d+\.att\.[wavg][12]")
@@ -25,31 +26,30 @@ class Products:
     """
 
     def __init__(self, model: rwkvx.Model) -> None:
-        self._segment = model.segment_tokens(1)
+        self._model = model
         self._head = model.head.weight
         self._linear = [
             module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)
         ]
         self._low_rank = [x for n, x in model.named_parameters() if _LOW_RANK.fullmatch(n)]
-        self._segment = model.segment_tokens(batch=1)
+        longest = model.segment_lengths(1, 1 << 20)[0] + SEGMENT_MULTIPLE
         widths = {x.shape[1] for x in (*self._linear, self._head)}
         widths |= {x.shape[0] for x in self._low_rank}
         draw = torch.Generator().manual_seed(0)
         self._inputs = {
-            n: torch.randn(1, self._segment, n, generator=draw).to(model.dtype)
-            for n in sorted(widths)
+            n: torch.randn(1, longest, n, generator=draw).to(model.dtype) for n in sorted(widths)
         }
 
     def run_linear(self, tokens: int) -> None:
         """One prefill's worth."""
-        for size in segments(tokens, self._segment):
+        for size in segments(self._model, tokens):
             for weight in self._linear:
                 F.linear(self._inputs[weight.shape[1]][:, :size], weight)
         F.linear(self._inputs[self._head.shape[1]][:, :1], self._head)
 
     def run_low_rank(self, tokens: int) -> None:
         """One prefill's worth."""
-        for size in segments(tokens, self._segment):
+        for size in segments(self._model, tokens):
             for matrix in self._low_rank:
                 self._inputs[matrix.shape[0]][:, :size] @ matrix
 
@@ -63,10 +63,9 @@ class Products:
         return 2 * sum(x.numel() for x in self._low_rank) * tokens
 
 
-def segments(tokens: int, segment: int) -> list[int]:
-    """Sizes of the parts in which so many tokens are read, at most `segment` at a time."""
-    full, rest = divmod(tokens, segment)
-    return [segment] * full + [rest] * (rest > 0)
+def segments(model: rwkvx.Model, tokens: int) -> list[int]:
+    """Sizes of the segments in which the model reads so many tokens of one sequence."""
+    return model.segment_lengths(1, tokens)
 
 
 def bytes_per_token(model: rwkvx.Model) -> int:

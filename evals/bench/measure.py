@@ -214,7 +214,7 @@ def measure_long(
     What comes before the window is read untimed; logits "none".
     """
     states, places = {}, {}
-    pieces = pieces_of(window, subjects.model.segment_tokens(1))
+    pieces = pieces_of(window, subjects.model.segment_lengths(1, 1 << 20)[0])
     for length in lengths:
         state = None
         for part in subjects.ids[:, : length - window].split(pieces[0], dim=1):

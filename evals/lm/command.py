@@ -42,6 +42,10 @@ def lm_command(
     """Run lm-eval's own task definitions and metrics.
 
     A killed run goes on where it stopped when the same command is given again.
+
+    \b
+    Example:
+      rwkvx eval lm --model passkey-tiny --tasks lambada_openai,piqa --data FOLDER
     """
     names = [name for name in (part.strip() for part in tasks.split(",")) if name]
     if not names:

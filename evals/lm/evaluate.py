@@ -89,9 +89,9 @@ def evaluate(
 
     Raises InputError for unknown tasks, missing data, over-long requests, a full disk.
     """
+    began = time.perf_counter()
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit}: at least one item is needed")
-    began = time.perf_counter()
     if folder is None and not quiet:
         click.echo("no data folder is named: asking the hub", err=True)
     with _quiet_lm_eval():
@@ -111,11 +111,10 @@ def evaluate(
             quiet=quiet,
         )
         found = _run(lm, loaded.tasks, limit)
-    weights = model.fingerprint()
     results = collect(
         found,
         model=name,
-        weights=weights,
+        weights=model.fingerprint(),
         sources=loaded.sources,
         asked=lm.asked,
         failures=lm.failures,
@@ -129,13 +128,18 @@ def evaluate(
             "lm_eval": metadata.version("lm_eval"),
         },
     )
+    _write(results, out, time.perf_counter() - began)
+    return results
+
+
+def _write(results: Results, out: Path, seconds: float) -> None:
+    """All files; what differs from run to run is in timing.json alone."""
     write_json(out / "results.json", results)
     write_atomically(out / "scores.png", lambda path: draw_chart(results, path))
     write_text(out / "report.md", render(results))
-    seconds = round(time.perf_counter() - began, 2)
-    timing = {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), "machine": machine()}
+    memory = peak_memory_bytes()
+    timing = {"seconds": round(seconds, 2), "peak_memory_bytes": memory, "machine": machine()}
     write_json(out / "timing.json", timing)
-    return results
 
 
 def _run(lm: RwkvxLM, tasks: list[Any], limit: int | None) -> dict[str, Any]:

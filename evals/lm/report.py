@@ -39,6 +39,36 @@ def collect(
 
     A task with failed requests has no score: it is neither wrong there nor fewer.
     """
+    tasks = sorted(sources)
+    return {
+        "model": model,
+        "weights": weights,
+        "version": package_version(),
+        "settings": clean(settings),
+        "data": {task: sources[task] for task in tasks},
+        "requests": {
+            task: {
+                "asked": asked.get(task, 0),
+                "scored": asked.get(task, 0) - sum(failures.get(task, {}).values()),
+                "failed": sum(failures.get(task, {}).values()),
+                **dict(failures.get(task, {"oom": 0, "invalid": 0})),
+            }
+            for task in tasks
+        },
+        "truncated": truncated,
+        "table": _table(found, failures),
+        "lm_eval": {
+            key: clean(found[key])
+            for key in ("results", "versions", "n-shot", "higher_is_better", "n-samples")
+            if key in found
+        },
+    }
+
+
+def _table(
+    found: Mapping[str, Any], failures: Mapping[str, Mapping[str, int]]
+) -> list[dict[str, Any]]:
+    """One row per task and metric: value, standard error, number of items."""
     table = []
     for task, metrics in sorted(found["results"].items()):
         failed = sum(failures.get(task, {}).values())
@@ -62,30 +92,7 @@ def collect(
                     "n": found["n-samples"].get(task, {}).get("effective"),
                 }
             )
-    tasks = sorted(sources)
-    return {
-        "model": model,
-        "weights": weights,
-        "version": package_version(),
-        "settings": clean(settings),
-        "data": {task: sources[task] for task in tasks},
-        "requests": {
-            task: {
-                "asked": asked.get(task, 0),
-                "scored": asked.get(task, 0) - sum(failures.get(task, {}).values()),
-                "failed": sum(failures.get(task, {}).values()),
-                **dict(failures.get(task, {"oom": 0, "invalid": 0})),
-            }
-            for task in tasks
-        },
-        "truncated": truncated,
-        "table": table,
-        "lm_eval": {
-            key: clean(found[key])
-            for key in ("results", "versions", "n-shot", "higher_is_better", "n-samples")
-            if key in found
-        },
-    }
+    return table
 
 
 def _figure(value: float | None) -> str:

@@ -48,6 +48,11 @@ def passkey_command(
     """Ask for a key hidden at every depth of long prompts.
 
     A killed run goes on where it stopped when the same command is given again.
+
+    \b
+    Examples:
+      rwkvx eval passkey --model passkey-tiny --lengths 1k,4k,16k,64k --depths 10 --seeds 5
+      rwkvx eval passkey --model passkey-tiny --lengths 1k,4k --haystack book.txt
     """
     folder = data_folder(data)
     file = find_haystack(haystack, folder) if haystack else None
