@@ -21,6 +21,8 @@ stopped goes on from its last checkpoint when the same command is given again.""
 @click.pass_context
 def train_command(context: click.Context, config: str, data: str | None) -> None:
     """Train a model as the YAML file CONFIG says (a path, or the name of a shipped config)."""
+    if config.startswith("--"):
+        raise click.UsageError(f"CONFIG comes before the fields, got {config}")
     overrides = _overrides(context.args)
     settings = read_config(find_config(config), overrides)
     from rwkvx.training.trainer import Trainer

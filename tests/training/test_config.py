@@ -1,0 +1,117 @@
+"""Training configs: every field checked, overridden by dotted name."""
+
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rwkvx import InputError
+from rwkvx.training.config import StageConfig, field_names, read_config
+
+Writer = Callable[..., Path]
+
+
+def test_values_arrive(write_config: Writer) -> None:
+    config = read_config(write_config())
+    assert config.model.pattern == ("rwkv7", "sparse")
+    assert config.stages[1] == StageConfig(4, 40, 2, 0.5)
+    assert config.total_steps == 6
+    assert [config.stage(s).length for s in range(7)] == [24, 24, 40, 40, 40, 40, 40]
+    assert read_config(write_config(), {"steps": "4"}).total_steps == 4
+    assert read_config(write_config(), {"steps": "40"}).total_steps == 6
+    assert read_config(write_config(out=""), {}).folder == Path("runs/small")
+
+
+@pytest.mark.parametrize("shipped", ["passkey_tiny.yaml"])
+def test_shipped_configs_are_valid(shipped: str) -> None:
+    config = read_config(str(files("rwkvx_configs") / shipped))
+    assert config.model.vocab_size == 256
+    assert max(s.length for s in config.stages) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("optimizer.lr", "1e-3", 0.001),  # text in YAML 1.1, which wants 1.0e-3
+        ("optimizer.lr", "1", 1.0),
+        ("optimizer.betas", "[0.8, 0.9]", (0.8, 0.9)),
+        ("seed", "7", 7),
+        ("precision", "bf16", "bf16"),
+        ("gradient_checkpointing", "true", True),
+        ("data.paths", "[a.txt, b.txt]", ("a.txt", "b.txt")),
+        ("model.pattern", "[rwkv7, rwkv7]", ("rwkv7", "rwkv7")),
+        ("model.sparse_kv_heads", "1", 1),
+        ("model.sparse_kv_heads", "null", None),
+        ("stages", "[{steps: 1, length: 8, batch: 1}]", (StageConfig(1, 8, 1),)),
+    ],
+)
+def test_overrides(write_config: Writer, name: str, text: str, value: Any) -> None:
+    assert name in field_names()
+    found: Any = read_config(write_config(), {name: text})
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_reach_what_the_file_leaves_out(write_config: Writer) -> None:
+    config = read_config(write_config(optimizer={}), {"optimizer.clip": "2"})
+    assert config.optimizer.clip == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("depth", "1", "unknown key 'depth'"),
+        ("optimizer.speed", "1", "unknown key 'speed'"),
+        ("model.depth", "1", "unknown key 'depth'"),
+        ("stages", "[{steps: 1, length: 8, batch: 1, rows: 2}]", "unknown key 'rows'"),
+        ("steps", "1.5", '"steps" - should be "int"'),
+        ("steps", "-1", "steps must be >= 0"),
+        ("seed", "true", "expected a whole number"),
+        ("optimizer.lr", "fast", "fast"),
+        ("optimizer.lr", "true", "expected a number, got True"),
+        ("optimizer.betas", "0.9", "expected a list, got 0.9"),
+        ("data.paths", "a.txt", "expected a list, got 'a.txt'"),
+        ("stages", "{steps: 1}", "expected a list"),
+        ("stages", "[]", "at least one stage"),
+        ("stages", "[{steps: 0, length: 8, batch: 1}]", "must be >= 1"),
+        ("stages", "[{steps: 1, length: 8}]", "batch"),
+        ("stages", "[{steps: 1, length: 8, batch: 1, state_passing: 2}]", "between 0 and 1"),
+        ("precision", "fp8", "precision must be one of"),
+        ("data.kind", "images", "data.kind must be one of"),
+        ("optimizer.schedule", "linear", "optimizer.schedule must be one of"),
+        ("accumulate", "0", "accumulate must be >= 1"),
+        ("eval_batches", "0", "eval_batches must be >= 1"),
+        ("model.width", "17", "width 17 is no multiple of head_size 8"),
+        ("model.pattern", "[mamba]", "'mamba'"),
+        ("name.first", "x", "cannot set name.first: name is no mapping"),
+        ("seed", "[1", "is not YAML"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    write_config: Writer, name: str, text: str, message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        read_config(write_config(), {name: text})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"- 1\n", b"{", b"\xff\xfe\x00", b"name: [1"])
+def test_unreadable_files(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"bad\.yaml"):
+        read_config(path)
+    with pytest.raises(InputError, match="cannot read config"):
+        read_config(tmp_path / "missing.yaml")
+
+
+def test_missing_fields_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "half.yaml"
+    path.write_text("name: x\n")
+    with pytest.raises(InputError, match='missing value for field "model"'):
+        read_config(path)
