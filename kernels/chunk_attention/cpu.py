@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
-from rwkvx_kernels.chunk_attention.cpu_pairs import Pairs, own_pieces, query_tiles
+from rwkvx_kernels.chunk_attention.cpu_pairs import TILE_SCORES, Pairs, own_pieces, query_tiles
 from rwkvx_kernels.chunk_attention.cpu_select import select_chunks
 from rwkvx_kernels.dispatch import without_autocast
 
@@ -107,15 +107,23 @@ def _attend(
 
 
 def _partial(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax attention over one set of keys: [n, m, D], [n, s, D] -> output, lse [n, m]."""
-    scores = torch.bmm(q, k.transpose(1, 2))
-    if mask is not None:
-        scores.masked_fill_(mask, -torch.inf)
-    top = scores.amax(dim=-1, keepdim=True)
-    scores.sub_(top).exp_()
-    total = scores.sum(dim=-1, keepdim=True)
-    output = torch.bmm(scores, v.to(q.dtype)).div_(total)
-    return output, total.log_().add_(top).squeeze(-1)
+    """Softmax attention over one set of keys: [n, m, D], [n, s, D] -> output, log-sum-exp [n, m].
+
+    `mask` [m, w] is True where one of the last w keys is not to be seen.
+    """
+    output, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+    step = max(1, TILE_SCORES // (q.shape[1] * k.shape[1]))
+    for start in range(0, len(q), step):
+        part = slice(start, start + step)
+        scores = torch.bmm(q[part], k[part].transpose(1, 2))
+        if mask is not None:
+            scores[:, :, -mask.shape[1] :].masked_fill_(mask, -torch.inf)
+        top = scores.amax(dim=-1, keepdim=True)
+        scores.sub_(top).exp_()
+        total = scores.sum(dim=-1, keepdim=True)
+        torch.div(torch.bmm(scores, v[part].to(q.dtype)), total, out=output[part])
+        lse[part] = total.log_().add_(top).squeeze(-1)
+    return output, lse
 
 
 def _merge(
@@ -203,7 +211,7 @@ def _partial_backward(
     q, do, lse, delta = rows
     weights = torch.bmm(q, k.transpose(1, 2)).sub_(lse.unsqueeze(-1)).exp_()
     if mask is not None:
-        weights.masked_fill_(mask, 0)
+        weights[:, :, -mask.shape[1] :].masked_fill_(mask, 0)
     dv = torch.bmm(weights.transpose(1, 2), do)
     dscores = torch.bmm(do, v.transpose(1, 2)).sub_(delta.unsqueeze(-1)).mul_(weights)
     return torch.bmm(dscores, k), torch.bmm(dscores.transpose(1, 2), q), dv

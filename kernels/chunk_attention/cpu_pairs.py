@@ -70,11 +70,9 @@ class OwnPiece(NamedTuple):
         into += x.view(into.shape)
 
     def mask(self, heads: int, device: torch.device) -> Tensor:
-        """True where a key comes after the query: [m·R, keys]."""
-        length = self.tokens // self.chunks
-        query = torch.arange(self.keys_read - length, self.keys_read, device=device)
-        key = torch.arange(self.keys_read, device=device)
-        return key > query.repeat_interleave(heads)[:, None]
+        """[m·R, m], True where one of the last m keys comes after the query."""
+        token = torch.arange(self.tokens // self.chunks, device=device)
+        return token > token.repeat_interleave(heads)[:, None]
 
 
 def own_pieces(start: int, stop: int, size: int) -> Iterator[OwnPiece]:

@@ -159,21 +159,23 @@ def _forward_segment(
     solved = torch.linalg.solve_triangular(
         -c.scores[:, :size, :size], right, upper=False, unitriangular=True
     )
-    w, u0 = solved[:, :, :width], solved[:, :, width:]
+    w, u = solved[:, :, :width], solved[:, :, width:].contiguous()
+    r_, beta_, k_ = c.query[:, size:], c.key[:, :size], c.key[:, size:]
     before = v.new_empty(len(v), v.shape[2], width)
-    uv = torch.cat([u0, v], dim=1)
+    centred = torch.empty_like(before)
     for step in steps:
-        active = current[: step.stop - step.start]
+        active, here = current[: step.stop - step.start], centred[step]
         before[step] = active
-        centred = active * c.to_centre[step]
-        # U = U0 + W S^T;  S' = (S + [U; V]^T [beta; k]) decay
-        uv[step, :size].baddbmm_(w[step], centred.transpose(1, 2))
-        new = centred.baddbmm_(uv[step].transpose(1, 2), c.key[step])
+        torch.mul(active, c.to_centre[step], out=here)
+        # U = U0 + W S^T;  S' = (S + U^T beta + V^T k) decay
+        u[step].baddbmm_(w[step], here.transpose(1, 2))
+        new = torch.baddbmm(here, u[step].transpose(1, 2), beta_[step])
+        new.baddbmm_(v[step].transpose(1, 2), k_[step])
         torch.mul(new, c.to_end[step], out=active)
-    # y = r S^T + [A_rb | A_rk] [U; V]
-    torch.bmm(c.scores[:, size:], uv, out=y)
-    y.baddbmm_(c.query[:, size:], (before * c.to_centre).transpose(1, 2))
-    return before, uv[:, :size]
+    # y = r S^T + A_rb U + A_rk V
+    torch.bmm(r_, centred.transpose(1, 2), out=y)
+    y.baddbmm_(c.scores[:, size:, :size], u).baddbmm_(c.scores[:, size:, size:], v)
+    return before, u
 
 
 def _backward_segment(
@@ -196,21 +198,21 @@ def _backward_segment(
     solved = torch.linalg.solve_triangular(
         -c.scores[:, :size, :size].transpose(1, 2), right, upper=True, unitriangular=True
     )
-    z = torch.cat([solved[:, :, : v.shape[2]], dy], dim=1)  # [X; dY]
-    m = solved[:, :, v.shape[2] :]
+    x, m = solved[:, :, : v.shape[2]].contiguous(), solved[:, :, v.shape[2] :]
     dt = torch.empty_like(before)
     dend, dcentre = r.new_empty(len(r), width), r.new_empty(len(r), width)
     for step in reversed(steps):
         ds, later = dstate[: step.stop - step.start], after[: step.stop - step.start]
         torch.sum(ds * later, dim=1, out=dend[step])
         torch.mul(ds, c.to_end[step], out=dt[step])
-        z[step, :size].baddbmm_(m[step], dt[step].transpose(1, 2))
-        # dS = (dT + [X; dY]^T [alpha; r]) decay to the centre
-        new = torch.baddbmm(dt[step], z[step].transpose(1, 2), c.query[step])
+        x[step].baddbmm_(m[step], dt[step].transpose(1, 2))
+        # dS = (dT + X^T alpha + dY^T r) decay to the centre
+        new = torch.baddbmm(dt[step], x[step].transpose(1, 2), c.query[step, :size])
+        new.baddbmm_(dy[step].transpose(1, 2), c.query[step, size:])
         torch.mul(new, c.to_centre[step], out=ds)
         later.copy_(before[step])
         torch.sum(ds * later, dim=1, out=dcentre[step])
-    uv = torch.cat([u, v], dim=1)
+    uv, z = torch.cat([u, v], dim=1), torch.cat([x, dy], dim=1)
     dscores = torch.bmm(z, uv.transpose(1, 2)).mul_(_mask(size, r))
     dquery = torch.bmm(dscores, c.key).baddbmm_(z, before * c.to_centre)
     dkey = torch.bmm(dscores.transpose(1, 2), c.query).baddbmm_(uv, dt)

@@ -65,7 +65,7 @@ def test_cosine() -> None:
     assert rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[60] == pytest.approx(2.0 * 0.55)
     assert rates[110] == pytest.approx(0.2)
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_warmup_stable_decay() -> None:
