@@ -24,10 +24,13 @@ def read_pth(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         InputError: not a weights-only file, truncated, or not of this layout.
     """
     raw = _read(path)
-    numbers = {m[1] for name in raw if (m := _BLOCK.fullmatch(name))}
-    sparse = {m[1] for name in raw if (m := _SPARSE.fullmatch(name))}
+    numbers = {int(m[1]) for name in raw if (m := _BLOCK.fullmatch(name))}
+    sparse = {int(m[1]) for name in raw if (m := _SPARSE.fullmatch(name))}
     if not numbers or "rwkv.emb.weight" not in raw:
         raise InputError(f"{path} does not hold an RWKV-X model (no rwkv.emb.weight)")
+    for prefix, found in (("rwkv.blocks", numbers), ("moba", sparse)):
+        for missing in sorted(set(range(len(found))) - found):
+            raise InputError(f"{path} lacks the block {prefix}.{missing}")
     pattern = hybrid_pattern(len(numbers), len(sparse))
     places = {kind: [i for i, p in enumerate(pattern) if p == kind] for kind in ("rwkv7", "sparse")}
     tensors = {}
@@ -96,7 +99,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise InputError(f"{path} is truncated or damaged: {_first_line(error)}") from error
-    if not isinstance(raw, dict) or not all(isinstance(x, Tensor) for x in raw.values()):
+    named = isinstance(raw, dict) and all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in raw.items()
+    )
+    if not named:
         raise InputError(f"{path} does not hold tensors by name")
     return raw
 
@@ -122,6 +128,8 @@ def _config(path: Path, raw: dict[str, Tensor], pattern: tuple[str, ...]) -> Mod
     def shape(name: str) -> torch.Size:
         if name not in raw:
             raise InputError(f"{path} lacks the tensor {name}")
+        if raw[name].dim() != 2:
+            raise InputError(f"{path}: {name} is {list(raw[name].shape)}, expected a matrix")
         return raw[name].shape
 
     vocab, width = shape("rwkv.emb.weight")
