@@ -25,7 +25,8 @@ def token_shift(x_BTC: Tensor, previous: Tensor, starts: Tensor | None) -> Tenso
     stands before the tokens `starts` [sequences].
     """
     if starts is None:
-        return torch.cat([previous.unsqueeze(1), x_BTC[:, :-1]], dim=1)
+        first = previous.unsqueeze(1)
+        return first if x_BTC.shape[1] == 1 else torch.cat([first, x_BTC[:, :-1]], dim=1)
     shifted = torch.cat([x_BTC[:, :1], x_BTC[:, :-1]], dim=1)
     return shifted.index_copy(1, starts, previous.unsqueeze(0))
 
@@ -93,9 +94,8 @@ class TimeMix(nn.Module):
         """
         starts = None if cu_seqlens is None else cu_seqlens[:-1]
         delta = token_shift(x, shift, starts) - x
-        x_r, x_w, x_k, x_v, x_a, x_g = (
-            torch.addcmul(x, delta, getattr(self, f"x_{name}")) for name in MIXES
-        )
+        mixes = torch.stack([getattr(self, f"x_{name}") for name in MIXES])[:, None, None]
+        x_r, x_w, x_k, x_v, x_a, x_g = torch.addcmul(x, delta, mixes).unbind()
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         wide = torch.promote_types(x.dtype, torch.float32)  # a decay of 0.999 needs the bits
         w = self.w0.to(wide) + torch.tanh(x_w @ self.w1) @ self.w2
@@ -120,4 +120,4 @@ class TimeMix(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., H, N]."""
-        return x.unflatten(-1, (-1, self.head_size))
+        return x.view(*x.shape[:-1], -1, self.head_size)  # unflatten costs 3 µs a call

@@ -100,9 +100,10 @@ def _attend(
             o, part_lse = _partial(q, keys, piece.keys(v_NCSD), piece.mask(heads, q.device))
             piece.put(own, o)
             piece.put(own_lse, part_lse)
-        pairs = Pairs(chosen[:, start:stop], k_NCSD.shape[1], size)
-        o_tile, lse_tile = _merge(pairs, q_tile.view(-1, dim), k_NCSD, v_NCSD, own, own_lse)
-        output[:, start:stop], lse[:, start:stop] = o_tile, lse_tile
+        if topk > 1 and offset + stop > size:
+            pairs = Pairs(chosen[:, start:stop], k_NCSD.shape[1], size)
+            own, own_lse = _merge(pairs, q_tile.view(-1, dim), k_NCSD, v_NCSD, own, own_lse)
+        output[:, start:stop], lse[:, start:stop] = own, own_lse
     return output, lse, chosen
 
 

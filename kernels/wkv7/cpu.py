@@ -145,6 +145,8 @@ def _steps(
 
     def by_token(x: Tensor) -> Tensor:
         """[B, T, H, K] -> [T, N·H, K]."""
+        if steps == 1:
+            return x.reshape(1, sequences * heads, -1)
         return x.reshape(sequences, steps, heads, -1).transpose(0, 1).flatten(1, 2)
 
     r, decay, k, value, alpha, beta = map(by_token, (r, log_decay.exp(), k, v, alpha, beta))
