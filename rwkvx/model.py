@@ -18,10 +18,11 @@ from rwkvx.errors import InputError
 from rwkvx.sparse_attention import SparseAttention
 from rwkvx.state import BlockState, ModelState, Rwkv7State, SparseState
 from rwkvx.time_mix import TimeMix
+from rwkvx_kernels.chunk_attention import KeyValueCache
 
-# Without gradients, long inputs are read in segments of about so many numbers (batch x tokens x
-# width): activations stay near the cache and memory stays flat (docs/results/cpu.md).
-SEGMENT_ELEMENTS = 1 << 19
+# Without gradients, long inputs are read in segments of at most so many tokens (over the batch):
+# memory stays flat, and products stay large enough to be efficient (docs/results/cpu.md).
+SEGMENT_TOKENS = 4096
 SEGMENT_MULTIPLE = 64
 LOGITS = ("all", "last", "none")
 
@@ -36,8 +37,8 @@ class Block(nn.Module):
         self.att: nn.Module = TimeMix(config, first) if kind == "rwkv7" else SparseAttention(config)
         self.ffn = ChannelMix(config)
 
-    def fresh_state(self, batch: int, like: Tensor) -> BlockState:
-        """The state before the first token; `like` gives dtype and device."""
+    def fresh_state(self, batch: int, like: Tensor, capacity: int = 0) -> BlockState:
+        """The state before the first token, with room for `capacity` tokens; as `like`."""
         zeros = like.new_zeros(batch, self.config.width)
         if self.kind == "rwkv7":
             heads, size = self.config.heads, self.config.head_size
@@ -47,7 +48,11 @@ class Block(nn.Module):
         kv_width = self.config.kv_heads * self.config.head_size
         taps = self.config.key_conv - 1
         conv = like.new_zeros(batch, taps, kv_width) if self.config.key_conv else None
-        return SparseState(None, 0, conv, zeros)
+        cache = None
+        if capacity:  # at once: growing step by step would hold old and new together
+            heads, size = self.config.kv_heads, self.config.head_size
+            cache = KeyValueCache(batch, heads, size, self.config.chunk_size, like, capacity)
+        return SparseState(cache, 0, conv, zeros)
 
     def forward(
         self,
@@ -126,7 +131,7 @@ class Model(nn.Module):
         whole = torch.is_grad_enabled() or cu_seqlens is not None or not keep_cache
         if state is None:
             sequences = ids.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-            state = self.fresh_state(sequences)
+            state = self.fresh_state(sequences, 0 if whole else ids.shape[1])
         outputs = []
         for part in [ids] if whole else ids.split(self.segment_lengths(*ids.shape), dim=1):
             x, state = self._read(part, state, cu_seqlens, keep_cache)
@@ -146,17 +151,16 @@ class Model(nn.Module):
 
     def segment_lengths(self, batch: int, tokens: int) -> list[int]:
         """How T tokens of each sequence are cut where no gradient is needed: nearly equal parts."""
-        longest = max(SEGMENT_MULTIPLE, SEGMENT_ELEMENTS // (batch * self.config.width))
+        longest = max(SEGMENT_MULTIPLE, SEGMENT_TOKENS // batch)
         parts = -(-tokens // longest)
         step = -(-tokens // (parts * SEGMENT_MULTIPLE)) * SEGMENT_MULTIPLE
         return [min(step, tokens - start) for start in range(0, tokens, step)]
 
-    def fresh_state(self, batch: int) -> ModelState:
-        """The state before the first token of `batch` sequences."""
-        return ModelState(
-            tuple(cast(Block, block).fresh_state(batch, self.emb.weight) for block in self.blocks),
-            0,
-        )
+    def fresh_state(self, batch: int, capacity: int = 0) -> ModelState:
+        """Before the first token of `batch` sequences, with room for `capacity` tokens."""
+        weight = self.emb.weight
+        blocks = (cast(Block, b).fresh_state(batch, weight, capacity) for b in self.blocks)
+        return ModelState(tuple(blocks), 0)
 
     def _read(
         self, ids: Tensor, state: ModelState, cu_seqlens: Tensor | None, keep_cache: bool
