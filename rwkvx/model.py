@@ -94,6 +94,9 @@ class Model(nn.Module):
         self.ln_out = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
+        # In training, RWKV-7 blocks may read each sequence in so many pieces, every piece from a
+        # state of its own (their states then have B x pieces rows); sparse blocks read it whole.
+        self.recurrent_pieces = 1
         self._tokenizer: Any = None
 
     def forward(
@@ -158,9 +161,9 @@ class Model(nn.Module):
 
     def fresh_state(self, batch: int, capacity: int = 0) -> ModelState:
         """Before the first token of `batch` sequences, with room for `capacity` tokens."""
-        weight = self.emb.weight
-        blocks = (cast(Block, b).fresh_state(batch, weight, capacity) for b in self.blocks)
-        return ModelState(tuple(blocks), 0)
+        weight, blocks = self.emb.weight, [cast(Block, block) for block in self.blocks]
+        rows = {"rwkv7": batch * self.recurrent_pieces, "sparse": batch}
+        return ModelState(tuple(b.fresh_state(rows[b.kind], weight, capacity) for b in blocks), 0)
 
     def _read(
         self, ids: Tensor, state: ModelState, cu_seqlens: Tensor | None, keep_cache: bool
@@ -168,11 +171,14 @@ class Model(nn.Module):
         """One segment through all blocks: hidden [B, T, C] and the new state."""
         x, v_first, states = self.ln0(self.emb(ids)), None, []
         for block, old in zip(self.blocks, state.blocks, strict=True):
-            arguments = (x, old, v_first, cu_seqlens, keep_cache)
+            pieces = self.recurrent_pieces if isinstance(old, Rwkv7State) else 1
+            folded = x.unflatten(1, (pieces, -1)).flatten(0, 1)
+            arguments = (folded, old, v_first, cu_seqlens, keep_cache)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, new, v_first = checkpoint(block, *arguments, use_reentrant=False)
+                y, new, v_first = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x, new, v_first = block(*arguments)
+                y, new, v_first = block(*arguments)
+            x = y.view_as(x)
             states.append(new)
         return x, ModelState(tuple(states), state.length + ids.shape[1])
 
@@ -210,6 +216,8 @@ class Model(nn.Module):
                 f"the state is of blocks {kinds}, the model's are {self.config.pattern}"
             )
         shape = tuple(state.blocks[0].ffn_shift.shape)
+        if kinds[0] == "rwkv7":
+            rows *= self.recurrent_pieces
         if shape != (rows, self.config.width):
             raise InputError(
                 f"the state is of {shape[0]} sequences of width {shape[1]}, the model reads "

@@ -22,6 +22,10 @@ class StageConfig:
         batch: sequences of a micro-batch.
         state_passing: share of sequences that start from the final recurrent state of a sequence
             of the step before (arXiv 2507.02782), so that states far older than `length` are seen.
+        recurrent_length: RWKV-7 blocks read a sequence in pieces of so many tokens, every later
+            piece from a state passed on from anywhere, while attention sees the whole: what lies
+            further back can then only be recalled through attention, as it must be at any
+            distance. 0 reads whole sequences.
         topk: chunks that a query reads in this stage, 0 for the model's own. Fewer make the right
             chunk compete harder: at a few thousand tokens it must already win as at a million.
     """
@@ -30,7 +34,13 @@ class StageConfig:
     length: int
     batch: int
     state_passing: float = 0.0
+    recurrent_length: int = 0
     topk: int = 0
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of a sequence in RWKV-7 blocks."""
+        return self.length // self.recurrent_length if self.recurrent_length else 1
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,8 @@ class TrainConfig:
         if not self.stages:
             raise InputError("stages must hold at least one stage")
         for stage in self.stages:
+            if stage.recurrent_length and stage.length % stage.recurrent_length:
+                raise InputError(f"length must be a multiple of recurrent_length: {stage}")
             if min(stage.steps, stage.length, stage.batch) < 1:
                 raise InputError(f"steps, length and batch of a stage must be >= 1: {stage}")
             if not 0 <= stage.state_passing <= 1:

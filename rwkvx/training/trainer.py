@@ -19,7 +19,7 @@ from rwkvx.checkpoint.folder import save_folder
 from rwkvx.checkpoint.load import usable_device
 from rwkvx.init import init_weights
 from rwkvx.model import Model
-from rwkvx.state import ModelState, map_tensors, select_state
+from rwkvx.state import ModelState, Rwkv7State, map_tensors
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.data import Batch, Source, build_source
 from rwkvx.training.optim import build_optimizer, learning_rate, set_learning_rate
@@ -81,6 +81,7 @@ class Trainer:
         """One optimiser step; returns its loss."""
         config, stage = self.config, self.config.stage(self.step)
         self.model.set_topk(stage.topk or self.model.config.topk)
+        self.model.recurrent_pieces = stage.pieces
         set_learning_rate(
             self.optimizer, learning_rate(self.step, config.total_steps, config.optimizer)
         )
@@ -104,6 +105,7 @@ class Trainer:
         """Loss and, for tasks with answers, the share of samples answered exactly, on new data."""
         stage = self.config.stage(max(0, self.step - 1))
         losses, right, asked = 0.0, 0, 0
+        self.model.recurrent_pieces = 1
         for index in range(self.config.eval_batches):
             batch = self._to_device(self.source.batch(stage, (self.config.seed, EVALUATION, index)))
             with self._autocast():
@@ -124,21 +126,24 @@ class Trainer:
 
     def _initial_state(self, stage: StageConfig, micro: int) -> ModelState | None:
         """Rows of the carried recurrent states, others zero; None for all zero."""
-        if self.carried is None or stage.state_passing == 0:
+        if self.carried is None or (stage.state_passing == 0 and stage.pieces == 1):
             return None
-        generator = torch.Generator().manual_seed(
-            _generator_seed(self.config.seed, CARRYING, self.step, micro)
-        )
-        had = self.carried.blocks[0].ffn_shift.shape[0]
-        rows = torch.randint(had, (stage.batch,), generator=generator)
-        passed = torch.rand(stage.batch, generator=generator) < stage.state_passing
-        state = select_state(self.carried, rows)
-        keep = passed.to(self.model.device)
+        seed = _generator_seed(self.config.seed, CARRYING, self.step, micro)
+        generator = torch.Generator().manual_seed(seed)
+        keep = torch.ones(stage.batch, stage.pieces)  # later pieces always go on from some state
+        keep[:, 0] = torch.rand(stage.batch, generator=generator) < stage.state_passing
+        draw = torch.rand(stage.batch, stage.pieces, generator=generator)
+        blocks = []
+        for block in self.carried.blocks:
+            pieces = stage.pieces if isinstance(block, Rwkv7State) else 1
+            rows = (draw[:, :pieces].flatten() * len(block.ffn_shift)).long().to(self.model.device)
+            kept = keep[:, :pieces].flatten().to(self.model.device)
 
-        def masked(x: Tensor) -> Tensor:
-            return x * keep.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+            def passed(x: Tensor, rows: Tensor = rows, kept: Tensor = kept) -> Tensor:
+                return x[rows] * kept.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
 
-        return ModelState(tuple(map_tensors(block, masked) for block in state.blocks), 0)
+            blocks.append(map_tensors(block, passed))
+        return ModelState(tuple(blocks), 0)
 
     def _to_device(self, batch: Batch) -> Batch:
         return Batch(*(x.to(self.config.device, non_blocking=True) for x in batch))
