@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import click
 
 from rwkvx import __version__
+from rwkvx.cli.allocator import keep_freed_memory
 from rwkvx.cli.lazy import LazyGroup, explain_missing_module
 from rwkvx.errors import InputError
 
@@ -65,6 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Whatever the user can mend ends in one line ``error: ...`` on standard error; anything else
     is a bug and keeps its traceback. ``RWKVX_DEBUG=1`` keeps every traceback.
     """
+    keep_freed_memory()
     if os.environ.get("RWKVX_DEBUG") == "1":
         sys.exit(cli.main(args=args, prog_name="rwkvx", standalone_mode=False))
     try:
