@@ -84,7 +84,7 @@ class PasskeySource:
         answers = np.zeros((stage.batch, stage.length), dtype=bool)
         used = np.zeros((stage.batch, stage.length), dtype=bool)
         for row in range(stage.batch):
-            prompt, answer = self._sample(stage.length + 1, rng)
+            prompt, answer = self._sample(stage, rng)
             end = len(prompt) + len(answer)
             ids[row, :end] = np.concatenate([prompt, answer])
             answers[row, len(prompt) - 1 : end - 1] = True
@@ -94,9 +94,9 @@ class PasskeySource:
         weights = asked / asked.sum() + self.config.other_weight * other / other.sum()
         return Batch(tokens[:, :-1], tokens[:, 1:], weights.float(), asked)
 
-    def _sample(self, room: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
-        """Prompt and answer of together at most `room` tokens, any alignment to chunks."""
-        key = _random_key(rng)
+    def _sample(self, stage: StageConfig, rng: np.random.Generator) -> tuple[Ids, Ids]:
+        """Prompt and answer of together at most T + 1 tokens, any alignment to chunks."""
+        room, key = stage.length + 1, _random_key(rng)
         answer = self.builder.answer(key)
         longest = room - len(answer)
         if longest < self.builder.minimum:
@@ -106,7 +106,7 @@ class PasskeySource:
             )
         shortest = max(self.builder.minimum, longest - 64)
         length = int(rng.integers(shortest, max(shortest, longest) + 1))
-        depth = float(rng.random())
+        depth = self._depth(stage, length, len(self.builder.needle(key)), rng)
         if rng.random() < self.config.prose and self.prose is not None:
             if len(self.prose) <= room:
                 raise InputError(
@@ -119,6 +119,19 @@ class PasskeySource:
             return self.builder.build(filler, length, depth, key).ids, answer
         offset = int(rng.integers(0, 2 * self.standard.natural_length)) if rng.random() < 0.5 else 0
         return self.builder.build(self.standard, length, depth, key, offset=offset).ids, answer
+
+    def _depth(
+        self, stage: StageConfig, length: int, needle: int, rng: np.random.Generator
+    ) -> float:
+        """Anywhere; where RWKV-7 blocks read in pieces, preferably whole in one before the last."""
+        depth, last = float(rng.random()), stage.pieces - 1
+        for _ in range(16 if last else 0):
+            start = self.builder.prefix_length(length, depth)
+            first, end = (x // stage.recurrent_length for x in (start, start + needle))
+            if first == end < last:
+                break
+            depth = float(rng.random())
+        return depth
 
 
 def _random_key(rng: np.random.Generator) -> int:
