@@ -10,7 +10,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of giving it back to the kernel with every tensor.
 
     Otherwise each large activation is made of new pages that the kernel must clear first: training
-    on two cores is about a seventh slower then (docs/results/cpu.md). No effect elsewhere.
+    on two cores is about a seventh slower then (docs/results/cpu/report.md). No effect elsewhere.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

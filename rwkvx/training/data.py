@@ -135,11 +135,14 @@ class PasskeySource:
 
 
 def _random_key(rng: np.random.Generator) -> int:
-    """Half as the evaluation draws them; half with repeated digits, which are harder to copy."""
+    """Half as the evaluation draws them; half with repeated digits, which are harder to copy.
+
+    All are about as long as those asked: ending early must not be a good guess.
+    """
     if rng.random() < 0.5:
         return int(rng.integers(1, 50_001))
     digits = rng.choice(10, size=int(rng.integers(1, 4)), replace=False)
-    text = "".join(str(digits[i]) for i in rng.integers(0, len(digits), size=rng.integers(1, 6)))
+    text = "".join(str(digits[i]) for i in rng.integers(0, len(digits), size=rng.integers(4, 6)))
     return max(1, int(text))
 
 
