@@ -21,7 +21,7 @@ from rwkvx.time_mix import TimeMix
 from rwkvx_kernels.chunk_attention import KeyValueCache
 
 # Without gradients, long inputs are read in segments of at most so many tokens (over the batch):
-# memory stays flat, and products stay large enough to be efficient (docs/results/cpu/report.md).
+# memory stays flat, and products stay large enough to be efficient.
 SEGMENT_TOKENS = 4096
 SEGMENT_MULTIPLE = 64
 LOGITS = ("all", "last", "none")

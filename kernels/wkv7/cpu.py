@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rwkvx_kernels.wkv7.cpu_scan import scan_chunks
 
-# Fastest on a CPU without and with a backward pass to come (docs/results/cpu/report.md).
+# Fast on a CPU, without and with a backward pass to come.
 CHUNK_FORWARD = 32
 CHUNK_TRAINING = 64
 # Longer inputs are worked through in pieces of about so many tokens, which stay in the cache.
