@@ -9,8 +9,9 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of giving it back to the kernel with every tensor.
 
-    Otherwise each large activation is made of new pages that the kernel must clear first: a training
-    step of passkey-tiny took twice the page faults and an eighth more time. No effect elsewhere.
+    Otherwise each large activation is made of new pages that the kernel must clear first: a
+    training step of passkey-tiny took twice the page faults and an eighth more time. No effect
+    elsewhere.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
