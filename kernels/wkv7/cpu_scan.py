@@ -44,7 +44,8 @@ class _Chunks(NamedTuple):
     """What all chunks of a segment prepare in parallel, and what the backward pass needs again.
 
     query [n, 2C, K]: alpha and r, decayed from the centre of the chunk; key [n, 2C, K]: beta and
-    k, decayed to it; scores [n, 2C, 2C]: their masked products; solved [n, C, K + V]: [W | U0].
+    k, decayed to it; scores [n, 2C, 2C]: their masked products; to_centre, to_end [n, 1, K]: decays
+    of the state; grow_before, grow, shrink [n, C, K]: the exponentials of all of these.
     """
 
     query: Tensor

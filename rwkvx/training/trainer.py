@@ -74,6 +74,7 @@ class Trainer:
         if writer is not None:
             writer.close()
         self.model.set_topk(self.model.config.topk)
+        self.model.recurrent_pieces = 1
         save_folder(self.model, config.folder / "model")
         return self.model
 
