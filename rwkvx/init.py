@@ -1,6 +1,6 @@
 """Initial weights: part of the architecture (BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py).
 
-Everything is drawn in float32 and then cast. Symbols as in docs/model.md: l index among the RWKV-7
+Everything is drawn in float32 and then cast. Symbols: l index among the RWKV-7
 blocks, L their number, c channel, C width, N head size.
 """
 
