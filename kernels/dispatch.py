@@ -1,7 +1,9 @@
 """Choosing an implementation, the same way for every kernel family."""
 
+import os
 from collections.abc import Callable
 from functools import wraps
+from importlib.util import find_spec
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -22,12 +24,14 @@ def resolve_impl(impl: str, device: torch.device, available: tuple[str, ...]) ->
         available: the implementations that this family has.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name; Triton kernels for tensors that are not on a GPU.
+        ModuleNotFoundError: Triton kernels without Triton.
         NotImplementedError: a known implementation that this family does not have yet.
     """
     if impl == "auto":
         # The "cpu" form is plain torch: it is also the fastest that runs on a GPU without Triton.
-        return "triton" if device.type == "cuda" and "triton" in available else "cpu"
+        there = device.type == "cuda" and "triton" in available and find_spec("triton")
+        return "triton" if there else "cpu"
     if impl not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"unknown impl {impl!r}: choose one of {known}")
@@ -35,7 +39,21 @@ def resolve_impl(impl: str, device: torch.device, available: tuple[str, ...]) ->
         raise NotImplementedError(
             f'impl="{impl}" is not there yet for this kernel; available: {", ".join(available)}'
         )
+    if impl == "triton":
+        _check_triton(device)
     return impl
+
+
+def _check_triton(device: torch.device) -> None:
+    if find_spec("triton") is None:
+        raise ModuleNotFoundError(
+            'impl="triton" needs the package triton: pip install "rwkvx[gpu]"', name="triton"
+        )
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f'impl="triton" needs tensors on a GPU, these are on {device.type} (slowly, for tests, '
+            "Triton's interpreter runs there when TRITON_INTERPRET=1 is set from the start)"
+        )
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, tokens: int) -> list[int]:

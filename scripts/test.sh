@@ -4,7 +4,7 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=scripts/setup.sh
-source "$here/setup.sh" dev,eval,train,peers
+source "$here/setup.sh" dev,eval,train,peers,gpu
 cd "$RWKVX_ROOT"
 export PATH="$RWKVX_BIN:$PATH"
 

@@ -1,5 +1,7 @@
 """Choosing an implementation, and packed-sequence offsets."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (the extra gpu)")
 def test_auto_takes_what_there_is() -> None:
     assert resolve_impl("auto", CPU, ("reference", "cpu")) == "cpu"
     assert resolve_impl("auto", CPU, ("reference", "cpu", "triton")) == "cpu"
@@ -30,6 +33,24 @@ def test_an_explicit_request_is_never_replaced() -> None:
     assert resolve_impl("reference", CUDA, ("reference", "cpu", "triton")) == "reference"
     with pytest.raises(NotImplementedError, match="not there yet"):
         resolve_impl("triton", CUDA, ("reference", "cpu"))
+
+
+def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = ("reference", "cpu", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_impl("triton", CPU, available) == "triton"
+    assert resolve_impl("auto", CPU, available) == "cpu"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert resolve_impl("triton", CUDA, available) == "triton"
+    with pytest.raises(ValueError, match=r'impl="triton" needs tensors on a GPU, these are on cpu'):
+        resolve_impl("triton", CPU, available)
+
+
+def test_triton_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rwkvx_kernels.dispatch.find_spec", lambda name: None)
+    assert resolve_impl("auto", CUDA, ("reference", "cpu", "triton")) == "cpu"
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .rwkvx\[gpu\]"):
+        resolve_impl("triton", CUDA, ("reference", "cpu", "triton"))
 
 
 @pytest.mark.parametrize("offsets", [[0, 5], [0, 0, 2, 2, 5, 5], [0, 1, 2, 3, 4, 5]])

@@ -1,0 +1,44 @@
+"""Every kernel compiles for every GPU that is supported, within what it offers.
+
+Here the short list of cases; `scripts/compile_kernels.sh` has all, and any version of Triton.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton (the extra gpu)")
+
+SCRIPT = Path(__file__).parent / "ahead_of_time.py"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("family", ["wkv7"])
+def test_every_target(family: str, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    process = run(family, "--quick", "--json", str(report))
+    assert process.returncode == 0, process.stdout + process.stderr
+    results = json.loads(report.read_text())["results"]
+    assert {x["target"] for x in results} == set(TARGETS)
+    assert not [x for x in results if x["problems"]]
+
+
+def test_what_is_wrong_is_found() -> None:
+    process = run("broken", "--targets", "sm_90,gfx942")
+    assert process.returncode == 1, process.stdout + process.stderr
+    lines = {tuple(line.split()[:3:2]): line for line in process.stdout.splitlines()}
+    assert "bytes of shared memory > 65536" in lines["gfx942", "greedy"]
+    assert "spills registers" in lines["sm_90", "spilling"]
+    assert "does not compile" in lines["sm_90", "wrong"]
+    assert lines["sm_90", "right"].endswith("mma.sync ok")
+    assert lines["gfx942", "right"].endswith("v_mfma ok")
