@@ -16,7 +16,7 @@ from rwkvx.channel_mix import ChannelMix
 from rwkvx.config import ModelConfig
 from rwkvx.errors import InputError
 from rwkvx.sparse_attention import SparseAttention
-from rwkvx.state import BlockState, ModelState, Rwkv7State, SparseState
+from rwkvx.state import BlockState, CachedRows, ModelState, Rwkv7State, SparseState
 from rwkvx.time_mix import TimeMix
 from rwkvx_kernels.chunk_attention import KeyValueCache
 
@@ -48,11 +48,12 @@ class Block(nn.Module):
         kv_width = self.config.kv_heads * self.config.head_size
         taps = self.config.key_conv - 1
         conv = like.new_zeros(batch, taps, kv_width) if self.config.key_conv else None
-        cache = None
-        if capacity:  # at once: growing step by step would hold old and new together
-            heads, size = self.config.kv_heads, self.config.head_size
-            cache = KeyValueCache(batch, heads, size, self.config.chunk_size, like, capacity)
-        return SparseState(cache, 0, conv, zeros)
+        if not capacity:
+            return SparseState((), conv, zeros)
+        # At once: growing step by step would hold old and new together.
+        heads, size = self.config.kv_heads, self.config.head_size
+        cache = KeyValueCache(batch, heads, size, self.config.chunk_size, like, capacity)
+        return SparseState((CachedRows(cache, 0),), conv, zeros)
 
     def forward(
         self,
@@ -70,13 +71,10 @@ class Block(nn.Module):
             x = x + y
             y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, cu_seqlens)
             return x + y, Rwkv7State(shift, wkv, ffn_shift), v_first
-        y, cache, conv = self.att(
-            self.ln1(x), state.cache, state.length, state.conv, cu_seqlens, keep_cache
-        )
-        length = state.length + x.shape[1] if cache is not None else 0
+        y, cached, conv = self.att(self.ln1(x), state.cached, state.conv, cu_seqlens, keep_cache)
         x = x + y
         y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, cu_seqlens)
-        return x + y, SparseState(cache, length, conv, ffn_shift), v_first
+        return x + y, SparseState(cached, conv, ffn_shift), v_first
 
 
 class Model(nn.Module):
@@ -115,7 +113,7 @@ class Model(nn.Module):
                 may be continued any number of times.
             logits: "all" -> [B, T, V], "last" -> [B, 1, V], "none" -> None.
             cu_seqlens: [sequences + 1] offsets of sequences packed along T; batch size 1, and the
-                attention caches start empty and are not kept. No sequence may be empty.
+                state has one row per sequence. No sequence may be empty.
             keep_cache: False leaves the attention caches of the returned state empty.
 
         Returns:
@@ -129,7 +127,6 @@ class Model(nn.Module):
         if state is not None or cu_seqlens is not None:
             self._check_rows(ids, state, cu_seqlens)
         if cu_seqlens is not None:
-            keep_cache = False
             cu_seqlens = cu_seqlens.to(ids.device, torch.int64)
         whole = torch.is_grad_enabled() or cu_seqlens is not None or not keep_cache
         if state is None:
@@ -223,10 +220,6 @@ class Model(nn.Module):
                 f"the state is of {shape[0]} sequences of width {shape[1]}, the model reads "
                 f"{rows} of width {self.config.width}"
             )
-        if cu_seqlens is not None and any(
-            isinstance(b, SparseState) and b.length for b in state.blocks
-        ):
-            raise InputError("packed sequences cannot continue a filled attention cache")
 
     @property
     def device(self) -> torch.device:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rwkvx.config import ModelConfig
 from rwkvx.errors import InputError
+from rwkvx.state import CachedRows
 from rwkvx_kernels.chunk_attention import (
     KeyValueCache,
     cached_chunk_attention,
@@ -36,23 +37,22 @@ class SparseAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cache: KeyValueCache | None,
-        length: int,
+        cached: tuple[CachedRows, ...],
         conv: Tensor | None,
         cu_seqlens: Tensor | None = None,
         keep_cache: bool = True,
-    ) -> tuple[Tensor, KeyValueCache | None, Tensor | None]:
+    ) -> tuple[Tensor, tuple[CachedRows, ...], Tensor | None]:
         """Attend.
 
         Args:
             x: [B, T, C], normalised.
-            cache, length: the tokens read before (None, 0 at the start).
+            cached: the tokens read before (empty at the start).
             conv: [B, W - 1, G·N], keys before the convolution (None without one).
-            cu_seqlens: offsets of packed sequences; then nothing was read before.
-            keep_cache: False returns no cache, which spares its memory in training.
+            cu_seqlens: offsets of packed sequences; caches and conv have one row per sequence.
+            keep_cache: False keeps no new cache, which spares its memory in training.
 
         Returns:
-            output [B, T, C], cache, conv.
+            output [B, T, C], cached, conv.
 
         Raises:
             InputError: gradients through a non-empty cache are not defined.
@@ -63,22 +63,52 @@ class SparseAttention(nn.Module):
             k, conv = self._convolve(k, conv, cu_seqlens)
         q, k, v = (z.to(q.dtype).unflatten(-1, (-1, size)) for z in (q, k, v))
         training = torch.is_grad_enabled() and q.requires_grad
-        if training and length:
+        filled = any(length for _, length in cached)
+        if training and filled:
             raise InputError(
                 "gradients do not flow into a filled attention cache: start from "
                 "state.recurrent(), or run under torch.no_grad()"
             )
-        if keep_cache and cu_seqlens is None:
-            if cache is None:
-                cache = KeyValueCache(
-                    x.shape[0], self.config.kv_heads, size, self.config.chunk_size, k
-                )
-            cache = cache.append(length, k.detach(), v.detach())
-        if training or cache is None:
+        if training or not (keep_cache or filled):
             y = chunk_attention(q, k, v, self.config.chunk_size, self.topk, cu_seqlens)
+            k, v = k.detach(), v.detach()
+            parts = self._parts(q, k, v, cached, cu_seqlens) if keep_cache else []
+            cached = tuple(old.append(k, v) for _, k, v, old in parts)
+            return self.output(y.flatten(-2)), cached, conv
+        outputs, new = [], []
+        for part_q, part_k, part_v, old in self._parts(q, k, v, cached, cu_seqlens):
+            new.append(old.append(part_k, part_v))
+            outputs.append(cached_chunk_attention(part_q, *new[-1], self.topk))
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 0 if cu_seqlens is None else 1)
+        return self.output(y.flatten(-2)), tuple(new), conv
+
+    def _parts(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cached: tuple[CachedRows, ...],
+        cu_seqlens: Tensor | None,
+    ) -> list[tuple[Tensor, Tensor, Tensor, CachedRows]]:
+        """Queries, keys and values beside what they continue: packed sequences one by one, rows of
+        a batch in the groups that were cached together."""
+        if cu_seqlens is None:
+            cached = cached or (self._empty(k, len(k)),)
+            sizes, dim = [rows.cache.batch for rows in cached], 0
         else:
-            y = cached_chunk_attention(q, cache, length + x.shape[1], self.topk)
-        return self.output(y.flatten(-2)), cache, conv
+            sizes, dim = cu_seqlens.diff().tolist(), 1
+            if not cached:
+                cached = tuple(self._empty(k, 1) for _ in sizes)
+            elif len(cached) < len(sizes):
+                rows = torch.arange(len(sizes), device=k.device).split(1)
+                cached = tuple(cached[0].select(row) for row in rows)
+        if len(cached) == 1:
+            return [(q, k, v, cached[0])]
+        return list(zip(*(x.split(sizes, dim) for x in (q, k, v)), cached, strict=True))
+
+    def _empty(self, like: Tensor, rows: int) -> CachedRows:
+        heads, size = self.config.kv_heads, self.config.head_size
+        return CachedRows(KeyValueCache(rows, heads, size, self.config.chunk_size, like), 0)
 
     def _convolve(
         self, k: Tensor, conv: Tensor, cu_seqlens: Tensor | None

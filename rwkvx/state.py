@@ -25,16 +25,31 @@ class Rwkv7State(NamedTuple):
     ffn_shift: Tensor
 
 
+class CachedRows(NamedTuple):
+    """Batch rows of equal length: of what `cache` holds, `length` tokens count here."""
+
+    cache: KeyValueCache
+    length: int
+
+    def append(self, k_BTGD: Tensor, v_BTGD: Tensor) -> "CachedRows":
+        """With T more tokens."""
+        cache = self.cache.append(self.length, k_BTGD, v_BTGD)
+        return CachedRows(cache, self.length + k_BTGD.shape[1])
+
+    def select(self, index: Tensor) -> "CachedRows":
+        """A copy of the rows `index`."""
+        return CachedRows(self.cache.rows(self.length, index), self.length)
+
+
 class SparseState(NamedTuple):
     """Of a sparse block: grows with the text.
 
-    `cache` holds the keys and values of the `length` tokens that count for this state (None: no
-    tokens yet), `conv` [B, W - 1, G·N] the last keys before the convolution (None: no
-    convolution), `ffn_shift` [B, C] the last input of the channel mix.
+    `cached` holds keys and values: of all rows together, or row by row where the lengths may
+    differ (empty: no tokens yet). `conv` [B, W - 1, G·N] are the last keys before the convolution
+    (None: no convolution), `ffn_shift` [B, C] the last input of the channel mix.
     """
 
-    cache: KeyValueCache | None
-    length: int
+    cached: tuple[CachedRows, ...]
     conv: Tensor | None
     ffn_shift: Tensor
 
@@ -62,9 +77,8 @@ def select_state(state: ModelState, rows: Tensor | list[int]) -> ModelState:
     for block in state.blocks:
         index = rows.to(block.ffn_shift.device)
         picked = map_tensors(block, partial(_rows, index=index))
-        if isinstance(block, SparseState) and block.cache is not None:
-            assert isinstance(picked, SparseState)
-            picked = picked._replace(cache=block.cache.rows(block.length, index))
+        if isinstance(block, SparseState) and isinstance(picked, SparseState):
+            picked = picked._replace(cached=_select_cached(block.cached, index))
         blocks.append(picked)
     return ModelState(tuple(blocks), state.length)
 
@@ -79,12 +93,17 @@ def state_bytes(state: ModelState) -> int:
     """Memory that the state's tokens take, in bytes (spare capacity of caches not counted)."""
     total = 0
     for block in state.blocks:
-        for x in block:
-            if isinstance(x, Tensor):
-                total += x.numel() * x.element_size()
-            elif isinstance(x, KeyValueCache) and isinstance(block, SparseState):
-                total += int(x.bytes_per_token() * block.length * x.k_BGSD.shape[0])
+        total += sum(x.numel() * x.element_size() for x in block if isinstance(x, Tensor))
+        for cache, length in block.cached if isinstance(block, SparseState) else ():
+            total += int(cache.bytes_per_token() * length * cache.batch)
     return total
+
+
+def _select_cached(cached: tuple[CachedRows, ...], index: Tensor) -> tuple[CachedRows, ...]:
+    """Rows together are copied; single rows are shared, and copied when one is continued."""
+    if len(cached) == 1:
+        return (cached[0].select(index),)
+    return tuple(cached[i] for i in index.tolist()) if cached else ()
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -98,5 +117,4 @@ def map_tensors(
     if isinstance(block, Rwkv7State):
         return Rwkv7State(*(f(x) for x in block))
     conv = None if block.conv is None else f(block.conv)
-    cache, length = (block.cache, block.length) if keep_cache else (None, 0)
-    return SparseState(cache, length, conv, f(block.ffn_shift))
+    return SparseState(block.cached if keep_cache else (), conv, f(block.ffn_shift))

@@ -35,6 +35,11 @@ class KeyValueCache:
         self.written = 0
 
     @property
+    def batch(self) -> int:
+        """Batch rows."""
+        return self.k_BGSD.shape[0]
+
+    @property
     def capacity(self) -> int:
         """Tokens that fit without growing."""
         return self.k_BGSD.shape[2]

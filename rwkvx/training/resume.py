@@ -112,7 +112,7 @@ def _unflatten(model: Model, tensors: dict[str, Tensor]) -> ModelState:
             blocks.append(Rwkv7State(get(i, "shift"), get(i, "wkv"), get(i, "ffn_shift")))
         else:
             conv = None if empty.conv is None else get(i, "conv")
-            blocks.append(SparseState(None, 0, conv, get(i, "ffn_shift")))
+            blocks.append(SparseState((), conv, get(i, "ffn_shift")))
     return ModelState(tuple(blocks), 0)
 
 

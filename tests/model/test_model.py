@@ -141,6 +141,43 @@ def test_packed_sequences_equal_separate_ones(name: str) -> None:
                     torch.testing.assert_close(x[row : row + 1], y, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_packed_sequences_continue(name: str) -> None:
+    """Rows of unequal lengths: packed after a batch, picked, as a batch, packed again."""
+    model, ids = random_model(variant(name)), random_ids(200, batch=3)
+    lengths = [1, 63, 20]
+
+    def logits_of(row: int, a: int, b: int) -> Tensor:
+        return model(ids[row : row + 1, :b])[0][:, a:]
+
+    def packed(a: list[int], b: list[int], rows: list[int]) -> tuple[Tensor, Tensor]:
+        parts = [ids[row, i:j] for row, i, j in zip(rows, a, b, strict=True)]
+        offsets = torch.tensor([0, *(len(x) for x in parts)]).cumsum(0)
+        return torch.cat(parts)[None], offsets
+
+    for start in (0, 30):
+        state = model(ids[:, :start])[1] if start else None
+        ends = [start + n for n in lengths]
+        part, offsets = packed([start] * 3, ends, [0, 1, 2])
+        logits, state = model(part, state, cu_seqlens=offsets)
+        expected = [logits_of(row, start, end) for row, end in enumerate(ends)]
+        assert error(logits, torch.cat(expected, dim=1)) < 1e-11
+        rows = [1, 2, 1, 0]
+        forked = select_state(state, rows)
+        for _ in range(2):  # the second time from states that are already continued by others
+            after = forked
+            for step in range(20):
+                tokens = torch.stack([ids[row, ends[row] + step] for row in rows])[:, None]
+                logits, after = model(tokens, after)
+                expected = [logits_of(row, ends[row] + step, ends[row] + step + 1) for row in rows]
+                assert error(logits, torch.cat(expected)) < 1e-11
+        part, offsets = packed([ends[row] + 20 for row in rows], [120, 121, 122, 123], rows)
+        logits, _ = model(part, after, cu_seqlens=offsets)
+        expected = [logits_of(row, ends[row] + 20, 120 + i) for i, row in enumerate(rows)]
+        assert error(logits, torch.cat(expected, dim=1)) < 1e-11
+
+
 def test_packed_sequences_may_start_from_passed_states() -> None:
     model, ids = random_model(variant("key_conv")), random_ids(100, batch=1)
     before = random_ids(50, batch=2, seed=3)
@@ -160,7 +197,7 @@ def test_the_recurrent_state_forgets_the_attention_only() -> None:
     for old, new in zip(state.blocks, passed.blocks, strict=True):
         assert torch.equal(old.ffn_shift, new.ffn_shift)
         assert not new.ffn_shift.requires_grad
-        assert getattr(new, "cache", None) is None
+        assert not getattr(new, "cached", ())
     model(ids, passed)[0].sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -237,8 +274,6 @@ def test_bad_states_and_offsets() -> None:
             model(ids[:1], cu_seqlens=torch.tensor(offsets))
     with pytest.raises(InputError, match="batch size 1"):
         model(ids, cu_seqlens=torch.tensor([0, 20]))
-    with pytest.raises(InputError, match="filled attention cache"):
-        model(ids[:1], state, cu_seqlens=torch.tensor([0, 10, 20]))
     with pytest.raises(InputError, match=r"recurrent\(\)"):
         model(ids, state)  # with gradients
 

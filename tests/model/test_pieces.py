@@ -74,8 +74,8 @@ def test_a_prompt_s_cache_is_sized_at_once(ids: Tensor) -> None:
     """A cache that grew step by step would have held old and new together."""
     model = random_model(HYBRID)
     _, state = model(ids, logits="none")
-    caches = [b.cache for b in state.blocks if isinstance(b, SparseState)]
-    assert [c.capacity for c in caches if c is not None] == [96, 96]
+    caches = [c for b in state.blocks if isinstance(b, SparseState) for c, _ in b.cached]
+    assert [c.capacity for c in caches] == [96, 96]
 
 
 def test_recurrent_state_keeps_its_rows(ids: Tensor) -> None:
