@@ -8,7 +8,7 @@ from typing import Any
 from rwkvx.errors import InputError
 
 BLOCK_KINDS = ("rwkv7", "sparse")
-TOKENIZERS = ("world", "bytes")
+TOKENIZERS = {"world": 65536, "bytes": 256}  # and how many ids they have
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class ModelConfig:
         ffn_mult: inner width of the channel mix, in multiples of `width`.
         decay_rank, iclr_rank, value_rank, gate_rank: low-rank sizes of the time mix (w, a, v, g);
             None for RWKV-7's own rule.
-        tokenizer: "world" or "bytes".
+        group_norm_eps: of the group norm in the time mix; RWKV-7's own number unless a checkpoint
+            of another kind says otherwise.
+        tokenizer: "world", "bytes", or None for a vocabulary that is neither.
     """
 
     vocab_size: int
@@ -44,7 +46,8 @@ class ModelConfig:
     iclr_rank: int | None = None
     value_rank: int | None = None
     gate_rank: int | None = None
-    tokenizer: str = "world"
+    group_norm_eps: float = 64e-5
+    tokenizer: str | None = "world"
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, list | tuple) or not self.pattern:
@@ -53,8 +56,12 @@ class ModelConfig:
         for kind in self.pattern:
             if kind not in BLOCK_KINDS:
                 raise InputError(f"pattern must name blocks of {BLOCK_KINDS}, got {kind!r}")
-        if self.tokenizer not in TOKENIZERS:
-            raise InputError(f"tokenizer must be one of {TOKENIZERS}, got {self.tokenizer!r}")
+        if self.tokenizer is not None and self.tokenizer not in TOKENIZERS:
+            raise InputError(
+                f"tokenizer must be one of {tuple(TOKENIZERS)} or null, got {self.tokenizer!r}"
+            )
+        if not isinstance(self.group_norm_eps, float) or not 0 < self.group_norm_eps < 1:
+            raise InputError(f"group_norm_eps must be in (0, 1), got {self.group_norm_eps!r}")
         for name in ("vocab_size", "width", "head_size", "chunk_size", "topk", "ffn_mult"):
             if not _whole(getattr(self, name), 1):
                 raise InputError(

@@ -34,20 +34,31 @@ def init_weights(model: Model, seed: int = 0) -> Model:
     depth, rwkv_blocks, index = len(model.blocks), model.config.pattern.count("rwkv7"), 0
     for position, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        _unit_norm(block.ln1)
-        _unit_norm(block.ln2)
-        ratio = 1 - position / depth
         if isinstance(block.att, TimeMix):
-            ratio = 1 - index / rwkv_blocks
             _init_time_mix(block.att, index, rwkv_blocks, generator)
+            _init_around_mixer(block, 1 - index / rwkv_blocks, generator)
             index += 1
-        elif isinstance(block.att, SparseAttention):
-            _init_sparse(block.att, generator)
-        channel = torch.arange(width) / width
-        _fill(block.ffn.x_k, 1 - channel ** (ratio**4))
-        _orthogonal(block.ffn.key.weight, 1.0, generator)
-        nn.init.zeros_(block.ffn.value.weight)
+        else:
+            init_sparse_block(block, 1 - position / depth, generator)
     return model
+
+
+@torch.no_grad()
+def init_sparse_block(block: Block, ratio: float, generator: torch.Generator) -> None:
+    """Fill one sparse block; `ratio` falls from 1 to 0 with depth. It puts out nothing yet."""
+    assert isinstance(block.att, SparseAttention)
+    _init_sparse(block.att, generator)
+    _init_around_mixer(block, ratio, generator)
+
+
+def _init_around_mixer(block: Block, ratio: float, generator: torch.Generator) -> None:
+    """Norms and channel mix of either kind of block."""
+    _unit_norm(block.ln1)
+    _unit_norm(block.ln2)
+    channel = torch.arange(block.config.width) / block.config.width
+    _fill(block.ffn.x_k, 1 - channel ** (ratio**4))
+    _orthogonal(block.ffn.key.weight, 1.0, generator)
+    nn.init.zeros_(block.ffn.value.weight)
 
 
 def _init_time_mix(att: TimeMix, layer: int, layers: int, generator: torch.Generator) -> None:

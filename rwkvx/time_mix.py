@@ -14,7 +14,6 @@ from rwkvx_kernels.wkv7 import wkv7
 
 # Bounds the decay: log_decay = LOG_DECAY_SCALE · sigmoid(·), so a decay is at least exp(-0.6065).
 LOG_DECAY_SCALE = -exp(-0.5)
-GROUP_NORM_EPS = 64e-5
 MIXES = ("r", "w", "k", "v", "a", "g")
 
 
@@ -73,7 +72,7 @@ class TimeMix(nn.Module):
         self.r_k = nn.Parameter(torch.empty(config.heads, config.head_size))
         for name in ("receptance", "key", "value", "output"):
             self.add_module(name, nn.Linear(width, width, bias=False))
-        self.ln_x = nn.GroupNorm(config.heads, width, eps=GROUP_NORM_EPS)
+        self.ln_x = nn.GroupNorm(config.heads, width, eps=config.group_norm_eps)
 
     def forward(
         self,
@@ -111,7 +110,7 @@ class TimeMix(nn.Module):
         r, k, v, a, log_decay = map(self._heads, (r, k.to(r.dtype), v.to(r.dtype), a, log_decay))
         kk, a = kk.to(r.dtype), a.to(r.dtype)  # no-ops except under autocast
         y, wkv = wkv7(r, log_decay, k, v, -kk, kk * a, initial_state=wkv, cu_seqlens=cu_seqlens)
-        y = F.layer_norm(y, (self.head_size,), eps=GROUP_NORM_EPS)
+        y = F.layer_norm(y, (self.head_size,), eps=self.ln_x.eps)
         y = torch.addcmul(self._heads(self.ln_x.bias), y, self._heads(self.ln_x.weight))
         bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True)
         y = torch.addcmul(y, bonus, v).flatten(-2)

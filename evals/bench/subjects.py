@@ -16,8 +16,9 @@ import yaml
 from torch import Tensor, nn
 
 import rwkvx
+from rwkvx.checkpoint import pth
+from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.load import shipped_models
-from rwkvx.checkpoint.rwkvx_pth import no_place_in_pth, write_pth
 from rwkvx.errors import InputError
 
 PEER = "rwkv-x"
@@ -121,7 +122,9 @@ def open_peer(model: rwkvx.Model, dtype: str, wanted: bool) -> tuple[Peer | None
     reason = None if wanted else "not asked for"
     if wanted and find_spec("rwkv_x") is None:
         reason = "not installed (pip install 'rwkvx[peers]')"
-    elif wanted and (missing := no_place_in_pth(model.config)):
+    elif wanted and "sparse" not in model.config.pattern:
+        reason = "reads hybrid models only"
+    elif wanted and (missing := pth.no_place_in_pth(model.config)):
         reason = f"cannot hold {missing}"
     elif wanted and model.config.head_size != 64:
         reason = f"knows heads of 64 only, not of {model.config.head_size}"
@@ -129,6 +132,6 @@ def open_peer(model: rwkvx.Model, dtype: str, wanted: bool) -> tuple[Peer | None
         return None, f"{PEER}: {reason}"
     with tempfile.TemporaryDirectory(prefix="rwkvx-bench-") as folder:
         path = Path(folder) / "model.pth"
-        write_pth(model, path)
+        pth.write(Checkpoint.of(model), path)
         peer = Peer(path, dtype)
     return peer, f"{PEER} {metadata.version(PEER)}"

@@ -1,4 +1,4 @@
-"""Loading and saving models."""
+"""Loading, saving and converting models: one module a format, `formats.py` names them all."""
 
 from rwkvx.checkpoint.load import load
 

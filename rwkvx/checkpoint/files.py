@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -37,6 +38,14 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file."""
+    """Write a safetensors file, from the tensors' own memory.
+
+    Raises:
+        OSError: the disk refuses; then there is no file, or the old one.
+    """
     flat = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    write_bytes(path, save(flat))
+    with replacing(path) as temporary:
+        try:
+            save_file(flat, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # its words for an OSError
+            raise OSError(f"cannot write {path}: {error}") from error

@@ -1,27 +1,80 @@
-"""Our own folder: config.json and model.safetensors."""
+"""Our own folder: config.json, safetensors (sharded when large), SHA-256 sums of both."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from rwkvx.checkpoint.files import write_json, write_tensors
+from rwkvx.checkpoint.checkpoint import Checkpoint, merge_config
+from rwkvx.checkpoint.files import write_json
+from rwkvx.checkpoint.layout import BLOCK, NOTHING, Layout
+from rwkvx.checkpoint.manifest import verify_manifest, write_manifest
+from rwkvx.checkpoint.shards import SHARD_BYTES, read_weights, write_weights
 from rwkvx.config import ModelConfig
 from rwkvx.errors import InputError
 from rwkvx.model import Model
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TITLE = "folder of rwkvx"
+SUFFIXES: tuple[str, ...] = ()  # whatever no other format claims
+CONFIG = "config.json"
+OWN = Layout(lambda name, _: name, {}, deep=NOTHING, transposed=False, unused=NOTHING)
+
+
+def matches(path: Path) -> bool:
+    """Whether this is a folder; formats that own theirs are asked first."""
+    return path.is_dir()
 
 
 def save_folder(model: Model, folder: str | Path) -> None:
-    """Write the weights, then the config, each complete or not at all."""
-    write_tensors(Path(folder) / WEIGHTS, model.state_dict())
-    write_json(Path(folder) / CONFIG, model.config.to_dict())
+    """Write a model; see `write`."""
+    write(Checkpoint.of(model), Path(folder))
+
+
+def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the weights, the config, then their sums, each file complete or not at all."""
+    written = write_weights(folder, checkpoint.tensors, shard_bytes)
+    write_json(folder / CONFIG, checkpoint.config.to_dict())
+    write_manifest(folder, [CONFIG, *written])
+
+
+def read(folder: Path, overrides: Mapping[str, Any], meta: bool = False) -> Checkpoint:
+    """Config and tensors by parameter name; memory-mapped, or only their headers read.
+
+    Raises:
+        InputError: a file that is missing or damaged; a tensor that is missing, extra or of the
+            wrong shape; a depth that is not the pattern's.
+    """
+    config = merge_config(read_config(folder).to_dict(), overrides)
+    tensors = read_weights(folder, meta)
+    origin = str(folder)
+    depth = 1 + max((int(m[1]) for name in tensors if (m := BLOCK.match(name))), default=-1)
+    if depth != len(config.pattern):
+        raise InputError(
+            f"{origin} holds {depth} blocks, the pattern of its config {len(config.pattern)}"
+        )
+    return OWN.fit(tensors, config, origin)
+
+
+def verify(folder: Path) -> str:
+    """Check the SHA-256 sums; what was checked. Raises InputError naming a file that changed."""
+    return verify_manifest(folder)
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The config of a folder."""
+    path = folder / CONFIG
+    try:
+        return ModelConfig.from_dict(read_json(folder))
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """What config.json of a folder holds.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
     path = folder / CONFIG
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -31,24 +84,4 @@ def read_config(folder: Path) -> ModelConfig:
         raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} is damaged: it holds no mapping")
-    try:
-        return ModelConfig.from_dict(data)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and tensors by parameter name."""
-    config = read_config(folder)
-    return config, read_tensors(folder / WEIGHTS)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is truncated or damaged: {error}") from error
+    return data

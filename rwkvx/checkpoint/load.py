@@ -1,15 +1,14 @@
-"""`rwkvx.load`: a model from a shipped name, our own folder or a `.pth` file."""
+"""`rwkvx.load`: a model from a shipped name, or from a file or folder of any known format."""
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from rwkvx.checkpoint.folder import read_folder
-from rwkvx.checkpoint.rwkvx_pth import read_pth
-from rwkvx.config import ModelConfig
+from rwkvx.checkpoint.checkpoint import Checkpoint, check_finite, check_vocabulary
+from rwkvx.checkpoint.formats import detect
 from rwkvx.errors import InputError
 from rwkvx.model import Model
 
@@ -38,32 +37,52 @@ def find_model(path: str | Path) -> Path:
     raise InputError(f"no model {str(path)!r}: not a file or folder, nor shipped ({known})")
 
 
-def load(path: str | Path, device: str = "cpu", dtype: str = "float32", **overrides: Any) -> Model:
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    *,
+    verify: bool = False,
+    **overrides: Any,
+) -> Model:
     """Load a model, in evaluation mode.
 
+    Weights that are of that dtype already and stay on the CPU are used where they are: mapped
+    from the file (safetensors, .pth) into memory, not copied. Training does not reach the file.
+
     Args:
-        path: a shipped name ("passkey-tiny"), our own folder (config.json, model.safetensors), or
-            an RWKV-X `.pth` file (chunk_size 2048 and topk 3 unless overridden).
+        path: a shipped name ("passkey-tiny"), our own folder, a `.pth` file of RWKV-7 or RWKV-X
+            (chunk_size 2048 and topk 3 unless overridden), a Hugging Face folder of
+            flash-linear-attention's RWKV7, or a ggml file of rwkv.cpp.
         device: where the weights go. dtype: "float32", "bfloat16", "float16" or "float64".
+        verify: check the file's checksums first: SHA-256 in folders, CRC-32 in `.pth`.
         overrides: fields of `ModelConfig` that leave the parameters as they are, such as
-            chunk_size=..., topk=....
+            chunk_size=..., topk=..., tokenizer=....
 
     Raises:
-        InputError: nothing there, an unknown format, or weights that do not fit.
+        InputError: nothing there, an unknown format, damage, weights that do not fit or are not
+            finite.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     where = usable_device(device)
-    found = find_model(path)
-    if found.is_dir():
-        config, tensors = read_folder(found)
-    elif found.suffix == ".pth":
-        config, tensors = read_pth(found)
-    else:
-        raise InputError(f"{found} is neither a folder with config.json nor a .pth file")
-    if overrides:
-        config = ModelConfig.from_dict({**config.to_dict(), **overrides})
-    return build(config, tensors, str(found)).to(where, getattr(torch, dtype)).eval()
+    model = read_checkpoint(find_model(path), overrides, verify).model()
+    return model.to(where, getattr(torch, dtype))
+
+
+def read_checkpoint(path: Path, overrides: Mapping[str, Any], verify: bool = False) -> Checkpoint:
+    """Config and tensors of a file or folder, with the dtypes they have there, and sound.
+
+    Raises:
+        InputError: as `load`.
+    """
+    found = detect(path)
+    if verify:
+        found.verify(path)
+    checkpoint = found.read(path, overrides)
+    check_vocabulary(checkpoint.config, str(path))
+    check_finite(checkpoint, str(path))
+    return checkpoint
 
 
 def usable_device(name: str) -> torch.device:
@@ -78,26 +97,3 @@ def usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used: {error}") from error
     return device
-
-
-def build(config: ModelConfig, tensors: dict[str, Tensor], origin: str) -> Model:
-    """A model with these weights (dtypes as they are).
-
-    Raises:
-        InputError: a tensor that is missing, extra, or of the wrong shape, by name.
-    """
-    with torch.device("meta"):
-        model = Model(config)
-    expected = {name: p.shape for name, p in model.state_dict().items()}
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise InputError(f"{origin} lacks the tensor {name}")
-        if tensors[name].shape != shape:
-            raise InputError(
-                f"{origin}: {name} is {list(tensors[name].shape)}, expected {list(shape)}"
-            )
-    extra = sorted(set(tensors) - set(expected))
-    if extra:
-        raise InputError(f"{origin} has a tensor that the model has no place for: {extra[0]}")
-    model.load_state_dict(tensors, assign=True)
-    return model

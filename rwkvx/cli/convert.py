@@ -1,23 +1,84 @@
-"""``rwkvx convert``: reserved for converting checkpoints between layouts."""
+"""``rwkvx convert``: a checkpoint in another format, or with sparse blocks added."""
+
+from pathlib import Path
 
 import click
-
-from rwkvx.errors import InputError
 
 __all__ = ["convert_command"]
 
 
 @click.command("convert")
-@click.argument("source", required=False)
-@click.argument("target", required=False)
-def convert_command(source: str | None, target: str | None) -> None:
-    """Convert a checkpoint to rwkvx's own folder. Not there yet.
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    type=click.Choice(["folder", "pth", "fla", "ggml"]),
+    help="Format of TARGET. Default: pth for a name that ends in .pth, ggml for .bin, else folder.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+    help="Default: every tensor keeps its own.",
+)
+@click.option(
+    "--expand", type=int, metavar="M", help="Add M sparse blocks to RWKV-7, one after every L/M."
+)
+@click.option(
+    "--init",
+    type=click.Choice(["zero", "copy"]),
+    default="zero",
+    show_default=True,
+    help="New blocks: zero puts out nothing, so that the function stays the same (checked); copy "
+    "takes the projections of the block before, as the training code of RWKV-X does.",
+)
+@click.option("--chunk-size", type=int, help="Of sparse blocks. Default: SOURCE's, else 2048.")
+@click.option("--topk", type=int, help="Of sparse blocks. Default: SOURCE's, else 3.")
+@click.option("--verify", is_flag=True, help="Check the checksums of SOURCE first.")
+def convert_command(
+    source: str,
+    target: Path,
+    to: str | None,
+    dtype: str | None,
+    expand: int | None,
+    init: str,
+    chunk_size: int | None,
+    topk: int | None,
+    verify: bool,
+) -> None:
+    """Write the model SOURCE as TARGET, bit for bit, in another format.
+
+    SOURCE is whatever loads: a folder of rwkvx, a .pth of RWKV-7 (BlinkDL) or RWKV-X, a Hugging
+    Face folder of flash-linear-attention's RWKV7, a ggml file of rwkv.cpp, a shipped name.
 
     \b
-    Example (of a later version):
-      rwkvx convert RWKV-X-0.2B-64k-Base.pth my-model/
+    Examples:
+      rwkvx convert RWKV-X-0.2B-64k-Base.pth my-model
+      rwkvx convert my-model my-model.pth
+      rwkvx convert rwkv7-g1-0.1b.pth hybrid --expand 4
+      rwkvx convert rwkv7-g1-0.1b.pth hf-model --to fla
     """
-    raise InputError(
-        "`rwkvx convert` is not there yet; "
-        "`rwkvx.load` and every --model option read the RWKV-X .pth layout directly"
-    )
+    import torch
+
+    from rwkvx.checkpoint.expand import assert_same_function
+    from rwkvx.checkpoint.expand import expand as add_sparse_blocks
+    from rwkvx.checkpoint.formats import format_of_target
+    from rwkvx.checkpoint.load import find_model, read_checkpoint
+    from rwkvx.errors import InputError
+
+    if target.exists():
+        raise InputError(f"{target} exists already: remove it or choose another name")
+    wanted = format_of_target(target, to)
+    asked = {"chunk_size": chunk_size, "topk": topk}
+    overrides = {name: value for name, value in asked.items() if value is not None}
+    checkpoint = read_checkpoint(find_model(source), overrides, verify)
+    if expand is not None:
+        before = checkpoint
+        checkpoint = add_sparse_blocks(before, expand, init)
+        if init == "zero":
+            assert_same_function(before, checkpoint)
+            click.echo("checked: the function is that of SOURCE, logit for logit")
+    if dtype is not None:
+        checkpoint = checkpoint.to(getattr(torch, dtype))
+    wanted.write(checkpoint, target)
+    count = sum(x.numel() for x in checkpoint.tensors.values())
+    click.echo(f"{target}: {wanted.TITLE}, {count:,} parameters")

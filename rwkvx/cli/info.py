@@ -1,21 +1,15 @@
 """``rwkvx info``: what a model is made of, from its config and tensor headers alone."""
 
-import json
-import struct
-from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 
-from rwkvx.checkpoint.folder import WEIGHTS, read_config
+from rwkvx.checkpoint.formats import detect
 from rwkvx.checkpoint.load import find_model, shipped_models
 from rwkvx.config import ModelConfig
-from rwkvx.errors import InputError
 
-__all__ = ["Memory", "info_command", "memory", "read_header"]
-
-_HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+__all__ = ["Memory", "info_command", "memory"]
 
 
 class Memory(NamedTuple):
@@ -23,29 +17,6 @@ class Memory(NamedTuple):
 
     constant: int
     per_token: float
-
-
-def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Dtype and shape by tensor name of a safetensors file, its data unread.
-
-    Raises InputError for a file that is no safetensors file, or is cut short.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _HEADER_LIMIT + 1
-        if length > min(_HEADER_LIMIT, size - 8):
-            raise InputError(f"{file} is no safetensors file, or is cut short")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            end = 8 + length + max((x["data_offsets"][1] for x in header.values()), default=0)
-            tensors = {name: (x["dtype"], x["shape"]) for name, x in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file} has a broken safetensors header: {error}") from None
-    if size != end:
-        raise InputError(f"{file} has {size} bytes where its header tells of {end}: cut short?")
-    return tensors
 
 
 def memory(config: ModelConfig, element: int = 4) -> Memory:
@@ -78,26 +49,28 @@ def shape_of_pattern(pattern: tuple[str, ...]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in runs)
 
 
-def describe(folder: Path) -> list[tuple[str, str]]:
-    """Rows of the table that ``rwkvx info`` prints."""
-    config = read_config(folder)
-    weights = folder / WEIGHTS
-    tensors = read_header(weights)
+def describe(path: Path) -> list[tuple[str, str]]:
+    """Rows of the table that ``rwkvx info`` prints; no weight is read."""
+    found = detect(path)
+    config, tensors = found.read(path, {}, True)
     state = memory(config)
     conv = f", key convolution of {config.key_conv}" if config.key_conv else ""
     rows = [
-        ("folder", str(folder)),
+        ("model", str(path)),
+        ("format", found.TITLE),
         ("blocks", f"{len(config.pattern)}: {shape_of_pattern(config.pattern)}"),
         ("width", f"{config.width}, {config.heads} heads of {config.head_size}"),
-        ("vocabulary", f"{config.vocab_size}, tokenizer {config.tokenizer}"),
+        ("low ranks", ", ".join(f"{name} {rank}" for name, rank in config.ranks.items())),
+        ("vocabulary", f"{config.vocab_size}, tokenizer {config.tokenizer or 'unknown'}"),
     ]
     if "sparse" in config.pattern:
         text = f"chunks of {config.chunk_size}, top {config.topk}, {config.kv_heads} kv heads{conv}"
         rows.append(("sparse blocks", text))
-    kinds = ", ".join(sorted({dtype for dtype, _ in tensors.values()}))
+    kinds = sorted({str(x.dtype).removeprefix("torch.") for x in tensors.values()})
+    stored = sum(x.numel() * x.element_size() for x in tensors.values())
     rows += [
-        ("parameters", f"{sum(prod(shape) for _, shape in tensors.values()):,}"),
-        ("weights", f"{size(weights.stat().st_size)}, {kinds}"),
+        ("parameters", f"{sum(x.numel() for x in tensors.values()):,}"),
+        ("weights", f"{size(stored)}, {', '.join(kinds)}"),
         ("state", f"{size(state.constant)} + {state.per_token:,.0f} B per token (float32)"),
     ]
     totals = ((name, state.constant + state.per_token * n) for name, n in _LENGTHS)
@@ -110,25 +83,27 @@ _LENGTHS = (("16K", 2**14), ("64K", 2**16), ("1M", 2**20))
 
 @click.command("info")
 @click.argument("model", required=False)
-def info_command(model: str | None) -> None:
-    """Show architecture, parameters and memory of MODEL: a shipped name or a folder.
+@click.option("--verify", is_flag=True, help="Check the checksums too, which reads everything.")
+def info_command(model: str | None, verify: bool) -> None:
+    """Show architecture, parameters and memory of MODEL: a file, a folder or a shipped name.
 
-    Reads config.json and the header of the weights, not the weights. Without MODEL, names the
-    models that ship with this package.
+    Knows every format that `rwkvx convert` knows. Reads headers, not weights. Without MODEL, names
+    the models that ship with this package.
 
     \b
     Examples:
       rwkvx info
       rwkvx info passkey-tiny
-      rwkvx info runs/my-model
+      rwkvx info RWKV-X-0.2B-64k-Base.pth
+      rwkvx info --verify runs/my-model
     """
     if model is None:
         click.echo("\n".join(shipped_models()) or "no model ships with this installation")
         return
-    folder = find_model(model)
-    if not folder.is_dir():
-        raise InputError(f"{model} is a file: `rwkvx info` reads a folder with config.json")
-    rows = describe(folder)
+    path = find_model(model)
+    rows = describe(path)
+    if verify:
+        rows.append(("verified", detect(path).verify(path)))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         click.echo(f"{name:<{width}}  {text}")

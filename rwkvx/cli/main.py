@@ -52,7 +52,7 @@ cli = LazyGroup(
         "train": ("rwkvx.training.command:train_command", "Train a model from a YAML file."),
         "eval": (eval_group, "Measure a model: passkey retrieval, lm-eval tasks."),
         "generate": ("rwkvx.cli.generate:generate_command", "Continue a prompt."),
-        "convert": ("rwkvx.cli.convert:convert_command", "Convert checkpoints (not there yet)."),
+        "convert": ("rwkvx.cli.convert:convert_command", "Checkpoints in other formats."),
         "bench": ("rwkvx_evals.bench.command:bench_command", "Measure speed on this machine."),
         "info": ("rwkvx.cli.info:info_command", "Show what a model is made of."),
     },

@@ -14,11 +14,13 @@ __all__ = ["TOKENIZERS", "ByteTokenizer", "ExactTokenizer", "WorldTokenizer", "g
 TOKENIZERS: dict[str, type[ExactTokenizer]] = {"world": WorldTokenizer, "bytes": ByteTokenizer}
 
 
-def get_tokenizer(name: str) -> ExactTokenizer:
+def get_tokenizer(name: str | None) -> ExactTokenizer:
     """A new tokenizer by its name in a model's configuration: ``"world"`` or ``"bytes"``.
 
-    Raises InputError for any other name.
+    Raises InputError for any other name, and for None.
     """
+    if name is None:
+        raise InputError("this model names no tokenizer for its vocabulary: it reads ids only")
     if name not in TOKENIZERS:
         raise InputError(f"unknown tokenizer {name!r}: choose from {', '.join(sorted(TOKENIZERS))}")
     return TOKENIZERS[name]()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rwkvx.checkpoint.files import write_json, write_tensors
-from rwkvx.checkpoint.folder import read_tensors, save_folder
+from rwkvx.checkpoint.folder import save_folder
+from rwkvx.checkpoint.shards import read_file, read_weights
 from rwkvx.errors import InputError
 from rwkvx.model import Model
 from rwkvx.state import ModelState, Rwkv7State, SparseState
@@ -80,16 +81,16 @@ def load_checkpoint(
             f"{folder} holds a run of another config: choose another --out or remove the folder"
         )
     source = folder / f"step-{progress['step']}"
-    model.load_state_dict(read_tensors(source / "model.safetensors"))
+    model.load_state_dict(read_weights(source))
     state: dict[int, dict[str, Tensor]] = {}
-    for name, x in read_tensors(source / OPTIMIZER).items():
+    for name, x in read_file(source / OPTIMIZER).items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = x
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     carried = None
     if (source / STATE).exists():
-        carried = _unflatten(model, read_tensors(source / STATE))
+        carried = _unflatten(model, read_file(source / STATE))
     return int(str(progress["step"])), carried
 
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from rwkvx import Model, ModelConfig
+from rwkvx.checkpoint.shards import read_header
 from rwkvx.cli import main
-from rwkvx.cli.info import memory, read_header
+from rwkvx.cli.info import memory
 from rwkvx.errors import InputError
 from rwkvx.state import state_bytes
 
@@ -75,7 +76,7 @@ def test_cut_files_are_refused(folder: Path, cut: int, capsys: pytest.CaptureFix
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"error: {file}")
-    assert "cut short" in err
+    assert "truncated" in err
     assert err.count("\n") == 1
 
 
@@ -83,7 +84,7 @@ def test_broken_headers_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     for header in (b"[]", b"{", b'{"a": 1}', b'{"a": {}}', b"\xff\xff"):
         file.write_bytes(len(header).to_bytes(8, "little") + header)
-        with pytest.raises(InputError, match="broken safetensors header"):
+        with pytest.raises(InputError, match="damaged safetensors header"):
             read_header(file)
 
 
@@ -107,7 +108,7 @@ def test_missing_models_are_explained(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no model 'nothing'" in capsys.readouterr().err
     (tmp_path / "a.pth").write_bytes(b"")
     assert run([str(tmp_path / "a.pth")]) == 1
-    assert "is a file" in capsys.readouterr().err
+    assert "a.pth is of no known format" in capsys.readouterr().err
     assert run([str(tmp_path)]) == 1
     assert "is no model folder" in capsys.readouterr().err
 
@@ -115,4 +116,4 @@ def test_missing_models_are_explained(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_weights_must_be_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "model.safetensors").unlink()
     assert run([str(folder)]) == 1
-    assert "model.safetensors: No such file" in capsys.readouterr().err
+    assert "model.safetensors is missing" in capsys.readouterr().err

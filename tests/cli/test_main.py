@@ -147,14 +147,6 @@ def test_bad_usage(
     assert "--help)" in err
 
 
-def test_convert_says_that_it_is_not_there(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    status, _, err = run(["convert", "a.pth", "b"], capsys, monkeypatch)
-    assert status == 1
-    assert err.startswith("error: `rwkvx convert` is not there yet")
-
-
 @pytest.mark.parametrize(
     ("module", "advice"),
     [

@@ -1,0 +1,73 @@
+"""What every format is read into and written from: a config and tensors by our parameter names."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkvx.config import TOKENIZERS, ModelConfig
+from rwkvx.errors import InputError
+from rwkvx.model import Model
+
+
+class Checkpoint(NamedTuple):
+    """A whole model as data; the names are those of `Model(config).state_dict()`."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: Model) -> "Checkpoint":
+        """The weights of a model, not copied."""
+        return cls(model.config, {n: x.detach() for n, x in model.state_dict().items()})
+
+    def model(self) -> Model:
+        """A model in evaluation mode on these very tensors, whatever their dtypes."""
+        with torch.device("meta"):
+            model = Model(self.config)
+        model.load_state_dict(self.tensors, assign=True)
+        return model.eval()
+
+    def to(self, dtype: torch.dtype) -> "Checkpoint":
+        """The same in another dtype."""
+        return self._replace(tensors={n: x.to(dtype) for n, x in self.tensors.items()})
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Shape by our name of every parameter, in the order of the model."""
+    with torch.device("meta"):
+        return {name: x.shape for name, x in Model(config).state_dict().items()}
+
+
+def merge_config(found: Mapping[str, Any], overrides: Mapping[str, Any]) -> ModelConfig:
+    """The config that a file tells of, with what the caller asked for on top."""
+    return ModelConfig.from_dict({**found, **overrides})
+
+
+def check_finite(checkpoint: Checkpoint, origin: str) -> None:
+    """Refuse a tensor with NaN or infinity, by name; reads everything once, copies nothing.
+
+    Raises:
+        InputError: there is one.
+    """
+    for name, x in checkpoint.tensors.items():
+        if x.numel() and x.is_floating_point():
+            # Both carry NaN on. isfinite() would hold whole tensors of its own.
+            low, high = torch.aminmax(x)
+            if not (low.isfinite() and high.isfinite()):
+                raise InputError(f"{origin}: {name} holds NaN or infinite values")
+
+
+def check_vocabulary(config: ModelConfig, origin: str) -> None:
+    """Refuse an embedding with fewer rows than the tokenizer has ids.
+
+    Raises:
+        InputError: it has.
+    """
+    ids = 0 if config.tokenizer is None else TOKENIZERS[config.tokenizer]
+    if config.vocab_size < ids:
+        raise InputError(
+            f"{origin}: emb.weight has {config.vocab_size} rows, but the tokenizer "
+            f"{config.tokenizer!r} has {ids} ids: name another tokenizer, or none"
+        )
