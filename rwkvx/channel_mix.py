@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkvx.config import ModelConfig
+from rwkvx.linear import Linear
 from rwkvx.time_mix import last_token, token_shift
 
 
@@ -16,8 +17,8 @@ class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(config.width))
-        self.key = nn.Linear(config.width, config.ffn_mult * config.width, bias=False)
-        self.value = nn.Linear(config.ffn_mult * config.width, config.width, bias=False)
+        self.key = Linear(config.width, config.ffn_mult * config.width)
+        self.value = Linear(config.ffn_mult * config.width, config.width)
 
     def forward(
         self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None = None
@@ -26,4 +27,6 @@ class ChannelMix(nn.Module):
         starts = None if cu_seqlens is None else cu_seqlens[:-1]
         ends = None if cu_seqlens is None else cu_seqlens[1:] - 1
         mixed = torch.lerp(x, token_shift(x, shift, starts), self.x_k)
-        return self.value(torch.relu(self.key(mixed)).square()), last_token(x, ends)
+        hidden = torch.relu(self.key(mixed))
+        hidden = hidden.square() if hidden.requires_grad else hidden.square_()
+        return self.value(hidden), last_token(x, ends)

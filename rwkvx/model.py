@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkvx.channel_mix import ChannelMix
 from rwkvx.config import ModelConfig
+from rwkvx.linear import Linear
 from rwkvx.errors import InputError
 from rwkvx.sparse_attention import SparseAttention
 from rwkvx.state import BlockState, CachedRows, ModelState, Rwkv7State, SparseState
@@ -90,7 +91,7 @@ class Model(nn.Module):
             Block(config, kind, i == first) for i, kind in enumerate(config.pattern)
         )
         self.ln_out = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = Linear(config.width, config.vocab_size)
         self.gradient_checkpointing = False
         # In training, RWKV-7 blocks may read each sequence in so many pieces, every piece from a
         # state of its own (their states then have B x pieces rows); sparse blocks read it whole.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkvx.config import ModelConfig
+from rwkvx.linear import Linear
 from rwkvx.errors import InputError
 from rwkvx.state import CachedRows
 from rwkvx_kernels.chunk_attention import (
@@ -27,10 +28,10 @@ class SparseAttention(nn.Module):
         super().__init__()
         self.config, self.topk = config, config.topk
         kv_width = config.kv_heads * config.head_size
-        self.receptance = nn.Linear(config.width, config.width, bias=False)
-        self.key = nn.Linear(config.width, kv_width, bias=False)
-        self.value = nn.Linear(config.width, kv_width, bias=False)
-        self.output = nn.Linear(config.width, config.width, bias=False)
+        self.receptance = Linear(config.width, config.width)
+        self.key = Linear(config.width, kv_width)
+        self.value = Linear(config.width, kv_width)
+        self.output = Linear(config.width, config.width)
         if config.key_conv:
             self.key_conv = nn.Parameter(torch.empty(config.key_conv, kv_width))
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvx.config import ModelConfig
+from rwkvx.linear import Linear
 from rwkvx_kernels.wkv7 import wkv7
 
 # Bounds the decay: log_decay = LOG_DECAY_SCALE · sigmoid(·), so a decay is at least exp(-0.6065).
@@ -50,10 +51,10 @@ class TimeMix(nn.Module):
     v2: nn.Parameter
     g1: nn.Parameter
     g2: nn.Parameter
-    receptance: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    output: nn.Linear
+    receptance: Linear
+    key: Linear
+    value: Linear
+    output: Linear
 
     def __init__(self, config: ModelConfig, first: bool) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class TimeMix(nn.Module):
         self.k_k, self.k_a = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
         self.r_k = nn.Parameter(torch.empty(config.heads, config.head_size))
         for name in ("receptance", "key", "value", "output"):
-            self.add_module(name, nn.Linear(width, width, bias=False))
+            self.add_module(name, Linear(width, width))
         self.ln_x = nn.GroupNorm(config.heads, width, eps=config.group_norm_eps)
 
     def forward(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
-from rwkvx_kernels.chunk_attention.cpu_pairs import TILE_SCORES, Pairs, own_pieces, query_tiles
+from rwkvx_kernels.chunk_attention.cpu_pairs import Pairs, own_pieces, query_tiles
 from rwkvx_kernels.chunk_attention.cpu_select import select_chunks
 from rwkvx_kernels.dispatch import without_autocast
 
@@ -112,19 +112,20 @@ def _partial(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tens
 
     `mask` [m, w] is True where one of the last w keys is not to be seen.
     """
-    output, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
-    step = max(1, TILE_SCORES // (q.shape[1] * k.shape[1]))
-    for start in range(0, len(q), step):
-        part = slice(start, start + step)
-        scores = torch.bmm(q[part], k[part].transpose(1, 2))
-        if mask is not None:
-            scores[:, :, -mask.shape[1] :].masked_fill_(mask, -torch.inf)
-        top = scores.amax(dim=-1, keepdim=True)
-        scores.sub_(top).exp_()
-        total = scores.sum(dim=-1, keepdim=True)
-        torch.div(torch.bmm(scores, v[part].to(q.dtype)), total, out=output[part])
-        lse[part] = total.log_().add_(top).squeeze(-1)
-    return output, lse
+    bias = None
+    if mask is not None:
+        bias = q.new_zeros(mask.shape[0], k.shape[1])
+        bias[:, -mask.shape[1] :].masked_fill_(mask, -torch.inf)
+    v = v.to(q.dtype)
+    if q.device.type == "cpu":
+        one_head = (x.unsqueeze(1) for x in (q, k, v))
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *one_head, 0.0, False, attn_mask=bias, scale=1.0
+        )
+        return output.squeeze(1), lse.squeeze(1)
+    scores = torch.bmm(q, k.transpose(1, 2))
+    lse = (scores if bias is None else scores.add_(bias)).logsumexp(dim=-1, keepdim=True)
+    return torch.bmm(scores.sub_(lse).exp_(), v), lse.squeeze(-1)
 
 
 def _merge(

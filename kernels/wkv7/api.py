@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl, without_autocast
-from rwkvx_kernels.wkv7.cpu import wkv7_chunked
+from rwkvx_kernels.wkv7.cpu import wkv7_cpu
 from rwkvx_kernels.wkv7.reference import wkv7_reference
 
 AVAILABLE = ("reference", "cpu")
@@ -70,7 +70,7 @@ def wkv7(
         )
     inputs = [*(x.to(state_dtype) for x in (r, log_decay, k, v, alpha, beta)), initial_state]
     if impl == "cpu":
-        y, state = wkv7_chunked(*inputs, lengths=lengths)
+        y, state = wkv7_cpu(*inputs, lengths=lengths)
     elif cu_seqlens is None:
         y, state = wkv7_reference(*inputs)
     else:

@@ -1,4 +1,4 @@
-"""WKV7 in chunks, in plain torch: matrix products instead of a loop over tokens.
+"""WKV7 on the CPU: in chunks, in plain torch, for training; else by the compiled recurrence.
 
 Axes: B batch, T time, H heads, K key channels, V value channels; N sequences, M chunks (all first
 chunks of all sequences, then all second chunks, ...), C tokens of a chunk. README.md derives the
@@ -11,19 +11,16 @@ from torch import Tensor
 
 from rwkvx_kernels.wkv7.cpu_scan import scan_chunks
 
-# Fast on a CPU, without and with a backward pass to come.
-CHUNK_FORWARD = 32
-CHUNK_TRAINING = 64
+# Tokens of a chunk: fastest, forward and backward together.
+CHUNK = 64
 # Longer inputs are worked through in pieces of about so many tokens, which stay in the cache.
 SEGMENT_TOKENS = 1024
 # exp(+-MAX_EXPONENT) and products of two of them are finite in float32. A decay of exp(-40) leaves
 # nothing of the state that float32 could show beside a new value, so clamping there is exact.
 MAX_EXPONENT = 40.0
-# Up to this many tokens a sequence, the plain recurrence costs less than a chunk.
-STEP_TOKENS = 4
 
 
-def wkv7_chunked(
+def wkv7_cpu(
     r: Tensor,
     log_decay: Tensor,
     k: Tensor,
@@ -47,12 +44,13 @@ def wkv7_chunked(
     longest = max(lengths, default=0)
     if longest == 0:
         return torch.zeros_like(v), state_NHVK
-    if longest <= STEP_TOKENS and min(lengths) == longest:
-        return _steps(r, log_decay, k, v, alpha, beta, state_NHVK)
-    training = torch.is_grad_enabled() and any(
-        x.requires_grad for x in (r, log_decay, k, v, alpha, beta, state_NHVK)
-    )
-    chunk = _chunk_size(log_decay, longest, CHUNK_TRAINING if training else CHUNK_FORWARD)
+    inputs = (r, log_decay, k, v, alpha, beta, state_NHVK)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if not training and v.device.type == "cpu":
+        from rwkvx_kernels.wkv7.cpu_compiled import wkv7_compiled
+
+        return wkv7_compiled(*inputs, lengths=lengths)
+    chunk = _chunk_size(log_decay, longest)
     layout = _Layout(lengths, chunk, v.device)
     log_decay = log_decay.clamp(min=-MAX_EXPONENT)
     chunks = [layout.to_chunks(x) for x in (r, log_decay, k, v, alpha, beta)]
@@ -63,10 +61,10 @@ def wkv7_chunked(
     return layout.from_chunks(y_MHCV, v.shape), state
 
 
-def _chunk_size(log_decay: Tensor, longest: int, preferred: int) -> int:
+def _chunk_size(log_decay: Tensor, longest: int) -> int:
     """The largest power of two whose centred exponents stay within `MAX_EXPONENT`."""
     steepest = max(1e-6, -float(log_decay.detach().amin()))
-    chunk = preferred
+    chunk = CHUNK
     while chunk > 1 and (chunk / 2 * steepest > MAX_EXPONENT or chunk >= 2 * longest):
         chunk //= 2
     return chunk
@@ -134,28 +132,3 @@ class _Layout:
                 groups.append([])
             groups[-1].append(count)
         return groups
-
-
-def _steps(
-    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A few tokens of every sequence by the recurrence itself, three products a token."""
-    sequences, heads = state.shape[:2]
-    steps = r.numel() // (sequences * heads * r.shape[-1])
-
-    def by_token(x: Tensor) -> Tensor:
-        """[B, T, H, K] -> [T, N·H, K]."""
-        if steps == 1:
-            return x.reshape(1, sequences * heads, -1)
-        return x.reshape(sequences, steps, heads, -1).transpose(0, 1).flatten(1, 2)
-
-    r, decay, k, value, alpha, beta = map(by_token, (r, log_decay.exp(), k, v, alpha, beta))
-    current, outputs = state.flatten(0, 1), []
-    for t in range(steps):
-        u = torch.bmm(current, alpha[t].unsqueeze(2))
-        left = torch.cat([u, value[t].unsqueeze(2)], dim=2)
-        right = torch.stack([beta[t], k[t]], dim=1)
-        current = torch.baddbmm(current * decay[t].unsqueeze(1), left, right)
-        outputs.append(torch.bmm(current, r[t].unsqueeze(2)).squeeze(2))
-    y = torch.stack(outputs).unflatten(1, (sequences, heads)).transpose(0, 1)
-    return y.reshape(v.shape), current.unflatten(0, (sequences, heads))

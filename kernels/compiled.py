@@ -1,0 +1,44 @@
+"""Loops compiled to machine code by Numba, where torch has no operation that does the work.
+
+Importing this module imports Numba, which takes half a second: import it where it is used.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+from numba import njit
+
+# Sums may be reordered and products contracted, so that loops become vector instructions; unlike
+# full fast-math, infinities and not-a-numbers keep their meaning.
+_OPTIONS = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "nsz"},
+}
+
+
+def loop(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile at the first call, without Python's lock; kept on disk for the next process."""
+    try:
+        compiled: Callable[..., None] = njit(function, cache=True, **_OPTIONS)
+    except RuntimeError:  # neither beside the package nor in the home folder may one write
+        compiled = njit(function, **_OPTIONS)
+    return compiled
+
+
+def in_threads(work: Callable[..., None], units: int, *args: Any) -> None:
+    """Call `work(first, last, *args)` on equal parts of `units` in as many threads as torch uses."""
+    parts = max(1, min(torch.get_num_threads(), units))
+    bounds = [units * i // parts for i in range(parts + 1)]
+    waiting = [_pool().submit(work, bounds[i], bounds[i + 1], *args) for i in range(1, parts)]
+    work(bounds[0], bounds[1], *args)
+    for future in waiting:
+        future.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="rwkvx")
