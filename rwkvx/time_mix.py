@@ -6,12 +6,11 @@ Axes: B batch, T time, C width, H heads, N head size, D low rank.
 from math import exp
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvx.config import ModelConfig
 from rwkvx.linear import Linear
-from rwkvx_kernels.wkv7 import wkv7
+from rwkvx_kernels.time_mix import time_mix
 
 # Bounds the decay: log_decay = LOG_DECAY_SCALE · sigmoid(·), so a decay is at least exp(-0.6065).
 LOG_DECAY_SCALE = -exp(-0.5)
@@ -105,19 +104,8 @@ class TimeMix(nn.Module):
         if v_first is None:
             v_first = v
         else:
-            v = v + (v_first - v) * torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2)
-        kk = F.normalize(self._heads(k * self.k_k), dim=-1)
-        k = k * torch.addcmul(1 - self.k_a, a, self.k_a)  # k (1 + (a - 1) k_a)
-        r, k, v, a, log_decay = map(self._heads, (r, k.to(r.dtype), v.to(r.dtype), a, log_decay))
-        kk, a = kk.to(r.dtype), a.to(r.dtype)  # no-ops except under autocast
-        y, wkv = wkv7(r, log_decay, k, v, -kk, kk * a, initial_state=wkv, cu_seqlens=cu_seqlens)
-        y = F.layer_norm(y, (self.head_size,), eps=self.ln_x.eps)
-        y = torch.addcmul(self._heads(self.ln_x.bias), y, self._heads(self.ln_x.weight))
-        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True)
-        y = torch.addcmul(y, bonus, v).flatten(-2)
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2))
+        weights = (self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias)
+        y, wkv = time_mix(r, log_decay, k, v, a, g, *weights, self.ln_x.eps, wkv, cu_seqlens)
         ends = None if cu_seqlens is None else cu_seqlens[1:] - 1
-        return self.output(y * g), last_token(x, ends), wkv, v_first
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., H, N]."""
-        return x.view(*x.shape[:-1], -1, self.head_size)  # unflatten costs 3 µs a call
+        return self.output(y), last_token(x, ends), wkv, v_first

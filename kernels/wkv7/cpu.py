@@ -100,7 +100,7 @@ class _Layout:
         """[B, T, H, K] -> [M, H, C, K], contiguous."""
         heads, width = x_BTHK.shape[2:]
         if self.order is None:
-            batch, tokens = x_BTHK.shape[:2] if len(self.lengths) > 1 else (1, self.lengths[0])
+            batch, tokens = len(self.lengths), self.lengths[0]
             x = x_BTHK.reshape(batch, tokens, heads, width)
             missing = len(self.counts) * self.chunk - tokens
             if missing:

@@ -55,12 +55,12 @@ def _scan(first, last, ends, r, decay, k, v, alpha, beta, state, y):  # type: ig
                 u[i] += s[i, j] * alpha[start, h, j]
         for t in range(start, stop):
             after = alpha[min(t + 1, stop - 1), h]
-            _token(s, decay[t, h], beta[t, h], k[t, h], r[t, h], after, u, v[t, h], y[t, h], u_next)
+            step(s, decay[t, h], beta[t, h], k[t, h], r[t, h], after, u, v[t, h], y[t, h], u_next)
             u[:] = u_next
 
 
 @loop
-def _token(s, decay, beta, k, r, after, u, v, y, u_next):  # type: ignore[no-untyped-def]
+def step(s, decay, beta, k, r, after, u, v, y, u_next):  # type: ignore[no-untyped-def]
     """S_t from S_{t-1}, in place; y_t = S_t r_t and S_t alpha_{t+1}, two rows of S at a time."""
     zero = s.dtype.type(0)
     for i in range(0, s.shape[0], 2):
