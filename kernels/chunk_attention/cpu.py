@@ -15,6 +15,10 @@ from rwkvx_kernels.chunk_attention.cpu_pairs import Pairs, own_pieces, query_til
 from rwkvx_kernels.chunk_attention.cpu_select import select_chunks
 from rwkvx_kernels.dispatch import without_autocast
 
+# Up to so many queries at once, or keys of each, a compiled loop beats products of matrices.
+FEW_QUERIES = 4
+FEW_KEYS = 512
+
 
 def attend_sequence(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int) -> Tensor:
     """Whole sequences, differentiable: q [B, T, H, D], k and v [B, T, G, D] -> [B, T, H, D]."""
@@ -29,8 +33,16 @@ def attend_cache(q: Tensor, cache: KeyValueCache, length: int, topk: int) -> Ten
     k_NCSD, v_NCSD = (x.flatten(0, 1).unflatten(1, (-1, size)) for x in cached)
     with torch.no_grad():
         q_NTRD = _to_groups(q, cache.k_BGSD.shape[1])
-        means = cache.means_BGCD.flatten(0, 1)
-        o_NTRD = _attend(q_NTRD, k_NCSD, v_NCSD, means, length - q.shape[1], topk)[0]
+        means, offset = cache.means_BGCD.flatten(0, 1), length - q.shape[1]
+        few = q.shape[1] <= FEW_QUERIES or size * topk <= FEW_KEYS
+        if few and q_NTRD.dtype == k_NCSD.dtype and q.device.type == "cpu":
+            from rwkvx_kernels.chunk_attention.cpu_compiled import attend_compiled
+
+            chosen = select_chunks(q_NTRD, means, offset, size, topk)
+            scaled = q_NTRD * q.shape[-1] ** -0.5
+            o_NTRD = attend_compiled(scaled, k_NCSD, v_NCSD, chosen, offset)
+        else:
+            o_NTRD = _attend(q_NTRD, k_NCSD, v_NCSD, means, offset, topk)[0]
     return _from_groups(o_NTRD, q)
 
 
