@@ -13,24 +13,19 @@ from numba import njit
 
 # Sums may be reordered and products contracted, so that loops become vector instructions; unlike
 # full fast-math, infinities and not-a-numbers keep their meaning.
-_OPTIONS = {
-    "nogil": True,
-    "error_model": "numpy",
-    "fastmath": {"reassoc", "contract", "nsz"},
-}
+FAST = {"reassoc", "contract", "nsz"}
 
 
 def loop(function: Callable[..., None]) -> Callable[..., None]:
     """Compile at the first call, without Python's lock; kept on disk for the next process."""
     try:
-        compiled: Callable[..., None] = njit(function, cache=True, **_OPTIONS)
+        return njit(function, cache=True, nogil=True, error_model="numpy", fastmath=FAST)
     except RuntimeError:  # neither beside the package nor in the home folder may one write
-        compiled = njit(function, **_OPTIONS)
-    return compiled
+        return njit(function, nogil=True, error_model="numpy", fastmath=FAST)
 
 
 def in_threads(work: Callable[..., None], units: int, *args: Any) -> None:
-    """Call `work(first, last, *args)` on equal parts of `units` in as many threads as torch uses."""
+    """Call `work(first, last, *args)` on equal parts of `units`, in as many threads as torch."""
     parts = max(1, min(torch.get_num_threads(), units))
     bounds = [units * i // parts for i in range(parts + 1)]
     waiting = [_pool().submit(work, bounds[i], bounds[i + 1], *args) for i in range(1, parts)]

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkvx.channel_mix import ChannelMix
 from rwkvx.config import ModelConfig
-from rwkvx.linear import Linear
 from rwkvx.errors import InputError
+from rwkvx.linear import Linear
 from rwkvx.sparse_attention import SparseAttention
 from rwkvx.state import BlockState, CachedRows, ModelState, Rwkv7State, SparseState
 from rwkvx.time_mix import TimeMix

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkvx.config import ModelConfig
-from rwkvx.linear import Linear
 from rwkvx.errors import InputError
+from rwkvx.linear import Linear
 from rwkvx.state import CachedRows
 from rwkvx_kernels.chunk_attention import (
     KeyValueCache,

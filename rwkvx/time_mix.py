@@ -104,7 +104,8 @@ class TimeMix(nn.Module):
         if v_first is None:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2))
+            mix = torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2)
+            v = torch.lerp(v, v_first, mix.to(v.dtype))
         weights = (self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias)
         y, wkv = time_mix(r, log_decay, k, v, a, g, *weights, self.ln_x.eps, wkv, cu_seqlens)
         ends = None if cu_seqlens is None else cu_seqlens[1:] - 1

@@ -40,7 +40,7 @@ def attend_compiled(
 
 
 @loop
-def _attend(first, last, offset, q, k, v, chosen, output):  # type: ignore[no-untyped-def]
+def _attend(first, last, offset, q, k, v, chosen, output):
     """Units first ... last - 1, numbered by group, token and head."""
     tokens, heads, dim = q.shape[1:]
     size, slots = k.shape[2], chosen.shape[3]
@@ -66,7 +66,7 @@ def _attend(first, last, offset, q, k, v, chosen, output):  # type: ignore[no-un
 
 
 @loop
-def _score(query, keys, score):  # type: ignore[no-untyped-def]
+def _score(query, keys, score):
     for s in range(keys.shape[0]):
         total = query.dtype.type(0)
         for d in range(keys.shape[1]):
@@ -75,7 +75,7 @@ def _score(query, keys, score):  # type: ignore[no-untyped-def]
 
 
 @loop
-def _softmax(score):  # type: ignore[no-untyped-def]
+def _softmax(score):
     top, total = score[0], score.dtype.type(0)
     for s in range(1, len(score)):
         top = max(top, score[s])
@@ -87,7 +87,7 @@ def _softmax(score):  # type: ignore[no-untyped-def]
 
 
 @loop
-def _add(weight, values, out):  # type: ignore[no-untyped-def]
+def _add(weight, values, out):
     for s in range(values.shape[0]):
         for d in range(values.shape[1]):
             out[d] += weight[s] * values[s, d]

@@ -49,7 +49,9 @@ def time_mix(
     """
     if r.dim() != 3 or any(x.shape != r.shape for x in (log_decay, k, v, a, g)):
         shapes = [list(x.shape) for x in (r, log_decay, k, v, a, g)]
-        raise ValueError(f"r, log_decay, k, v, a and g must be of one shape [B, T, C], got {shapes}")
+        raise ValueError(
+            f"r, log_decay, k, v, a and g must be of one shape [B, T, C], got {shapes}"
+        )
     heads, size = r_k.shape
     if heads * size != r.shape[-1] or state.shape[1:] != (heads, size, size):
         raise ValueError(
@@ -58,9 +60,7 @@ def time_mix(
     impl = resolve_impl(impl, r.device, AVAILABLE)
     tensors = (r, log_decay, k, v, a, g)
     weights = (k_k, k_a, r_k, norm_weight, norm_bias)
-    training = torch.is_grad_enabled() and any(
-        x.requires_grad for x in (*tensors, *weights, state)
-    )
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *weights, state))
     if impl == "cpu" and not training and r.device.type == "cpu" and r.numel():
         from rwkvx_kernels.time_mix.cpu_compiled import time_mix_compiled
 

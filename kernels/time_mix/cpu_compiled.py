@@ -64,7 +64,7 @@ def _rows(x: Tensor, size: int) -> np.ndarray:
 def _scan(
     first, last, ends, heads, eps, r, decay, k, v, a, g, out,
     k_k, k_a, r_k, norm_weight, norm_bias, state,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Units first ... last - 1, numbered by sequence and head."""
     size = r.shape[1]
     now, then = np.empty((3, size), r.dtype), np.empty((3, size), r.dtype)
@@ -87,14 +87,23 @@ def _scan(
             _keys(k[after], a[after], k_k[h], k_a[h], then)
             step(s, decay[row], now[1], now[2], r[row], then[0], u, v[row], y, u_next)
             _finish(
-                y, r[row], now[2], v[row], g[row], r_k[h], norm_weight[h], norm_bias[h], eps, out[row]
+                y,
+                r[row],
+                now[2],
+                v[row],
+                g[row],
+                r_k[h],
+                norm_weight[h],
+                norm_bias[h],
+                eps,
+                out[row],
             )
             u[:] = u_next
             now[:] = then
 
 
 @loop
-def _keys(k, a, k_k, k_a, made):  # type: ignore[no-untyped-def]
+def _keys(k, a, k_k, k_a, made):
     """alpha = -kk, beta = kk a, and the key that is written: made [3, N]."""
     square = k.dtype.type(0)
     for j in range(len(k)):
@@ -111,15 +120,24 @@ def _keys(k, a, k_k, k_a, made):  # type: ignore[no-untyped-def]
 
 
 @loop
-def _finish(y, r, k, v, g, r_k, weight, bias, eps, out):  # type: ignore[no-untyped-def]
-    """Group norm of one head, bonus and gate."""
-    mean, bonus, square = y.dtype.type(0), y.dtype.type(0), y.dtype.type(0)
+def _norm(y, weight, bias, eps):
+    """Layer norm over one head: a group norm of the whole."""
+    mean, square, count = y.dtype.type(0), y.dtype.type(0), y.dtype.type(len(y))
     for i in range(len(y)):
         mean += y[i]
-        bonus += r[i] * k[i] * r_k[i]
-    mean /= y.dtype.type(len(y))
+    mean /= count
     for i in range(len(y)):
         square += (y[i] - mean) * (y[i] - mean)
-    scale = y.dtype.type(1) / np.sqrt(square / y.dtype.type(len(y)) + y.dtype.type(eps))
+    scale = y.dtype.type(1) / np.sqrt(square / count + y.dtype.type(eps))
     for i in range(len(y)):
-        out[i] = ((y[i] - mean) * scale * weight[i] + bias[i] + bonus * v[i]) * g[i]
+        y[i] = (y[i] - mean) * scale * weight[i] + bias[i]
+
+
+@loop
+def _finish(y, r, k, v, g, r_k, out):
+    """Bonus and gate."""
+    bonus = y.dtype.type(0)
+    for i in range(len(y)):
+        bonus += r[i] * k[i] * r_k[i]
+    for i in range(len(y)):
+        out[i] = (y[i] + bonus * v[i]) * g[i]

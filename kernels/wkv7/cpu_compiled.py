@@ -41,7 +41,7 @@ def wkv7_compiled(
 
 
 @loop
-def _scan(first, last, ends, r, decay, k, v, alpha, beta, state, y):  # type: ignore[no-untyped-def]
+def _scan(first, last, ends, r, decay, k, v, alpha, beta, state, y):
     """Units first ... last - 1, numbered by sequence and head: u_t = S_{t-1} alpha_t is at hand."""
     heads, values = state.shape[1:3]
     u, u_next = np.empty(values, y.dtype), np.empty(values, y.dtype)
@@ -60,7 +60,7 @@ def _scan(first, last, ends, r, decay, k, v, alpha, beta, state, y):  # type: ig
 
 
 @loop
-def step(s, decay, beta, k, r, after, u, v, y, u_next):  # type: ignore[no-untyped-def]
+def step(s, decay, beta, k, r, after, u, v, y, u_next):
     """S_t from S_{t-1}, in place; y_t = S_t r_t and S_t alpha_{t+1}, two rows of S at a time."""
     zero = s.dtype.type(0)
     for i in range(0, s.shape[0], 2):

@@ -150,7 +150,15 @@ def test_gradients_cross_a_split() -> None:
 
 @pytest.mark.parametrize(
     "offsets",
-    [[0, 150], [0, 0, 30, 30, 31, 150, 150], [0, 64, 128, 150], [0, 2, 4, 6], [0, 0], [0]],
+    [
+        [0, 150],
+        [0, 0, 30, 30, 31, 150, 150],
+        [0, 64, 128, 150],
+        [0, 2, 4, 6],
+        [0, 70, 140],
+        [0, 0],
+        [0],
+    ],
 )
 @pytest.mark.parametrize("with_state", [True, False])
 def test_packed_sequences(offsets: list[int], with_state: bool) -> None:
@@ -168,6 +176,34 @@ def test_packed_sequences(offsets: list[int], with_state: bool) -> None:
         y, final = wkv7(*[x[:, a:b] for x in args], initial_state=alone, impl="reference")
         assert relative_error(got[0][:, a:b], y) < 1e-12  # type: ignore[index]
         assert relative_error(got[1][i : i + 1], final) < 1e-12  # type: ignore[index]
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("values", [1, 24, 33])
+def test_without_gradients(tokens: int, values: int) -> None:
+    """The compiled recurrence; it must not write into the state that it is given."""
+    args, start = inputs(2, tokens), torch.randn(2, HEADS, values, K).double()
+    args[3] = torch.randn(2, tokens, HEADS, values).double()
+    kept = start.clone()
+    exact = wkv7(*args, initial_state=start, impl="reference")
+    for got, expected in zip(wkv7(*args, initial_state=start), exact, strict=True):
+        assert relative_error(got, expected) < 1e-12
+    assert torch.equal(start, kept)
+    narrow, first = [x.float() for x in args], start.float()
+    same = [x.double() for x in narrow]  # float32 values may differ from the draws
+    exact = wkv7(*same, initial_state=first.double(), impl="reference")
+    reference = wkv7(*narrow, initial_state=first, impl="reference")
+    assert_as_good(wkv7(*narrow, initial_state=first), reference, exact, 4.0, NAMES[:2])
+
+
+def test_packed_without_gradients() -> None:
+    offsets = [0, 0, 30, 30, 31, 150, 150]
+    args, start = inputs(1, 150), state(6)
+    got = wkv7(*args, initial_state=start, cu_seqlens=torch.tensor(offsets))
+    for i, (a, b) in enumerate(itertools.pairwise(offsets)):
+        y, final = wkv7(*[x[:, a:b] for x in args], start[i : i + 1], impl="reference")
+        assert relative_error(got[0][:, a:b], y) < 1e-12
+        assert relative_error(got[1][i : i + 1], final) < 1e-12
 
 
 @pytest.mark.parametrize("tokens", [2, 40, 300])

@@ -1,5 +1,7 @@
 """Gradients of every parameter, against finite differences and the reference kernels."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ import rwkvx.sparse_attention
 import rwkvx.time_mix
 from rwkvx import Model
 from rwkvx_kernels.chunk_attention import chunk_attention
-from rwkvx_kernels.wkv7 import wkv7
+from rwkvx_kernels.time_mix import time_mix
 
 
 def loss_of(model: Model, ids: Tensor) -> Tensor:
@@ -30,13 +32,13 @@ def test_against_the_reference_kernels(name: str, monkeypatch: pytest.MonkeyPatc
     got = gradients(model, ids)
     assert set(got) == {n for n, _ in model.named_parameters()}
 
-    def slow_wkv7(*args: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor]:
-        return wkv7(*args, **kwargs, impl="reference")  # type: ignore[arg-type]
+    def slow_time_mix(*args: Any) -> tuple[Tensor, Tensor]:
+        return time_mix(*args, impl="reference")
 
     def slow_attention(*args: Tensor) -> Tensor:
         return chunk_attention(*args, impl="reference")  # type: ignore[arg-type]
 
-    monkeypatch.setattr(rwkvx.time_mix, "wkv7", slow_wkv7)
+    monkeypatch.setattr(rwkvx.time_mix, "time_mix", slow_time_mix)
     monkeypatch.setattr(rwkvx.sparse_attention, "chunk_attention", slow_attention)
     for parameter, expected in gradients(model, ids).items():
         assert error(got[parameter], expected) < 1e-9, parameter

@@ -1,0 +1,40 @@
+"""Products with weights: every routine gives what float64 gives, and gradients flow."""
+
+import pytest
+import torch
+from measure import relative_error
+
+from rwkvx_kernels.linear import linear
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 48), (48,), (1, 2, 48), (3, 7, 48), (1, 0, 48)])
+@pytest.mark.parametrize("outputs", [64, 63])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_equals_float64(shape: tuple[int, ...], outputs: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape).to(dtype), torch.randn(outputs, 48).to(dtype)
+    got = linear(x, weight)
+    expected = x.double() @ weight.double().T
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    rounding = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3}
+    assert relative_error(got, expected) < rounding[dtype]
+
+
+def test_of_a_part_of_a_larger_tensor() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 9, 48)[:, -1:], torch.randn(64, 100)[:, :48]
+    expected = x.double() @ weight.double().T
+    assert relative_error(linear(x, weight), expected) < 1e-6
+    assert relative_error(linear(x[:1], weight), expected[:1]) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_gradients_flow(tokens: int) -> None:
+    x = torch.randn(1, tokens, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(linear, (x, weight))
+    narrow = x.detach().float().requires_grad_()
+    linear(narrow, weight.detach().float()).sum().backward()
+    assert narrow.grad is not None
+    assert relative_error(narrow.grad, weight.detach().sum(0).expand(1, tokens, 6)) < 1e-6
