@@ -86,18 +86,8 @@ def _scan(
             after = row + heads if t + 1 < stop else row
             _keys(k[after], a[after], k_k[h], k_a[h], then)
             step(s, decay[row], now[1], now[2], r[row], then[0], u, v[row], y, u_next)
-            _finish(
-                y,
-                r[row],
-                now[2],
-                v[row],
-                g[row],
-                r_k[h],
-                norm_weight[h],
-                norm_bias[h],
-                eps,
-                out[row],
-            )
+            _norm(y, norm_weight[h], norm_bias[h], eps)
+            _finish(y, r[row], now[2], v[row], g[row], r_k[h], out[row])
             u[:] = u_next
             now[:] = then
 
