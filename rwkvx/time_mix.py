@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rwkvx.config import ModelConfig
 from rwkvx.linear import Linear
+from rwkvx_kernels.linear import low_rank
 from rwkvx_kernels.time_mix import time_mix
 
 # Bounds the decay: log_decay = LOG_DECAY_SCALE · sigmoid(·), so a decay is at least exp(-0.6065).
@@ -97,14 +98,14 @@ class TimeMix(nn.Module):
         x_r, x_w, x_k, x_v, x_a, x_g = torch.addcmul(x, delta, mixes).unbind()
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         wide = torch.promote_types(x.dtype, torch.float32)  # a decay of 0.999 needs the bits
-        w = self.w0.to(wide) + torch.tanh(x_w @ self.w1) @ self.w2
+        w = self.w0.to(wide) + low_rank(x_w, self.w1, self.w2, "tanh")
         log_decay = torch.sigmoid(w) * LOG_DECAY_SCALE
-        a = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)
-        g = torch.sigmoid(x_g @ self.g1) @ self.g2
+        a = torch.sigmoid(self.a0 + low_rank(x_a, self.a1, self.a2))
+        g = low_rank(x_g, self.g1, self.g2, "sigmoid")
         if v_first is None:
             v_first = v
         else:
-            mix = torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2)
+            mix = torch.sigmoid(self.v0 + low_rank(x_v, self.v1, self.v2))
             v = torch.lerp(v, v_first, mix.to(v.dtype))
         weights = (self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias)
         y, wkv = time_mix(r, log_decay, k, v, a, g, *weights, self.ln_x.eps, wkv, cu_seqlens)

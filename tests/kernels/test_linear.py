@@ -4,7 +4,7 @@ import pytest
 import torch
 from measure import relative_error
 
-from rwkvx_kernels.linear import linear
+from rwkvx_kernels.linear import linear, low_rank
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 48), (48,), (1, 2, 48), (3, 7, 48), (1, 0, 48)])
@@ -38,3 +38,27 @@ def test_gradients_flow(tokens: int) -> None:
     linear(narrow, weight.detach().float()).sum().backward()
     assert narrow.grad is not None
     assert relative_error(narrow.grad, weight.detach().sum(0).expand(1, tokens, 6)) < 1e-6
+
+
+@pytest.mark.parametrize("activation", ["none", "tanh", "sigmoid"])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank(activation: str, tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, tokens, 48).to(dtype)
+    down, up = (torch.randn(48, 8) / 7).to(dtype), torch.randn(8, 64).to(dtype)
+    apply = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}[activation]
+    expected = apply(x.double() @ down.double()) @ up.double()
+    got = low_rank(x, down, up, activation)
+    assert got.dtype == dtype
+    assert relative_error(got, expected) < {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype]
+
+
+def test_low_rank_has_gradients() -> None:
+    torch.manual_seed(0)
+    shapes = ((1, 1, 6), (6, 2), (2, 4))
+    x, down, up = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    assert torch.autograd.gradcheck(lambda *args: low_rank(*args, "tanh"), (x, down, up))
+    narrow = [z.detach().bfloat16().requires_grad_() for z in (x, down, up)]
+    low_rank(*narrow, "tanh").sum().backward()
+    assert all(z.grad is not None and bool(z.grad.any()) for z in narrow)
