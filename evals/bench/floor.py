@@ -8,18 +8,19 @@ from __future__ import annotations
 import re
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rwkvx
 from rwkvx.model import SEGMENT_MULTIPLE
+from rwkvx_kernels.linear import linear
 
 # The two factors of the low-rank products of an RWKV-7 block: [C, D] and [D, C].
 _LOW_RANK = re.compile(r"blocks\.\d+\.att\.[wavg][12]")
 
 
 class Products:
-    """The products of activations with a model's own weights, alone, in the model's segments.
+    """The products of activations with a model's own weights, alone, in the model's segments, by
+    the same routine.
 
     `linear` are those of its nn.Linear modules (the head for the last token only, as with
     logits="last"), `low_rank` those of the low-rank matrices of its RWKV-7 blocks.
@@ -44,8 +45,8 @@ class Products:
         """One prefill's worth."""
         for size in segments(self._model, tokens):
             for weight in self._linear:
-                F.linear(self._inputs[weight.shape[1]][:, :size], weight)
-        F.linear(self._inputs[self._head.shape[1]][:, :1], self._head)
+                linear(self._inputs[weight.shape[1]][:, :size], weight)
+        linear(self._inputs[self._head.shape[1]][:, :1], self._head)
 
     def run_low_rank(self, tokens: int) -> None:
         """One prefill's worth."""

@@ -128,6 +128,8 @@ class TrainConfig:
                 raise InputError(f"length must be a multiple of recurrent_length: {stage}")
             if min(stage.steps, stage.length, stage.batch) < 1:
                 raise InputError(f"steps, length and batch of a stage must be >= 1: {stage}")
+            if min(stage.recurrent_length, stage.topk) < 0:
+                raise InputError(f"recurrent_length and topk of a stage must be >= 0: {stage}")
             if not 0 <= stage.state_passing <= 1:
                 raise InputError(f"state_passing must be between 0 and 1: {stage}")
         for name in ("accumulate", "eval_every", "eval_batches", "save_every"):

@@ -3,6 +3,7 @@
 Axes: B batch, T time, V vocabulary.
 """
 
+import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from rwkvx.checkpoint import load
 from rwkvx.checkpoint.folder import save_folder
 from rwkvx.checkpoint.load import usable_device
+from rwkvx.errors import InputError
 from rwkvx.init import init_weights
 from rwkvx.model import Model
 from rwkvx.state import ModelState, Rwkv7State, map_tensors
@@ -94,6 +96,11 @@ class Trainer:
             loss, final = self._loss(batch, state)
             (loss / config.accumulate).backward()
             total += loss.item() / config.accumulate
+            if not math.isfinite(total):
+                raise InputError(
+                    f"the loss of step {self.step + 1} is {total}: lower optimizer.lr or raise "
+                    f"optimizer.warmup; the last checkpoint in {config.folder} is from before"
+                )
             self.carried = final.recurrent()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
         self.optimizer.step()

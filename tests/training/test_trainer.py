@@ -213,6 +213,17 @@ def test_damaged_checkpoints_are_named(write_config: Writer, tmp_path: Path, dam
         Trainer(read_config(write_config()))
 
 
+def test_a_run_that_diverges_stops(write_config: Writer, tmp_path: Path) -> None:
+    """Before the weights are touched, and with its last checkpoint left as it is."""
+    trainer = Trainer(read_config(write_config()))
+    with torch.no_grad():
+        trainer.model.head.weight[3] = torch.nan
+    before = trainer.model.emb.weight.clone()
+    with pytest.raises(InputError, match=r"loss of step 1 is nan: lower optimizer\.lr"):
+        trainer.train_step()
+    assert torch.equal(trainer.model.emb.weight, before)
+
+
 def test_unusable_devices_are_refused(write_config: Writer) -> None:
     with pytest.raises(InputError, match="device 'abacus' cannot be used"):
         Trainer(read_config(write_config(device="abacus")))
