@@ -59,7 +59,8 @@ def test_every_data_file_is_packaged(setup_cfg: configparser.ConfigParser) -> No
             covered |= set(base.glob(f"{pattern}/*" if pattern.endswith("**") else pattern))
     for folder in CODE:
         for path in (ROOT / folder).rglob("*"):
-            data = path.is_file() and path.suffix not in (".py", ".pyc", ".md")
+            data = path.is_file() and path.suffix not in (".py", ".md")
+            data = data and path.parent.name != "__pycache__"
             assert not data or path in covered, f"{path.relative_to(ROOT)} would not be installed"
 
 

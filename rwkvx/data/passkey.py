@@ -141,6 +141,11 @@ class PasskeyBuilder:
         )
 
     @property
+    def question(self) -> Ids:
+        """The question after its line break, int64 `[Q]`."""
+        return self._question
+
+    @property
     def minimum(self) -> int:
         """The shortest prompt in tokens: no filler at all, and the longest needle."""
         return len(self._task) + self._needle_room + len(self._question)

@@ -53,6 +53,8 @@ class DataConfig:
             the data folder; for "passkey", the prose used as filler; for "hub", name and subset.
         prose: passkey: share of samples whose filler is prose, the rest has the standard sentences.
         other_weight: passkey: weight of the mean loss over other tokens beside that of the answers.
+        ask_again: passkey: share of the pieces (`recurrent_length`) between the needle's and the last
+            that ask for the key as well: more to learn from a long sequence.
         limit_mb: read at most so many megabytes of text.
         split: hub: the split to read.
     """
@@ -61,6 +63,7 @@ class DataConfig:
     paths: tuple[str, ...] = ()
     prose: float = 0.5
     other_weight: float = 0.2
+    ask_again: float = 0.0
     limit_mb: float = 1024.0
     split: str = "train"
 

@@ -84,18 +84,17 @@ class PasskeySource:
         answers = np.zeros((stage.batch, stage.length), dtype=bool)
         used = np.zeros((stage.batch, stage.length), dtype=bool)
         for row in range(stage.batch):
-            prompt, answer = self._sample(stage, rng)
-            end = len(prompt) + len(answer)
-            ids[row, :end] = np.concatenate([prompt, answer])
-            answers[row, len(prompt) - 1 : end - 1] = True
-            used[row, : end - 1] = True
-        tokens = torch.from_numpy(ids)
-        asked, other = torch.from_numpy(answers), torch.from_numpy(used & ~answers)
-        weights = asked / asked.sum() + self.config.other_weight * other / other.sum()
-        return Batch(tokens[:, :-1], tokens[:, 1:], weights.float(), asked)
+            tokens, asked = self._sample(stage, rng)
+            ids[row, : len(tokens)] = tokens
+            answers[row, : len(tokens) - 1] = asked[1:]
+            used[row, : len(tokens) - 1] = True
+        whole = torch.from_numpy(ids)
+        right, other = torch.from_numpy(answers), torch.from_numpy(used & ~answers)
+        weights = right / right.sum() + self.config.other_weight * other / other.sum()
+        return Batch(whole[:, :-1], whole[:, 1:], weights.float(), right)
 
-    def _sample(self, stage: StageConfig, rng: np.random.Generator) -> tuple[Ids, Ids]:
-        """Prompt and answer of together at most T + 1 tokens, any alignment to chunks."""
+    def _sample(self, stage: StageConfig, rng: np.random.Generator) -> tuple[Ids, NDArray[np.bool]]:
+        """At most T + 1 tokens, prompt and answer, any alignment to chunks; where answers stand."""
         room, key = stage.length + 1, _random_key(rng)
         answer = self.builder.answer(key)
         longest = room - len(answer)
@@ -107,6 +106,15 @@ class PasskeySource:
         shortest = max(self.builder.minimum, longest - 64)
         length = int(rng.integers(shortest, max(shortest, longest) + 1))
         depth = self._depth(stage, length, len(self.builder.needle(key)), rng)
+        filler, offset = self._filler(room, rng)
+        prompt = self.builder.build(filler, length, depth, key, offset=offset)
+        tokens = np.concatenate([prompt.ids, answer])
+        asked = np.arange(len(tokens)) >= length
+        self._ask_again(stage, tokens, asked, prompt.needle_start, key, rng)
+        return tokens, asked
+
+    def _filler(self, room: int, rng: np.random.Generator) -> tuple[Filler, int]:
+        """Prose or the standard sentences, and where to start in them."""
         if rng.random() < self.config.prose and self.prose is not None:
             if len(self.prose) <= room:
                 raise InputError(
@@ -115,10 +123,30 @@ class PasskeySource:
                 )
             start = int(rng.integers(0, len(self.prose) - room))
             window = self.prose[start : start + room].astype(np.int64)
-            filler = Filler("prose", np.empty(0, np.int64), window)
-            return self.builder.build(filler, length, depth, key).ids, answer
+            return Filler("prose", np.empty(0, np.int64), window), 0
         offset = int(rng.integers(0, 2 * self.standard.natural_length)) if rng.random() < 0.5 else 0
-        return self.builder.build(self.standard, length, depth, key, offset=offset).ids, answer
+        return self.standard, offset
+
+    def _ask_again(
+        self,
+        stage: StageConfig,
+        tokens: Ids,
+        asked: NDArray[np.bool],
+        needle_start: int,
+        key: int,
+        rng: np.random.Generator,
+    ) -> None:
+        """Question and answer also in pieces between the needle's and the last, in the filler."""
+        size, question = stage.recurrent_length, self.builder.question
+        answer = self.builder.answer(key)[:-1]  # the text goes on
+        inserted = np.concatenate([question, answer])
+        first = (needle_start + len(self.builder.needle(key))) // size + 1 if size else stage.pieces
+        for piece in range(first, stage.pieces - 1):
+            if len(inserted) > size or rng.random() >= self.config.ask_again:
+                continue
+            start = piece * size + int(rng.integers(0, size - len(inserted) + 1))
+            tokens[start : start + len(inserted)] = inserted
+            asked[start + len(question) : start + len(inserted)] = True
 
     def _depth(
         self, stage: StageConfig, length: int, needle: int, rng: np.random.Generator

@@ -3,6 +3,7 @@
 import io
 import json
 import lzma
+import re
 import sys
 import tarfile
 import types
@@ -58,6 +59,27 @@ def test_passkey_weights() -> None:
         assert (batch.weights[row, : end + 1] > 0).all()
     silent = passkey(other=0.0).batch(STAGE, (4,))
     assert not silent.weights[~silent.answers].any()
+
+
+def test_asking_again() -> None:
+    """In pieces after the needle's, in the filler, with answers that count."""
+    stage = StageConfig(1, 1024, 16, recurrent_length=128)
+    source = PasskeySource(DataConfig("passkey", prose=0.0, ask_again=1.0), BYTES, None)
+    batch = source.batch(stage, (0,))
+    seen = set()
+    for row, targets, answers in zip(batch.inputs, batch.targets, batch.answers, strict=True):
+        text = bytes(row.tolist()).decode()
+        needle = text.index("\nThe pass key is ")
+        key = re.match(r"\nThe pass key is (\d+)\. Remember it\.", text[needle:]).group(1)  # type: ignore[union-attr]
+        asked = [m.start() for m in re.finditer(r"\nWhat is the pass key\?", text)]
+        pieces = [start // 128 for start in asked[:-1]]
+        first = (needle + len(source.builder.needle(int(key)))) // 128 + 1
+        assert pieces == list(range(first, 7))
+        assert bytes(targets[answers].tolist()) == f" {key}.".encode() * len(asked) + b"\0"
+        seen.add(len(asked))
+    assert len(seen) > 3
+    plain = PasskeySource(DataConfig("passkey", prose=0.0), BYTES, None).batch(stage, (0,))
+    assert all(bytes(r.tolist()).count(b"\nWhat is the pass key?") == 1 for r in plain.inputs)
 
 
 def test_samples_are_seeded_and_fresh() -> None:
