@@ -53,8 +53,8 @@ class DataConfig:
             the data folder; for "passkey", the prose used as filler; for "hub", name and subset.
         prose: passkey: share of samples whose filler is prose, the rest has the standard sentences.
         other_weight: passkey: weight of the mean loss over other tokens beside that of the answers.
-        ask_again: passkey: share of the pieces (`recurrent_length`) between the needle's and the last
-            that ask for the key as well: more to learn from a long sequence.
+        ask_again: passkey: share of the pieces (`recurrent_length`) between the needle's and the
+            last that ask for the key as well: more to learn from a long sequence.
         limit_mb: read at most so many megabytes of text.
         split: hub: the split to read.
     """
