@@ -9,6 +9,7 @@ from rwkvx.errors import InputError
 
 BLOCK_KINDS = ("rwkv7", "sparse")
 TOKENIZERS = {"world": 65536, "bytes": 256}  # and how many ids they have
+SELECTIONS = ("flat", "coarse_to_fine")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class ModelConfig:
         head_size: channels N of a head, in both kinds of block.
         chunk_size, topk: sparse attention: tokens of a chunk; chunks read by a query, its own
             included.
+        selection: how past chunks are chosen, "flat" (all are scored) or "coarse_to_fine" (a tree
+            of chunks is descended: near-linear cost, nearly always the same chunks).
         sparse_kv_heads: key/value heads of the sparse blocks (grouped-query attention); None for
             as many as query heads.
         key_conv: width of the causal depthwise convolution on the keys of sparse blocks; 0: none.
@@ -39,6 +42,7 @@ class ModelConfig:
     head_size: int = 64
     chunk_size: int = 2048
     topk: int = 3
+    selection: str = "flat"
     sparse_kv_heads: int | None = None
     key_conv: int = 0
     ffn_mult: int = 4
@@ -62,6 +66,8 @@ class ModelConfig:
             )
         if not isinstance(self.group_norm_eps, float) or not 0 < self.group_norm_eps < 1:
             raise InputError(f"group_norm_eps must be in (0, 1), got {self.group_norm_eps!r}")
+        if self.selection not in SELECTIONS:
+            raise InputError(f"selection must be one of {SELECTIONS}, got {self.selection!r}")
         for name in ("vocab_size", "width", "head_size", "chunk_size", "topk", "ffn_mult"):
             if not _whole(getattr(self, name), 1):
                 raise InputError(

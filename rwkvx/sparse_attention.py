@@ -58,7 +58,7 @@ class SparseAttention(nn.Module):
         Raises:
             InputError: gradients through a non-empty cache are not defined.
         """
-        size = self.config.head_size
+        size, selection = self.config.head_size, self.config.selection
         q, k, v = self.receptance(x), self.key(x), self.value(x)
         if conv is not None:
             k, conv = self._convolve(k, conv, cu_seqlens)
@@ -71,7 +71,8 @@ class SparseAttention(nn.Module):
                 "state.recurrent(), or run under torch.no_grad()"
             )
         if training or not (keep_cache or filled):
-            y = chunk_attention(q, k, v, self.config.chunk_size, self.topk, cu_seqlens)
+            shape = (self.config.chunk_size, self.topk)
+            y = chunk_attention(q, k, v, *shape, cu_seqlens, selection=selection)
             k, v = k.detach(), v.detach()
             parts = self._parts(q, k, v, cached, cu_seqlens) if keep_cache else []
             cached = tuple(old.append(k, v) for _, k, v, old in parts)
@@ -79,7 +80,7 @@ class SparseAttention(nn.Module):
         outputs, new = [], []
         for part_q, part_k, part_v, old in self._parts(q, k, v, cached, cu_seqlens):
             new.append(old.append(part_k, part_v))
-            outputs.append(cached_chunk_attention(part_q, *new[-1], self.topk))
+            outputs.append(cached_chunk_attention(part_q, *new[-1], self.topk, selection=selection))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 0 if cu_seqlens is None else 1)
         return self.output(y.flatten(-2)), tuple(new), conv
 

@@ -102,6 +102,35 @@ def cpu_command(
         click.echo(f"warning: {warning}", err=True)
 
 
+@bench_command.command("selection")
+@click.option("--model", default="passkey-tiny", show_default=True)
+@click.option("--lengths", default="16k,64k,256k", show_default=True, help="1k = 1024 tokens.")
+@click.option("--haystack", help="A .txt or .xz file of prose in place of the standard filler.")
+@click.option("--data", help="Data folder, to find --haystack in; default: RWKVX_DATA.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: runs/selection-MODEL.")
+def selection_command(
+    model: str, lengths: str, haystack: str | None, data: str | None, out: Path | None
+) -> None:
+    """How often coarse-to-fine selection attends to what flat selection attends to.
+
+    \b
+    Example:
+      rwkvx bench selection --model passkey-tiny --lengths 16k,64k,256k
+    """
+    import rwkvx
+    from rwkvx.data.folder import data_folder
+    from rwkvx_evals.bench.selection import render, run
+    from rwkvx_evals.passkey.evaluate import find_haystack, load_filler
+    from rwkvx_evals.passkey.plan import parse_lengths
+
+    filler = None
+    if haystack is not None:
+        file = find_haystack(haystack, data_folder(data))
+        filler = load_filler(rwkvx.load(model).tokenizer, file)
+    out = out or Path("runs") / f"selection-{Path(model).stem}"
+    click.echo(render(run(model, parse_lengths(lengths), filler, out)), nl=False)
+
+
 def summary(results: Results) -> str:
     """A line per measurement for the terminal."""
     lines = []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 import rwkvx
+from rwkvx.config import SELECTIONS
 from rwkvx.data.folder import data_folder
 from rwkvx_evals.passkey.evaluate import evaluate, find_haystack
 from rwkvx_evals.passkey.plan import Settings, depth_values, length_label, parse_lengths
@@ -26,10 +28,13 @@ def model_label(model: str) -> str:
 @click.option("--depths", default=10, show_default=True, help="Positions of the key, 0 to 100 %.")
 @click.option("--seeds", default=5, show_default=True, help="Keys at each length and depth.")
 @click.option("--haystack", help="A .txt or .xz file of prose in place of the standard filler.")
-@click.option("--out", type=click.Path(path_type=Path), help="Default: runs/passkey-MODEL[-TEXT].")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Default: runs/passkey-MODEL[-TEXT][-SELECTION]."
+)
 @click.option("--data", help="Data folder, to find --haystack in; default: RWKVX_DATA.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
+@click.option("--selection", type=click.Choice(SELECTIONS), help="Default: the model's own.")
 @click.option("--batch", type=int, help="Samples read together at most; default: by memory.")
 @click.option("--max-new-tokens", default=16, show_default=True)
 def passkey_command(
@@ -42,6 +47,7 @@ def passkey_command(
     data: str | None,
     device: str,
     dtype: str,
+    selection: str | None,
     batch: int | None,
     max_new_tokens: int,
 ) -> None:
@@ -53,6 +59,7 @@ def passkey_command(
     Examples:
       rwkvx eval passkey --model passkey-tiny --lengths 1k,4k,16k,64k --depths 10 --seeds 5
       rwkvx eval passkey --model passkey-tiny --lengths 1k,4k --haystack book.txt
+      rwkvx eval passkey --model passkey-tiny --lengths 256k,1m --selection coarse_to_fine
     """
     folder = data_folder(data)
     file = find_haystack(haystack, folder) if haystack else None
@@ -60,8 +67,10 @@ def passkey_command(
     name = model_label(model)
     if out is None:
         text = f"-{file.name.split('.')[0]}" if file else ""
+        text += f"-{selection}" if selection else ""
         out = Path("runs") / f"passkey-{name}{text}"
-    loaded = rwkvx.load(model, device=device, dtype=dtype)
+    overrides: dict[str, Any] = {"selection": selection} if selection else {}
+    loaded = rwkvx.load(model, device=device, dtype=dtype, **overrides)
     results = evaluate(loaded, name, settings, out, haystack=file, batch=batch)
     click.echo(summary(results))
     click.echo(f"report: {out / 'report.md'}   picture: {out / 'heatmap.png'}")

@@ -4,7 +4,14 @@ from rwkvx_kernels.chunk_attention.api import (
     cached_chunk_attention,
     chosen_impl,
     chunk_attention,
+    selected_chunks,
 )
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
 
-__all__ = ["KeyValueCache", "cached_chunk_attention", "chosen_impl", "chunk_attention"]
+__all__ = [
+    "KeyValueCache",
+    "cached_chunk_attention",
+    "chosen_impl",
+    "chunk_attention",
+    "selected_chunks",
+]

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
-from rwkvx_kernels.chunk_attention.cpu import attend_cache, attend_sequence
+from rwkvx_kernels.chunk_attention.cpu import attend_cache, attend_sequence, choose_cached
 from rwkvx_kernels.chunk_attention.reference import chunk_attention_reference
 from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl, without_autocast
 
 AVAILABLE = ("reference", "cpu")
-SELECTIONS = ("flat",)
+SELECTIONS = ("flat", "coarse_to_fine")
 
 
 def chosen_impl(device: torch.device | str, impl: str = "auto") -> str:
@@ -45,7 +45,9 @@ def chunk_attention(
         cu_seqlens: [sequences + 1] integer offsets of sequences packed along T, batch size 1.
             Chunks are counted from the start of each sequence.
         impl: "auto", "reference", "cpu" or "triton".
-        selection: "flat" scores every past chunk.
+        selection: "flat" scores every past chunk; "coarse_to_fine" those that a descent of a tree
+            of chunks comes by, at a cost that grows with the logarithm of their number, and finds
+            nearly always the same (README.md). The first 512 past chunks are always scored.
 
     Returns:
         o [B, T, H, D] in the dtype of `q`.
@@ -61,18 +63,18 @@ def chunk_attention(
     if cu_seqlens is not None:
         offsets = check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
         parts = [
-            chunk_attention(q[:, a:b], k[:, a:b], v[:, a:b], chunk_size, topk, None, impl)
+            chunk_attention(
+                q[:, a:b], k[:, a:b], v[:, a:b], chunk_size, topk, None, impl, selection
+            )
             for a, b in pairwise(offsets)
         ]
         return torch.cat(parts, dim=1) if parts else q
     if q.numel() == 0:
         return q
+    coarse = selection == "coarse_to_fine"
     if impl == "cpu":
-        return attend_sequence(q, k, v, chunk_size, topk)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return chunk_attention_reference(q.to(wide), k.to(wide), v.to(wide), chunk_size, topk).to(
-        q.dtype
-    )
+        return attend_sequence(q, k, v, chunk_size, topk, coarse)
+    return _reference(q, k, v, chunk_size, topk, coarse)
 
 
 @without_autocast
@@ -104,11 +106,32 @@ def cached_chunk_attention(
         raise ValueError(f"{q.shape[1]} queries at length {length}: cache has {cache.written}")
     if q.numel() == 0:
         return q
+    coarse = selection == "coarse_to_fine"
     if impl == "cpu":
-        return attend_cache(q, cache, length, topk)
+        return attend_cache(q, cache, length, topk, coarse)
+    return _reference(q, k, v, cache.chunk_size, topk, coarse)
+
+
+def selected_chunks(
+    q: Tensor, cache: KeyValueCache, length: int, topk: int, selection: str = "flat"
+) -> Tensor:
+    """Which past chunks `cached_chunk_attention` reads besides a query's own chunk.
+
+    Returns:
+        [B, T, H, topk - 1] int64, in no particular order; -1 where fewer past chunks exist.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+    k = cache.k_BGSD[:, :, :length].transpose(1, 2)
+    _check(q, k, k, cache.chunk_size, topk, selection)
+    return choose_cached(q, cache, length, topk, selection == "coarse_to_fine")
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, coarse: bool) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     q_wide, k_wide, v_wide = (x.to(wide) for x in (q, k, v))
-    return chunk_attention_reference(q_wide, k_wide, v_wide, cache.chunk_size, topk).to(q.dtype)
+    return chunk_attention_reference(q_wide, k_wide, v_wide, chunk_size, topk, coarse).to(q.dtype)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, selection: str) -> None:

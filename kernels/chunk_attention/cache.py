@@ -7,6 +7,8 @@ D head size.
 import torch
 from torch import Tensor
 
+from rwkvx_kernels.chunk_attention.tree import ChunkTree, empty_tree, grow_tree
+
 FIRST_CAPACITY = 512
 GROWTH = 1.5
 
@@ -33,6 +35,7 @@ class KeyValueCache:
             device=like.device,
         )
         self.written = 0
+        self._tree = empty_tree(self.means_BGCD.flatten(0, 1))
 
     @property
     def batch(self) -> int:
@@ -62,6 +65,14 @@ class KeyValueCache:
         cache.written = end
         return cache
 
+    def tree(self, chunks: int) -> ChunkTree:
+        """The tree over the first `chunks` chunks; kept, so that the next one only adds to it."""
+        means_NCD = self.means_BGCD.flatten(0, 1)
+        if chunks < self._tree.chunks:
+            self._tree = empty_tree(means_NCD)
+        self._tree = grow_tree(self._tree, means_NCD, chunks)
+        return self._tree
+
     def rows(self, length: int, index: Tensor) -> "KeyValueCache":
         """A new cache of the batch rows `index`, holding the first `length` tokens."""
         return self._copy(length, length, index)
@@ -85,4 +96,9 @@ class KeyValueCache:
             part = old[:, :, :size]
             fresh[:, :, :size] = part if index is None else part[index]
         new.written = length
+        if self._tree.chunks <= chunks:
+            new._tree = self._tree
+            if index is not None:
+                head = torch.arange(heads, device=index.device)
+                new._tree = self._tree.rows((index[:, None] * heads + head).flatten())
         return new

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
+from rwkvx_kernels.chunk_attention.cpu_coarse import TreeOf, select
 from rwkvx_kernels.chunk_attention.cpu_pairs import Pairs, own_pieces, query_tiles
-from rwkvx_kernels.chunk_attention.cpu_select import select_chunks
+from rwkvx_kernels.chunk_attention.tree import trees_of
 from rwkvx_kernels.dispatch import without_autocast
 
 # Up to so many queries at once, or keys of each, a compiled loop beats products of matrices.
@@ -20,13 +21,15 @@ FEW_QUERIES = 4
 FEW_KEYS = 512
 
 
-def attend_sequence(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int) -> Tensor:
+def attend_sequence(
+    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, coarse: bool
+) -> Tensor:
     """Whole sequences, differentiable: q [B, T, H, D], k and v [B, T, G, D] -> [B, T, H, D]."""
-    output: Tensor = _ChunkAttention.apply(q, k, v, chunk_size, topk)
+    output: Tensor = _ChunkAttention.apply(q, k, v, chunk_size, topk, coarse)
     return output
 
 
-def attend_cache(q: Tensor, cache: KeyValueCache, length: int, topk: int) -> Tensor:
+def attend_cache(q: Tensor, cache: KeyValueCache, length: int, topk: int, coarse: bool) -> Tensor:
     """The last T of `length` cached tokens: q [B, T, H, D] -> [B, T, H, D]; no gradient."""
     size = cache.chunk_size
     cached = (cache.k_BGSD, cache.v_BGSD)
@@ -34,16 +37,27 @@ def attend_cache(q: Tensor, cache: KeyValueCache, length: int, topk: int) -> Ten
     with torch.no_grad():
         q_NTRD = _to_groups(q, cache.k_BGSD.shape[1])
         means, offset = cache.means_BGCD.flatten(0, 1), length - q.shape[1]
+        trees = cache.tree if coarse else None
         few = q.shape[1] <= FEW_QUERIES or size * topk <= FEW_KEYS
         if few and q_NTRD.dtype == k_NCSD.dtype and q.device.type == "cpu":
             from rwkvx_kernels.chunk_attention.cpu_compiled import attend_compiled
 
-            chosen = select_chunks(q_NTRD, means, offset, size, topk)
+            chosen = select(q_NTRD, means, trees, offset, size, topk)
             scaled = q_NTRD * q.shape[-1] ** -0.5
             o_NTRD = attend_compiled(scaled, k_NCSD, v_NCSD, chosen, offset)
         else:
-            o_NTRD = _attend(q_NTRD, k_NCSD, v_NCSD, means, offset, topk)[0]
+            o_NTRD = _attend(q_NTRD, k_NCSD, v_NCSD, means, offset, topk, trees)[0]
     return _from_groups(o_NTRD, q)
+
+
+def choose_cached(q: Tensor, cache: KeyValueCache, length: int, topk: int, coarse: bool) -> Tensor:
+    """The past chunks that `attend_cache` reads: [B, T, H, topk - 1]."""
+    with torch.no_grad():
+        q_NTRD = _to_groups(q, cache.k_BGSD.shape[1])
+        means, trees = cache.means_BGCD.flatten(0, 1), cache.tree if coarse else None
+        start = length - q.shape[1]
+        chosen = select(q_NTRD, means, trees, start, cache.chunk_size, topk)
+    return chosen.unflatten(0, (q.shape[0], -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
 
 
 def _to_groups(q: Tensor, groups: int) -> Tensor:
@@ -73,10 +87,14 @@ class _ChunkAttention(torch.autograd.Function):
     """Saves inputs, output, log-sum-exp and the selection; recomputes the weights."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, coarse: bool
+    ) -> Tensor:
         q_NTRD = _to_groups(q, k.shape[2])
         k_NCSD, v_NCSD = _to_chunks(k, chunk_size), _to_chunks(v, chunk_size)
-        o_NTRD, lse_NTR, chosen = _attend(q_NTRD, k_NCSD, v_NCSD, k_NCSD.mean(dim=2), 0, topk)
+        means_NCD = k_NCSD.mean(dim=2)
+        trees = trees_of(means_NCD) if coarse else None
+        o_NTRD, lse_NTR, chosen = _attend(q_NTRD, k_NCSD, v_NCSD, means_NCD, 0, topk, trees)
         o = _from_groups(o_NTRD, q)
         ctx.save_for_backward(q, k, v, o_NTRD, lse_NTR, chosen.to(torch.int32))
         ctx.chunk_size = chunk_size
@@ -84,7 +102,7 @@ class _ChunkAttention(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o_NTRD, lse_NTR, chosen = ctx.saved_tensors
         q_NTRD, do_NTRD = _to_groups(q, k.shape[2]), _to_groups(do, k.shape[2])
         k_NCSD, v_NCSD = _to_chunks(k, ctx.chunk_size), _to_chunks(v, ctx.chunk_size)
@@ -92,16 +110,22 @@ class _ChunkAttention(torch.autograd.Function):
         dq, dk, dv = _attend_backward(
             q_NTRD, k_NCSD, v_NCSD, do_NTRD, lse_NTR, delta_NTR, chosen.long()
         )
-        return _from_groups(dq, q), _from_chunks(dk, k), _from_chunks(dv, v), None, None
+        return _from_groups(dq, q), _from_chunks(dk, k), _from_chunks(dv, v), None, None, None
 
 
 def _attend(
-    q_NTRD: Tensor, k_NCSD: Tensor, v_NCSD: Tensor, means_NCD: Tensor, offset: int, topk: int
+    q_NTRD: Tensor,
+    k_NCSD: Tensor,
+    v_NCSD: Tensor,
+    means_NCD: Tensor,
+    offset: int,
+    topk: int,
+    trees: TreeOf | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries at `offset` ... against the chunks: output, log-sum-exp [N, T, R], chosen chunks."""
     tokens, heads, dim = q_NTRD.shape[1:]
     size = k_NCSD.shape[2]
-    chosen = select_chunks(q_NTRD, means_NCD, offset, size, topk)
+    chosen = select(q_NTRD, means_NCD, trees, offset, size, topk)
     scaled = q_NTRD * dim**-0.5
     output, lse = torch.empty_like(q_NTRD), q_NTRD.new_empty(q_NTRD.shape[:3])
     for start, stop in query_tiles(q_NTRD.shape, offset, size, topk):

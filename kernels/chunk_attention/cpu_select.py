@@ -55,13 +55,13 @@ def _stream(q_NQD: Tensor, means_NCD: Tensor, limit_Q: Tensor, slots: int) -> Te
             chunk = torch.arange(max(first, start), stop, device=scores.device)
             late = scores[:, :, chunk[0] - start :]
             late.masked_fill_(chunk >= limit_Q[:, None], -torch.inf)
-        new_value, new_index = _top(scores, slots)
+        new_value, new_index = top_of_row(scores, slots)
         value, pick = torch.cat([value, new_value], 2).topk(slots, dim=2)
         index = torch.cat([index, new_index + start], 2).gather(2, pick)
     return index.masked_fill_(value == -torch.inf, -1)
 
 
-def _top(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+def top_of_row(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Top `slots` (or all, if fewer) of the last dimension: values and indices.
 
     The top-k of a row lie within the top-k of its groups by maximum: exact, and a vectorised

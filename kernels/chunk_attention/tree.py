@@ -1,0 +1,170 @@
+"""The tree over chunk means that coarse-to-fine selection descends: chunks grouped by likeness.
+
+A node of level j stands for `FANOUT`^j chunks and has `FANOUT` children of level j - 1 (level 0: a
+chunk). The first P chunks are cut into aligned runs, each as long as can be: RUN · GROWTH^i
+chunks. The chunks of a run are ordered by halving it again and again along the direction of
+largest variance; nodes are what then stands together. The tree is a function of the P means
+alone; as P grows, GROWTH runs of one length become a longer one, so that a chunk is sorted a
+logarithmic number of times.
+
+Axes: N groups (batch x key/value heads), P chunks in the tree, M nodes of a level, D head size.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FANOUT = 32
+# Chunks of the shortest run: what comes after the last run is scored chunk by chunk.
+RUN = 256
+# So many runs of equal length are sorted anew as one.
+GROWTH = 4
+# A level of at most so many nodes is scored whole, without descending to it.
+DENSE_NODES = 1024
+POWER_ITERATIONS = 5
+
+
+def beam_widths(topk: int) -> tuple[int, int]:
+    """How many nodes of level 1, and of each level above, a query keeps for the next one."""
+    return max(24, 3 * (topk - 1)), max(32, 4 * (topk - 1))
+
+
+class ChunkTree(NamedTuple):
+    """The tree over the first P chunks, P a multiple of `RUN`.
+
+    Attributes:
+        order_NP: [N, P] int64, chunk numbers in the order of the leaves: node i of level j holds
+            order_NP[:, i · FANOUT^j : (i + 1) · FANOUT^j].
+        boxes: for levels 1, 2, ...: [N, M, 2 D], upper, then lower corners (`box_queries`).
+    """
+
+    order_NP: Tensor
+    boxes: tuple[Tensor, ...]
+
+    @property
+    def chunks(self) -> int:
+        """P."""
+        return self.order_NP.shape[1]
+
+    @property
+    def first_level(self) -> int:
+        """Where the descent starts: the lowest level of few nodes, or else the highest."""
+        few = (n for n, x in enumerate(self.boxes, 1) if x.shape[1] <= DENSE_NODES)
+        return next(few, len(self.boxes))
+
+    def rows(self, index: Tensor) -> "ChunkTree":
+        """The groups `index` alone."""
+        return ChunkTree(self.order_NP[index], tuple(x[index] for x in self.boxes))
+
+
+def empty_tree(means_NCD: Tensor) -> ChunkTree:
+    """The tree over no chunk."""
+    return ChunkTree(means_NCD.new_empty((len(means_NCD), 0), dtype=torch.int64), ())
+
+
+def trees_of(means_NCD: Tensor) -> Callable[[int], ChunkTree]:
+    """The tree over so many of the chunks; cheap when asked for in rising order."""
+    tree = empty_tree(means_NCD)
+
+    def grow(chunks: int) -> ChunkTree:
+        nonlocal tree
+        if chunks < tree.chunks:
+            tree = empty_tree(means_NCD)
+        tree = grow_tree(tree, means_NCD, chunks)
+        return tree
+
+    return grow
+
+
+def box_queries(q: Tensor) -> Tensor:
+    """[..., D] -> [..., 2 D]: the product with a box is the best score that a point of it can have.
+
+    max over m in [low, high] of q · m  =  Σ max(q_d high_d, q_d low_d)  =  q⁺ · high - q⁻ · low.
+    """
+    return torch.cat([q.clamp_min(0), q.clamp_max(0)], dim=-1)
+
+
+def grow_tree(tree: ChunkTree, means_NCD: Tensor, chunks: int) -> ChunkTree:
+    """The tree over the first `chunks` (rounded down to whole runs); `tree` covers fewer of them.
+
+    Args:
+        tree: made from the same means; it stays valid.
+        means_NCD: [N, C, D], C >= chunks.
+    """
+    chunks = chunks // RUN * RUN
+    if chunks == tree.chunks:
+        return tree
+    regions, kept = list(_regions(chunks)), 0
+    for start, stop, size in regions:
+        kept = start + (min(stop, tree.chunks) - start) // size * size
+        if kept < stop:
+            break
+    orders = [tree.order_NP[:, :kept]]
+    for start, stop, size in regions:
+        first = max(start, kept)
+        if first < stop:
+            orders.append(_order_by_likeness(means_NCD[:, first:stop], size) + first)
+    order_NP = torch.cat(orders, dim=1)
+    boxes = []
+    size, level = FANOUT, 1
+    while size <= chunks:
+        old = tree.boxes[level - 1][:, : kept // size] if level <= len(tree.boxes) else None
+        first = 0 if old is None else old.shape[1] * size
+        new = _boxes(means_NCD, order_NP[:, first : chunks // size * size], size)
+        boxes.append(new if old is None else torch.cat([old, new], dim=1))
+        size, level = size * FANOUT, level + 1
+    return ChunkTree(order_NP, tuple(boxes))
+
+
+def _regions(chunks: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, chunks of a run) of the runs of equal length, the longest first."""
+    size = RUN
+    while size * GROWTH <= chunks:
+        size *= GROWTH
+    start = 0
+    while size >= RUN:
+        stop = chunks // size * size
+        if stop > start:
+            yield start, stop, size
+        start, size = stop, size // GROWTH
+
+
+def _order_by_likeness(means_NCD: Tensor, run: int) -> Tensor:
+    """Order within each run of `run` chunks such that every node's chunks are alike: [N, C].
+
+    A part is halved at the median along its direction of largest variance (power iteration),
+    until parts have `FANOUT` chunks.
+    """
+    groups = len(means_NCD)
+    x = means_NCD.unflatten(1, (-1, run)).flatten(0, 1)
+    order = torch.arange(run, device=x.device).expand(len(x), -1)
+    size = run
+    while size > FANOUT:
+        x, order = x.reshape(-1, size, x.shape[-1]), order.reshape(-1, size)
+        x_centred = x - x.mean(dim=1, keepdim=True)
+        far = x_centred.square().sum(-1).argmax(dim=1)
+        axis = x_centred[torch.arange(len(x), device=x.device), far].unsqueeze(-1)
+        for _ in range(POWER_ITERATIONS):
+            axis = x_centred.transpose(1, 2) @ (x_centred @ axis)
+            axis = axis / axis.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        halves = (x_centred @ axis).squeeze(-1).argsort(dim=1, stable=True)
+        order = order.gather(1, halves)
+        x = x.gather(1, halves.unsqueeze(-1).expand_as(x))
+        size //= 2
+    start = torch.arange(means_NCD.shape[1] // run, device=x.device).repeat_interleave(run) * run
+    return order.reshape(groups, -1) + start
+
+
+def _boxes(means_NCD: Tensor, order_NP: Tensor, size: int) -> Tensor:
+    """Of nodes of `size` consecutive chunks of `order_NP`: [N, P / size, 2 D].
+
+    The box around a node's chunk means bounds the score of each of them from above, but in many
+    dimensions no chunk comes near the corner. Halfway between their mean and that box is what a
+    good chunk of a node really scores, and finds far more of the best chunks.
+    """
+    index = order_NP.unsqueeze(-1).expand(-1, -1, means_NCD.shape[-1])
+    members = means_NCD.gather(1, index).unflatten(1, (-1, size))
+    mean = members.mean(dim=2)
+    return torch.cat([members.amax(dim=2) + mean, members.amin(dim=2) + mean], dim=-1) * 0.5
