@@ -34,10 +34,9 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 def low_rank(x: Tensor, down_IR: Tensor, up_RO: Tensor, activation: str = "none") -> Tensor:
     """`activation(x @ down) @ up`: [..., I] -> [..., O]; activation "none", "tanh" or "sigmoid".
 
-    One row of bfloat16 on a CPU, without gradients, in a compiled loop: twice as fast.
+    One row on a CPU, without gradients, in a compiled loop: one call instead of three.
     """
-    compiled = x.dtype == torch.bfloat16 and x.device.type == "cpu" and _one_row(x)
-    if not compiled or _training(x, down_IR, up_RO):
+    if x.device.type != "cpu" or not _one_row(x) or _training(x, down_IR, up_RO):
         hidden = x @ down_IR
         if activation == "tanh":
             hidden = torch.tanh(hidden)
