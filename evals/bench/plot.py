@@ -28,7 +28,7 @@ def draw_speed(results: dict[str, Any], path: Path) -> None:
     panels = [("Prefill", "prompt length (tokens)", "tokens", results["prefill"])]
     if "decode" in results:
         panels.append(("Decoding", "tokens read before", "after_tokens", results["decode"]))
-    figure = Figure(figsize=(5.6 * len(panels), 4.6), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     for place, (title, label, key, entries) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), place + 1)
@@ -77,4 +77,5 @@ def _panel(axes: Any, entries: list[dict[str, Any]], key: str, labels: dict[str,
     axes.grid(which="major", color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12, y=0.12)
-    axes.legend(frameon=False, fontsize=9)
+    # Below the axes, where no line can be.
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(-0.02, -0.15), ncols=3)
