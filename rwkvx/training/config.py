@@ -28,6 +28,9 @@ class StageConfig:
             distance. 0 reads whole sequences.
         topk: chunks that a query reads in this stage, 0 for the model's own. Fewer make the right
             chunk compete harder: at a few thousand tokens it must already win as at a million.
+        prose: passkey: `data.prose` of this stage, -1 for the same.
+        restart: peak of a new cycle of the learning rate's schedule that begins with this stage, as
+            a share of `optimizer.lr`; 0 goes on with the cycle of the stage before.
     """
 
     steps: int
@@ -36,6 +39,8 @@ class StageConfig:
     state_passing: float = 0.0
     recurrent_length: int = 0
     topk: int = 0
+    prose: float = -1.0
+    restart: float = 0.0
 
     @property
     def pieces(self) -> int:
@@ -133,6 +138,8 @@ class TrainConfig:
                 raise InputError(f"steps, length and batch of a stage must be >= 1: {stage}")
             if min(stage.recurrent_length, stage.topk) < 0:
                 raise InputError(f"recurrent_length and topk of a stage must be >= 0: {stage}")
+            if stage.restart < 0 or stage.prose > 1:
+                raise InputError(f"restart must be >= 0 and prose at most 1: {stage}")
             if not 0 <= stage.state_passing <= 1:
                 raise InputError(f"state_passing must be between 0 and 1: {stage}")
         for name in ("accumulate", "eval_every", "eval_batches", "save_every"):
@@ -147,6 +154,17 @@ class TrainConfig:
         """Optimiser steps of the run."""
         planned = sum(stage.steps for stage in self.stages)
         return min(self.steps, planned) if self.steps else planned
+
+    def cycle(self, step: int) -> tuple[int, int, float]:
+        """First and last + 1 step of the schedule's cycle around `step`, and its peak's share."""
+        first, share, begin = 0, 1.0, 0
+        for stage in self.stages:
+            if stage.restart and begin > step:
+                break
+            if stage.restart:
+                first, share = begin, stage.restart
+            begin += stage.steps
+        return first, min(begin, self.total_steps), share
 
     @property
     def folder(self) -> Path:

@@ -106,16 +106,19 @@ class PasskeySource:
         shortest = max(self.builder.minimum, longest - 64)
         length = int(rng.integers(shortest, max(shortest, longest) + 1))
         depth = self._depth(stage, length, len(self.builder.needle(key)), rng)
-        filler, offset = self._filler(room, rng)
+        prose = stage.prose if stage.prose >= 0 else self.config.prose
+        filler, offset = self._filler(prose, room, rng)
         prompt = self.builder.build(filler, length, depth, key, offset=offset)
         tokens = np.concatenate([prompt.ids, answer])
         asked = np.arange(len(tokens)) >= length
         self._ask_again(stage, tokens, asked, prompt.needle_start, key, rng)
         return tokens, asked
 
-    def _filler(self, room: int, rng: np.random.Generator) -> tuple[Filler, int]:
+    def _filler(self, prose: float, room: int, rng: np.random.Generator) -> tuple[Filler, int]:
         """Prose or the standard sentences, and where to start in them."""
-        if rng.random() < self.config.prose and self.prose is not None:
+        if rng.random() < prose:
+            if self.prose is None:
+                raise InputError("prose > 0 in a stage needs data.paths with prose")
             if len(self.prose) <= room:
                 raise InputError(
                     f"the prose of data.paths has {len(self.prose)} tokens, a passkey sequence "

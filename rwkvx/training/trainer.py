@@ -85,9 +85,9 @@ class Trainer:
         config, stage = self.config, self.config.stage(self.step)
         self.model.set_topk(stage.topk or self.model.config.topk)
         self.model.recurrent_pieces = stage.pieces
-        set_learning_rate(
-            self.optimizer, learning_rate(self.step, config.total_steps, config.optimizer)
-        )
+        first, end, share = config.cycle(self.step)
+        rate = share * learning_rate(self.step - first, end - first, config.optimizer)
+        set_learning_rate(self.optimizer, rate)
         total = 0.0
         for micro in range(config.accumulate):
             seed = (config.seed, TRAINING, self.step, micro)

@@ -82,6 +82,19 @@ def test_asking_again() -> None:
     assert all(bytes(r.tolist()).count(b"\nWhat is the pass key?") == 1 for r in plain.inputs)
 
 
+def test_a_stage_may_have_its_own_share_of_prose() -> None:
+    def fillers(stage_prose: float, prose: float) -> set[bool]:
+        stage = StageConfig(1, 400, 20, prose=stage_prose)
+        return {b"Ishmael" in bytes(r.tolist()) for r in passkey(prose).batch(stage, (0,)).inputs}
+
+    assert fillers(-1, 0.5) == {True, False}
+    assert fillers(1, 0.5) == {True}
+    assert fillers(0, 0.5) == {False}
+    source = PasskeySource(DataConfig("passkey", prose=0.0), BYTES, None)
+    with pytest.raises(InputError, match=r"needs data\.paths with prose"):
+        source.batch(StageConfig(1, 400, 2, prose=1.0), (0,))
+
+
 def test_samples_are_seeded_and_fresh() -> None:
     source = passkey()
     first, again, other = (source.batch(STAGE, s) for s in ((0, 0, 5), (0, 0, 5), (0, 0, 6)))
