@@ -84,7 +84,9 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.emb = nn.Embedding(config.vocab_size, config.width)
+        # nn.Embedding would draw numbers first, which on the meta device imports torch's compiler.
+        weight = torch.empty(config.vocab_size, config.width)
+        self.emb = nn.Embedding.from_pretrained(weight, freeze=False)
         self.ln0 = nn.LayerNorm(config.width)
         first = config.pattern.index("rwkv7") if "rwkv7" in config.pattern else -1
         self.blocks = nn.ModuleList(

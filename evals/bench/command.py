@@ -16,8 +16,9 @@ def bench_command() -> None:
     """Measure speed and memory on this machine.
 
     \b
-    Example:
+    Examples:
       rwkvx bench cpu
+      rwkvx bench load
     """
 
 
@@ -129,6 +130,31 @@ def selection_command(
         filler = load_filler(rwkvx.load(model).tokenizer, file)
     out = out or Path("runs") / f"selection-{Path(model).stem}"
     click.echo(render(run(model, parse_lengths(lengths), filler, out)), nl=False)
+
+
+@bench_command.command("load")
+@click.option(
+    "--model", default="rwkvx_0b2", show_default=True, help="A shape: random weights are written."
+)
+@click.option("--formats", default="folder,pth", show_default=True, help="See rwkvx convert --to.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: runs/bench-load-MODEL.")
+def load_command(model: str, formats: str, out: Path | None) -> None:
+    """Peak memory of loading a checkpoint, over its size.
+
+    \b
+    Example:
+      rwkvx bench load
+    """
+    from rwkvx_evals.bench.load import run
+
+    out = out or Path("runs") / f"bench-load-{Path(model).stem}"
+    for row in run(model, tuple(formats.split(",")), out)["rows"]:
+        what = f"{row['format']}, {row['stored']} as {row['asked']}"
+        click.echo(
+            f"{what:<28} {row['size'] / 1e6:8,.1f} MB, peak {row['peak'] / 1e6:8,.1f} MB: "
+            f"{row['ratio']:.3f}"
+        )
+    click.echo(f"report: {out / 'report.md'}")
 
 
 def summary(results: Results) -> str:

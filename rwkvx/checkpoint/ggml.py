@@ -30,7 +30,7 @@ MAGIC, VERSION = 0x67676D66, 101
 VERSIONS = (100, 101)  # they differ in quantised tensors only
 DTYPES = {0: torch.float32, 1: torch.float16}
 QUANTISED = {2: "Q4_0", 3: "Q4_1", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}
-_MOST = 4096  # more dims or a longer name than any file has: damaged
+_LONGEST = 256  # bytes of a name
 _PACKED, _MIXES = "x_rwkvag", "rwkvag"
 
 GGML = Layout(
@@ -122,10 +122,12 @@ def _tensors(file: IO[bytes], path: Path, size: int, meta: bool) -> Iterator[tup
     """Name and tensor, one after another to the end of the file."""
     while file.tell() < size:
         dims, length, kind = _integers(file, 3, path)
-        if not (0 < dims <= 4 and 0 < length <= _MOST):
+        if not (0 < dims <= 4 and 0 < length <= _LONGEST):
             raise InputError(f"{path} is damaged at byte {file.tell()}")
         shape = tuple(reversed(_integers(file, dims, path)))
-        name = file.read(length).decode("utf-8", "replace")
+        name = file.read(length).decode("ascii", "replace")
+        if not re.fullmatch(r"[\w.]+", name, re.ASCII):
+            raise InputError(f"{path} is damaged at byte {file.tell()}: {name!r} is no name")
         if kind in QUANTISED:
             raise InputError(
                 f"{path}: {name} is quantised ({QUANTISED[kind]}): convert the file of FP32 or FP16"

@@ -116,7 +116,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 name: torch.empty(x["shape"], dtype=_DTYPES[x["dtype"]], device="meta")
                 for name, x in header.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise InputError(f"{path} has a damaged safetensors header: {error}") from None
     if size != end:
         raise InputError(f"{path} has {size} bytes, its header tells of {end}: truncated?")
