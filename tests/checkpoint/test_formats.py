@@ -1,5 +1,7 @@
 """Every format: bit-exact round trips, detection by content, shapes without reading weights."""
 
+import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,10 @@ from weights import HYBRID, RWKV7, config, random_checkpoint, same, told
 import rwkvx
 from rwkvx import InputError
 from rwkvx.checkpoint import fla, folder, ggml, pth
-from rwkvx.checkpoint.checkpoint import Checkpoint
+from rwkvx.checkpoint.checkpoint import Checkpoint, parameter_shapes
 from rwkvx.checkpoint.formats import FORMATS, Format, detect, format_of_target
 from rwkvx.checkpoint.load import read_checkpoint
+from rwkvx.cli.info import describe
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -148,3 +151,39 @@ def test_formats_with_a_group_norm_of_their_own(name: str, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
     folder.write(random_checkpoint(shape), tmp_path / "b")
     assert rwkvx.load(tmp_path / "b").config.group_norm_eps == 1e-3
+
+
+WIDE = config(vocab_size=2**31 - 1, width=64, pattern=["rwkv7"])  # an embedding of 550 GB
+_HOLE = 4 * WIDE.vocab_size * WIDE.width
+
+
+def test_info_of_a_folder_larger_than_any_memory(tmp_path: Path) -> None:
+    """A file with a hole in place of the numbers."""
+    header, end = {}, 0
+    for name, shape in parameter_shapes(WIDE).items():
+        begin, end = end, end + 4 * shape.numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    (tmp_path / "config.json").write_text(json.dumps(WIDE.to_dict()))
+    rows = dict(describe(tmp_path))
+    assert rows["weights"].endswith("GiB, float32")
+    assert int(rows["parameters"].replace(",", "")) * 4 == end > 2 * _HOLE
+
+
+def test_info_of_a_ggml_file_larger_than_any_memory(tmp_path: Path) -> None:
+    small = config(vocab_size=2, width=64, pattern=["rwkv7"])
+    ggml.write(random_checkpoint(small), tmp_path / "small.bin")
+    content = (tmp_path / "small.bin").read_bytes()
+    first, last = content.index(b"emb.weight"), content.index(b"head.weight")
+    dims, rows = struct.pack("<2i", 64, 2), struct.pack("<2i", 64, WIDE.vocab_size)
+    middle = content[first + len("emb.weight") + 2 * 64 * 4 : last].replace(dims, rows)
+    with (tmp_path / "m.bin").open("wb") as file:
+        file.write(content[:8] + struct.pack("<i", WIDE.vocab_size) + content[12 : first - 8])
+        file.write(rows + b"emb.weight")
+        file.seek(_HOLE, 1)
+        file.write(middle + b"head.weight")
+        file.truncate(file.tell() + _HOLE)
+    assert dict(describe(tmp_path / "m.bin"))["vocabulary"] == "2147483647, tokenizer unknown"
