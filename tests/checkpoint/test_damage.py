@@ -47,6 +47,6 @@ def test_damage_never_ends_in_a_crash(name: str, tmp_path: Path) -> None:
                 said.append(str(error))
         part.unlink()  # what is mapped stays as it is
         part.write_bytes(content)
-    assert TRIALS / 4 < len(said) < 2 * TRIALS
+    assert 4 < len(said) < 2 * TRIALS
     assert not [line for line in said if str(tmp_path) not in line or "\n" in line]
     assert rwkvx.load(whole).config.width == SHAPE.width
