@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rwkvx.auto import register_when_used
+
 if TYPE_CHECKING:
     from rwkvx.checkpoint import load
     from rwkvx.config import ModelConfig, hybrid_pattern
@@ -42,3 +44,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'rwkvx' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+register_when_used()

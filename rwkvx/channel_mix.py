@@ -24,9 +24,7 @@ class ChannelMix(nn.Module):
         self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C], normalised, and the last input before it [B, C] -> output, new shift."""
-        starts = None if cu_seqlens is None else cu_seqlens[:-1]
-        ends = None if cu_seqlens is None else cu_seqlens[1:] - 1
-        mixed = torch.lerp(x, token_shift(x, shift, starts), self.x_k)
+        mixed = torch.lerp(x, token_shift(x, shift, cu_seqlens), self.x_k)
         hidden = torch.relu(self.key(mixed))
         hidden = hidden.square() if hidden.requires_grad else hidden.square_()
-        return self.value(hidden), last_token(x, ends)
+        return self.value(hidden), last_token(x, shift, cu_seqlens)

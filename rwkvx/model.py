@@ -25,7 +25,7 @@ from rwkvx_kernels.chunk_attention import KeyValueCache
 # memory stays flat, and products stay large enough to be efficient.
 SEGMENT_TOKENS = 4096
 SEGMENT_MULTIPLE = 64
-LOGITS = ("all", "last", "none")
+LOGITS = ("all", "last", "none", "hidden")
 
 
 class Block(nn.Module):
@@ -111,12 +111,13 @@ class Model(nn.Module):
         """Read tokens.
 
         Args:
-            ids: [B, T] int64 (or int32), T >= 1.
+            ids: [B, T] int64 (or int32), T >= 1; or embeddings [B, T, C] in their place.
             state: what was read before, of the same batch; None at the start. It stays valid and
                 may be continued any number of times.
-            logits: "all" -> [B, T, V], "last" -> [B, 1, V], "none" -> None.
+            logits: "all" -> [B, T, V], "last" -> [B, 1, V], "none" -> None; "hidden" -> [B, T, C],
+                of which the head makes logits.
             cu_seqlens: [sequences + 1] offsets of sequences packed along T; batch size 1, and the
-                state has one row per sequence. No sequence may be empty.
+                state has one row per sequence. A sequence may be empty: its state stays.
             keep_cache: False leaves the attention caches of the returned state empty.
 
         Returns:
@@ -136,10 +137,12 @@ class Model(nn.Module):
             sequences = ids.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
             state = self.fresh_state(sequences, 0 if whole else ids.shape[1])
         outputs = []
-        for part in [ids] if whole else ids.split(self.segment_lengths(*ids.shape), dim=1):
+        for part in [ids] if whole else ids.split(self.segment_lengths(*ids.shape[:2]), 1):
             x, state = self._read(part, state, cu_seqlens, keep_cache)
-            if logits == "all":
-                outputs.append(self.head(self.ln_out(x)))
+            if logits in ("all", "hidden"):
+                outputs.append(self.ln_out(x))
+                if logits == "all":
+                    outputs[-1] = self.head(outputs[-1])
         if logits == "last":
             outputs = [self.head(self.ln_out(x[:, -1:]))]
         if not outputs:
@@ -169,7 +172,8 @@ class Model(nn.Module):
         self, ids: Tensor, state: ModelState, cu_seqlens: Tensor | None, keep_cache: bool
     ) -> tuple[Tensor, ModelState]:
         """One segment through all blocks: hidden [B, T, C] and the new state."""
-        x, v_first, states = self.ln0(self.emb(ids)), None, []
+        embedded = ids if ids.is_floating_point() else self.emb(ids)
+        x, v_first, states = self.ln0(embedded), None, []
         for block, old in zip(self.blocks, state.blocks, strict=True):
             pieces = self.recurrent_pieces if isinstance(old, Rwkv7State) else 1
             folded = x.unflatten(1, (pieces, -1)).flatten(0, 1)
@@ -185,6 +189,8 @@ class Model(nn.Module):
     def _check(self, ids: Tensor, logits: str) -> None:
         if logits not in LOGITS:
             raise InputError(f"logits must be one of {LOGITS}, got {logits!r}")
+        if ids.is_floating_point() and ids.dim() == 3 and ids.shape[2] == self.config.width:
+            return
         if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
             raise InputError(
                 f"ids must be int64 [B, T] with B, T >= 1, got {list(ids.shape)} {ids.dtype}"
@@ -201,7 +207,7 @@ class Model(nn.Module):
         rows = ids.shape[0]
         if cu_seqlens is not None:
             offsets = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
-            rises = all(a < b for a, b in pairwise(offsets))
+            rises = all(a <= b for a, b in pairwise(offsets))
             if rows != 1 or not rises or [0, ids.shape[1]] != [*offsets[:1], *offsets[-1:]]:
                 raise InputError(
                     f"cu_seqlens must rise from 0 to {ids.shape[1]} beside ids of batch size 1, "

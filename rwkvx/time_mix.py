@@ -18,22 +18,26 @@ LOG_DECAY_SCALE = -exp(-0.5)
 MIXES = ("r", "w", "k", "v", "a", "g")
 
 
-def token_shift(x_BTC: Tensor, previous: Tensor, starts: Tensor | None) -> Tensor:
+def token_shift(x_BTC: Tensor, previous: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The token before each token: [B, T, C].
 
-    `previous` [B, C] stands before the first token; for packed sequences, `previous` [sequences, C]
-    stands before the tokens `starts` [sequences].
+    `previous` [B, C] stands before the first token; for packed sequences, [sequences, C] before
+    the first token of each.
     """
-    if starts is None:
+    if cu_seqlens is None:
         first = previous.unsqueeze(1)
         return first if x_BTC.shape[1] == 1 else torch.cat([first, x_BTC[:, :-1]], dim=1)
     shifted = torch.cat([x_BTC[:, :1], x_BTC[:, :-1]], dim=1)
-    return shifted.index_copy(1, starts, previous.unsqueeze(0))
+    some = cu_seqlens.diff() > 0  # an empty sequence starts where the next one does
+    return shifted.index_copy(1, cu_seqlens[:-1][some], previous[some].unsqueeze(0))
 
 
-def last_token(x_BTC: Tensor, ends: Tensor | None) -> Tensor:
-    """The last token of each sequence: [B, C], or [sequences, C] at `ends` of packed ones."""
-    return x_BTC[:, -1] if ends is None else x_BTC[0, ends]
+def last_token(x_BTC: Tensor, previous: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The last token of each sequence, what was before it of an empty one: [B or sequences, C]."""
+    if cu_seqlens is None:
+        return x_BTC[:, -1]
+    some = cu_seqlens.diff() > 0
+    return torch.where(some.unsqueeze(1), x_BTC[0, cu_seqlens[1:] - 1], previous)
 
 
 class TimeMix(nn.Module):
@@ -92,8 +96,7 @@ class TimeMix(nn.Module):
         Returns:
             output [B, T, C], new shift, new wkv, v_first.
         """
-        starts = None if cu_seqlens is None else cu_seqlens[:-1]
-        delta = token_shift(x, shift, starts) - x
+        delta = token_shift(x, shift, cu_seqlens) - x
         mixes = torch.stack([getattr(self, f"x_{name}") for name in MIXES])[:, None, None]
         x_r, x_w, x_k, x_v, x_a, x_g = torch.addcmul(x, delta, mixes).unbind()
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
@@ -109,5 +112,4 @@ class TimeMix(nn.Module):
             v = torch.lerp(v, v_first, mix.to(v.dtype))
         weights = (self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias)
         y, wkv = time_mix(r, log_decay, k, v, a, g, *weights, self.ln_x.eps, wkv, cu_seqlens)
-        ends = None if cu_seqlens is None else cu_seqlens[1:] - 1
-        return self.output(y), last_token(x, ends), wkv, v_first
+        return self.output(y), last_token(x, shift, cu_seqlens), wkv, v_first

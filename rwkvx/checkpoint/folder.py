@@ -1,4 +1,5 @@
-"""Our own folder: config.json, safetensors (sharded when large), SHA-256 sums of both."""
+"""Our own folder: config.json, safetensors (sharded when large), SHA-256 sums of both, and what
+Hugging Face's Auto classes want beside them."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from typing import Any
 
 from rwkvx.checkpoint.checkpoint import Checkpoint, merge_config
 from rwkvx.checkpoint.files import write_json
+from rwkvx.checkpoint.hub import CONFIG_KEYS, own_keys, write_hub_files
 from rwkvx.checkpoint.layout import BLOCK, NOTHING, Layout
 from rwkvx.checkpoint.manifest import verify_manifest, write_manifest
 from rwkvx.checkpoint.shards import SHARD_BYTES, read_weights, write_weights
@@ -33,8 +35,9 @@ def save_folder(model: Model, folder: str | Path) -> None:
 def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the weights, the config, then their sums, each file complete or not at all."""
     written = write_weights(folder, checkpoint.tensors, shard_bytes)
-    write_json(folder / CONFIG, checkpoint.config.to_dict())
-    write_manifest(folder, [CONFIG, *written])
+    write_json(folder / CONFIG, {**CONFIG_KEYS, **checkpoint.config.to_dict()})
+    code = write_hub_files(folder, checkpoint.config.tokenizer)
+    write_manifest(folder, [CONFIG, code, *written])
 
 
 def read(folder: Path, overrides: Mapping[str, Any], meta: bool = False) -> Checkpoint:
@@ -64,7 +67,7 @@ def read_config(folder: Path) -> ModelConfig:
     """The config of a folder."""
     path = folder / CONFIG
     try:
-        return ModelConfig.from_dict(read_json(folder))
+        return ModelConfig.from_dict(own_keys(read_json(folder)))
     except InputError as error:
         raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
 

@@ -1,6 +1,7 @@
 """What the tokenizers share: Hugging Face's interface over an exact map of bytes to ids."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizer
@@ -135,8 +136,20 @@ class ExactTokenizer(PreTrainedTokenizer):
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
     ) -> tuple[str, ...]:
-        """Nothing to write: the vocabulary comes with the installed packages."""
-        return ()
+        """The vocabulary comes with the installed packages: only the import of them is written."""
+        from rwkvx.checkpoint.hub import write_code
+
+        return (str(Path(save_directory) / write_code(Path(save_directory))),)
+
+    @property
+    def _auto_map(self) -> dict[str, Any]:
+        from rwkvx.checkpoint.hub import tokenizer_auto_map
+
+        return tokenizer_auto_map(type(self).__name__)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
+        """Nothing: a saved folder imports this package, no code is copied into it."""
 
 
 def utf8(text: str) -> bytes:

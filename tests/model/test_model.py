@@ -146,7 +146,6 @@ def test_packed_sequences_equal_separate_ones(name: str) -> None:
 def test_packed_sequences_continue(name: str) -> None:
     """Rows of unequal lengths: packed after a batch, picked, as a batch, packed again."""
     model, ids = random_model(variant(name)), random_ids(200, batch=3)
-    lengths = [1, 63, 20]
 
     def logits_of(row: int, a: int, b: int) -> Tensor:
         return model(ids[row : row + 1, :b])[0][:, a:]
@@ -158,11 +157,13 @@ def test_packed_sequences_continue(name: str) -> None:
 
     for start in (0, 30):
         state = model(ids[:, :start])[1] if start else None
-        ends = [start + n for n in lengths]
-        part, offsets = packed([start] * 3, ends, [0, 1, 2])
-        logits, state = model(part, state, cu_seqlens=offsets)
-        expected = [logits_of(row, start, end) for row, end in enumerate(ends)]
-        assert error(logits, torch.cat(expected, dim=1)) < 1e-11
+        ends = [start] * 3
+        for lengths in ([0, 63, 0], [2, 0, 20]):
+            starts, ends = ends, [end + n for end, n in zip(ends, lengths, strict=True)]
+            part, offsets = packed(starts, ends, [0, 1, 2])
+            logits, state = model(part, state, cu_seqlens=offsets)
+            expected = [logits_of(row, starts[row], ends[row]) for row in range(3) if lengths[row]]
+            assert error(logits, torch.cat(expected, dim=1)) < 1e-11
         rows = [1, 2, 1, 0]
         forked = select_state(state, rows)
         for _ in range(2):  # the second time from states that are already continued by others
@@ -269,7 +270,7 @@ def test_bad_states_and_offsets() -> None:
         random_model(rwkvx.ModelConfig.from_dict(wide))(ids, state)
     with pytest.raises(InputError, match="logits must be one of"):
         model(ids, logits="some")
-    for offsets in ([0, 10], [1, 20], [0, 10, 10, 20], [[0, 20]], [0]):
+    for offsets in ([0, 10], [1, 20], [0, 11, 10, 20], [[0, 20]], [0]):
         with pytest.raises(InputError, match="cu_seqlens must rise from 0 to 20"):
             model(ids[:1], cu_seqlens=torch.tensor(offsets))
     with pytest.raises(InputError, match="batch size 1"):

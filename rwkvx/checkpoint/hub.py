@@ -1,0 +1,58 @@
+"""What a folder needs beside config and weights for Hugging Face's Auto classes to load it."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rwkvx.checkpoint.files import write_bytes, write_json
+from rwkvx.config import ModelConfig
+
+MODEL_TYPE = "rwkvx"
+TOKENIZER_CLASSES = {"world": "WorldTokenizer", "bytes": "ByteTokenizer"}
+_MODULE = "modeling_rwkvx"
+_CODE = """\
+# Loads this folder with trust_remote_code=True, through the installed package: pip install rwkvx
+from rwkvx.hf import ByteTokenizer, RwkvxConfig, RwkvxForCausalLM, WorldTokenizer  # noqa: F401
+"""
+AUTO_MAP = {
+    "AutoConfig": f"{_MODULE}.RwkvxConfig",
+    "AutoModelForCausalLM": f"{_MODULE}.RwkvxForCausalLM",
+}
+# Of config.json, beside the fields of `ModelConfig`.
+CONFIG_KEYS: dict[str, Any] = {
+    "architectures": ["RwkvxForCausalLM"],
+    "auto_map": AUTO_MAP,
+    "model_type": MODEL_TYPE,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    # Nothing in the model ends anywhere; tools that ask for a limit get the length it is made for.
+    "max_position_embeddings": 1 << 20,
+}
+
+
+def own_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config.json is for `ModelConfig`: all, unless Hugging Face put its own beside."""
+    own = {f.name for f in fields(ModelConfig)}
+    return {k: v for k, v in config.items() if k in own or config.get("model_type") != MODEL_TYPE}
+
+
+def tokenizer_auto_map(name: str) -> dict[str, Any]:
+    """The `auto_map` of tokenizer_config.json for the tokenizer class of that name."""
+    return {"AutoTokenizer": [f"{_MODULE}.{name}", None]}
+
+
+def write_code(folder: Path) -> str:
+    """The Python file that `auto_map` names, nothing but an import; returns its name."""
+    write_bytes(folder / f"{_MODULE}.py", _CODE.encode())
+    return f"{_MODULE}.py"
+
+
+def write_hub_files(folder: Path, tokenizer: str | None) -> str:
+    """The code and, unless there is one, the tokenizer's description; returns the code's name."""
+    path = folder / "tokenizer_config.json"
+    if tokenizer in TOKENIZER_CLASSES and not path.exists():
+        name = TOKENIZER_CLASSES[tokenizer]
+        write_json(path, {"auto_map": tokenizer_auto_map(name), "tokenizer_class": name})
+    return write_code(folder)

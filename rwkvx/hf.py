@@ -1,0 +1,352 @@
+"""The model behind Hugging Face's interface: configuration, causal language model, cache.
+
+Importing this module registers it with transformers' Auto classes; `import rwkvx` sees to that.
+Axes: B batch, T time, C width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from rwkvx.checkpoint.folder import CONFIG
+from rwkvx.checkpoint.hub import CONFIG_KEYS, MODEL_TYPE, TOKENIZER_CLASSES, write_hub_files
+from rwkvx.checkpoint.manifest import write_manifest
+from rwkvx.config import ModelConfig, hybrid_pattern
+from rwkvx.errors import InputError
+from rwkvx.init import init_weights
+from rwkvx.model import Model
+from rwkvx.state import ModelState, repeat_state, select_state
+from rwkvx.tokenizers import TOKENIZERS, ByteTokenizer, WorldTokenizer
+
+__all__ = ["ByteTokenizer", "RwkvxConfig", "RwkvxForCausalLM", "StateCache", "WorldTokenizer"]
+
+_DEFAULT = ModelConfig(vocab_size=65536, width=768, pattern=hybrid_pattern(12, 4))
+
+
+class RwkvxConfig(PreTrainedConfig):
+    """The fields of `rwkvx.ModelConfig` (defaults: the 0.22B shape), and Hugging Face's own."""
+
+    model_type = MODEL_TYPE
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Hugging Face's)
+    attribute_map = {"hidden_size": "width"}  # noqa: RUF012
+
+    def __init__(self, **kwargs: Any) -> None:
+        own = {f.name: kwargs.pop(f.name) for f in fields(ModelConfig) if f.name in kwargs}
+        use_cache = kwargs.pop("use_cache", True)
+        common = {name: x for name, x in CONFIG_KEYS.items() if name != "model_type"}
+        super().__init__(**{**common, "tie_word_embeddings": False, **kwargs})
+        self.use_cache = use_cache
+        for name, value in ModelConfig.from_dict({**_DEFAULT.to_dict(), **own}).to_dict().items():
+            setattr(self, name, value)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: a saved folder imports this package, no code is copied into it."""
+
+    def model_config(self) -> ModelConfig:
+        """What `rwkvx.Model` is built from."""
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Blocks of both kinds."""
+        return len(self.pattern)
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Heads of both kinds of block."""
+        return int(self.width // self.head_size)
+
+    @property
+    def tokenizer_class(self) -> str | None:
+        """For `AutoTokenizer`, in folders without tokenizer_config.json."""
+        return TOKENIZER_CLASSES.get(self.tokenizer)
+
+
+class StateCache(Cache):
+    """`past_key_values`: the model's state after the tokens read so far.
+
+    A call with it goes on from there and puts the new state in. States stay valid, so that
+    `copy.copy(cache)` is a fork that costs nothing.
+    """
+
+    is_croppable = False
+
+    def __init__(self, state: ModelState | None = None, seen: int = 0) -> None:
+        """seen: columns of `input_ids` read so far, padding included, as `generate` counts."""
+        super().__init__(layers=[])
+        self.state, self.seen = state, seen
+
+    def __repr__(self) -> str:
+        return f"StateCache(rows={self.batch_size}, seen={self.seen})"
+
+    def __len__(self) -> int:
+        return len(self.state.blocks) if self.state else 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of `input_ids` read so far."""
+        return self.seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is none."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, -1 before the first call."""
+        return len(self.state.blocks[0].ffn_shift) if self.state else -1
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, in that order, repeats allowed."""
+        self.state = select_state(self.state, indices) if self.state else None
+
+    reorder_cache = batch_select_indices
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, neighbours together."""
+        self.state = repeat_state(self.state, repeats) if self.state else None
+
+    def reset(self) -> None:
+        """Back to the start."""
+        self.state, self.seen = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: a recurrent state cannot go back."""
+        if tokens_to_remove:
+            raise InputError("a recurrent state cannot be cropped: fork it with copy.copy before")
+
+
+class Packing(NamedTuple):
+    """How [B, T] inputs stand in packed sequences: which of the B·T are tokens (None: all, as they
+    are), and the sequences' offsets (None: a plain batch)."""
+
+    tokens: Tensor | None
+    cu_seqlens: Tensor | None
+
+    @classmethod
+    def of(
+        cls, inputs: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> "Packing":
+        """From a mask with padding, or from positions that start anew."""
+        rows, width = inputs.shape[:2]
+        if attention_mask is not None:
+            if attention_mask.dim() != 2 or attention_mask.shape[1] < width:
+                raise InputError(
+                    f"attention_mask must be [B, past + T] beside {width} tokens, got "
+                    f"{list(attention_mask.shape)}"
+                )
+            real = attention_mask[:, -width:] != 0
+            lengths = real.sum(dim=1)
+            if bool((lengths == width).all()):
+                return cls(None, None)
+            if not bool(lengths.any()):
+                raise InputError("attention_mask leaves no token at all")
+            return cls(real.flatten().nonzero().squeeze(1), F.pad(lengths.cumsum(0), (1, 0)))
+        if position_ids is not None and rows == 1:
+            starts = (position_ids.flatten().diff() != 1).nonzero().squeeze(1) + 1
+            if len(starts):
+                return cls(
+                    None, torch.cat([starts.new_tensor([0]), starts, starts.new_tensor([width])])
+                )
+        return cls(None, None)
+
+    def pack(self, inputs: Tensor) -> Tensor:
+        """[B, T, ...] -> [1, tokens, ...], or as it is."""
+        return inputs if self.tokens is None else inputs.flatten(0, 1)[self.tokens].unsqueeze(0)
+
+    def unpack(self, x: Tensor, rows: int, width: int) -> Tensor:
+        """[1, tokens, C] -> [B, T, C] with zeros at padding, or as it is."""
+        if self.tokens is None:
+            return x
+        spread = x.new_zeros(rows * width, x.shape[-1]).index_copy(0, self.tokens, x[0])
+        return spread.unflatten(0, (rows, width))
+
+
+class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
+    """`rwkvx.Model` as a Hugging Face causal language model; it adds no parameter of its own.
+
+    Rows with padding, on either side, are read as packed sequences: padding changes nothing.
+    """
+
+    config_class = RwkvxConfig
+    base_model_prefix = "model"  # checkpoints hold the names of `rwkvx.Model`, without it
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _is_stateful = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(self, config: RwkvxConfig) -> None:
+        super().__init__(config)
+        self.model = Model(config.model_config())
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Read tokens; arguments as everywhere in transformers.
+
+        Args:
+            input_ids: [B, T]; or inputs_embeds [B, T, C].
+            attention_mask: [B, past + T], 0 for padding, wherever it stands. Logits there are 0.
+            position_ids: [1, T], without a mask: where they do not go on by one, a new sequence
+                starts (padding-free batches). Otherwise unused: the model counts by itself.
+            past_key_values: what an earlier call returned; changed in place.
+            labels: [B, T], -100 for none; they are shifted here.
+            use_cache: return `past_key_values`; default: the config's, never in training.
+            logits_to_keep: logits of so many last positions only, or of these positions; 0: all.
+            cu_seq_lens_q: [sequences + 1] offsets of packed sequences, in place of position_ids.
+
+        Raises:
+            InputError: arguments that do not fit together; attention matrices, which are not made.
+        """
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+            raise InputError("give either input_ids or inputs_embeds")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise InputError("attention matrices are never formed: output_attentions is not there")
+        if past_key_values is not None and not isinstance(past_key_values, StateCache):
+            raise InputError(f"past_key_values must be a StateCache: {type(past_key_values)}")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        past = StateCache() if past_key_values is None else past_key_values
+        packing = Packing.of(inputs, attention_mask, None if past.seen else position_ids)
+        if cu_seq_lens_q is not None:
+            packing = Packing(None, cu_seq_lens_q)
+        layers = self._read(inputs, packing, past, use_cache, output_hidden_states)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model.head(layers[-1][:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past if use_cache else None,
+            hidden_states=tuple(layers) if output_hidden_states else None,
+        )
+
+    def _read(
+        self, inputs: Tensor, packing: Packing, past: StateCache, keep: bool, every: bool
+    ) -> list[Tensor]:
+        """Hidden states [B, T, C]: the input of `every` block, and what the head reads."""
+        with _block_inputs(self.model, every) as layers:
+            hidden, state = self.model(
+                packing.pack(inputs),
+                past.state,
+                logits="hidden",
+                cu_seqlens=packing.cu_seqlens,
+                keep_cache=keep,
+            )
+        past.state, past.seen = state, past.seen + inputs.shape[1]
+        return [packing.unpack(x, *inputs.shape[:2]) for x in [*layers(), hidden]]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.emb
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.emb = value
+        self.model.config = replace(self.model.config, vocab_size=value.num_embeddings)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.model.head = new_embeddings
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """RWKV-7's initial values, for every parameter that came from no checkpoint."""
+        parameters = self.model.named_parameters()
+        missing = {n: x for n, x in parameters if not getattr(x, "_is_hf_initialized", False)}
+        if missing:
+            seed = int(torch.randint(1 << 31, ()))
+            with torch.device("cpu"):
+                fresh = init_weights(Model(self.model.config), seed).state_dict()
+            for name, x in missing.items():
+                x.copy_(fresh[name])
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a folder that `rwkvx.load` and the Auto classes read."""
+        tensors = self.state_dict() if state_dict is None else state_dict
+        if getattr(self, "_hf_peft_config_loaded", False):  # then only adapters are written
+            return super().save_pretrained(save_directory, is_main_process, tensors, **kwargs)
+        tensors = {name.removeprefix("model."): x for name, x in tensors.items()}
+        folder = Path(save_directory)
+        if is_main_process:  # first: the base class may upload the folder
+            code = write_hub_files(folder, self.config.tokenizer)
+        super().save_pretrained(save_directory, is_main_process, tensors, **kwargs)
+        if is_main_process:
+            weights = [path.name for path in folder.glob("*.safetensors*")]
+            write_manifest(folder, [CONFIG, code, *weights])
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: a saved folder imports this package, no code is copied into it."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        # The base class gives no cache to a class named like this one, only warnings where due.
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = StateCache()
+
+
+@contextmanager
+def _block_inputs(model: Model, wanted: bool) -> Iterator[Any]:
+    """Collects the input of every block of a call: afterwards, a list of [B, T, C]."""
+    parts: list[list[Tensor]] = [[] for _ in model.blocks] if wanted else []
+    handles = [
+        block.register_forward_pre_hook(lambda _, args, part=part: part.append(args[0]))
+        for block, part in zip(model.blocks, parts, strict=False)
+    ]
+    try:
+        yield lambda: [x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in parts]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+AutoConfig.register(MODEL_TYPE, RwkvxConfig, exist_ok=True)
+AutoModelForCausalLM.register(RwkvxConfig, RwkvxForCausalLM, exist_ok=True)
+for _tokenizer in TOKENIZERS.values():  # the last one for a config that names none
+    AutoTokenizer.register(RwkvxConfig, cast(Any, _tokenizer), exist_ok=True)

@@ -1,0 +1,78 @@
+"""Plain lm-eval, `--model hf`, on a saved folder: the scores of `--model rwkvx`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model
+
+from rwkvx.checkpoint.folder import save_folder
+from rwkvx.data.folder import data_folder
+
+pytest.importorskip("lm_eval")
+
+import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from rwkvx_evals.lm.model import RwkvxLM
+from rwkvx_evals.lm.tasks import load_tasks
+
+TASKS = ["piqa", "lambada_openai"]
+ITEMS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_folder(tiny_model(), path)
+    return path
+
+
+def evaluate(model: Any, **more: Any) -> dict[str, Any]:
+    data = data_folder(None)
+    assert data is not None
+    found = lm_eval.simple_evaluate(
+        model, tasks=load_tasks(TASKS, data).tasks, limit=ITEMS, bootstrap_iters=0,
+        log_samples=True, **more,
+    )  # fmt: skip
+    assert found is not None
+    return dict(found)
+
+
+def test_scores_of_real_items(folder: Path) -> None:
+    if data_folder(None) is None:
+        pytest.skip("RWKVX_DATA is not set")
+    ours = evaluate(RwkvxLM(str(folder), quiet=True))
+    arguments = f"pretrained={folder},trust_remote_code=True,dtype=float32"
+    theirs = evaluate("hf", model_args=arguments, batch_size=4, device="cpu")
+    for task in TASKS:
+        pairs = zip(ours["samples"][task], theirs["samples"][task], strict=True)
+        for own, hf in pairs:
+            assert own["doc_id"] == hf["doc_id"]
+            for (a, greedy_a), (b, greedy_b) in zip(
+                own["filtered_resps"], hf["filtered_resps"], strict=True
+            ):
+                assert a == pytest.approx(b, abs=1e-3)
+                assert greedy_a == greedy_b
+        for metric, value in ours["results"][task].items():
+            if isinstance(value, float):
+                assert theirs["results"][task][metric] == pytest.approx(value, rel=1e-5), metric
+
+
+def test_generation_and_the_maximum_length(folder: Path) -> None:
+    """Prompts of unequal lengths in one batch, padded by lm-eval on the left."""
+    options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
+    prompts = ["abc", "The cat sat on the mat and then", "x", "The dog"]
+    requests = [
+        Instance("generate_until", {}, (prompt, options), index, ("task", index, 1))  # type: ignore[arg-type]
+        for index, prompt in enumerate(prompts)
+    ]
+    theirs = get_model("hf")(
+        pretrained=str(folder), trust_remote_code=True, dtype="float32", batch_size=4, device="cpu"
+    )
+    assert theirs.max_length == 1 << 20
+    ours = RwkvxLM(str(folder), quiet=True).generate_until(requests)
+    assert theirs.generate_until(requests, disable_tqdm=True) == ours
