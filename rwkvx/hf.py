@@ -284,7 +284,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.model.head = new_embeddings
+        self.model.head = cast(Any, new_embeddings)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("lm_eval")
 
 import lm_eval
 from lm_eval.api.instance import Instance
-from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
 
 from rwkvx_evals.lm.model import RwkvxLM
 from rwkvx_evals.lm.tasks import load_tasks
@@ -70,7 +70,7 @@ def test_generation_and_the_maximum_length(folder: Path) -> None:
         Instance("generate_until", {}, (prompt, options), index, ("task", index, 1))  # type: ignore[arg-type]
         for index, prompt in enumerate(prompts)
     ]
-    theirs = get_model("hf")(
+    theirs = HFLM(
         pretrained=str(folder), trust_remote_code=True, dtype="float32", batch_size=4, device="cpu"
     )
     assert theirs.max_length == 1 << 20

@@ -211,6 +211,4 @@ def test_the_code_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     names: dict[str, object] = {}
     exec(block.partition("```")[0], names)
     assert rwkvx.load("my-copy").fingerprint() == rwkvx.load("passkey-tiny").fingerprint()
-    assert (
-        names["tokenizer"].decode(names["out"][1]).endswith("Here we go. There and back again. T")
-    )
+    assert "Here we go. There and back" in names["tokenizer"].decode(names["out"][1])

@@ -164,15 +164,15 @@ def test_logits_to_keep_changes_nothing(hf: RwkvxForCausalLM) -> None:
 
 
 def test_it_stops_at_the_end_of_a_document(hf: RwkvxForCausalLM) -> None:
-    rows = prompts(lengths=[30, 9])
-    free = hf.generate(**padded(rows, "left"), do_sample=False, **KEEP_GOING)
-    end = int(free[0, 33])
-    out = hf.generate(**padded(rows, "left"), do_sample=False, eos_token_id=end, max_new_tokens=NEW)
-    stopped = out[0, 30:].tolist()
-    place = stopped.index(end)
-    assert place <= 3
-    assert not any(stopped[place + 1 :])  # padding
-    assert out[1, 30 : out.shape[1]].tolist()[:4] == free[1, 30:34].tolist()
+    """One row ends and is padded, its neighbour goes on as if alone."""
+    batch = padded(prompts(lengths=[30, 9]), "left")
+    options = {"do_sample": False, "max_new_tokens": NEW, "suppress_tokens": [0]}
+    free = hf.generate(**batch, eos_token_id=None, **options)[:, 30:].tolist()
+    end = next(x for x in free[0][3:] if x not in free[1])
+    place = free[0].index(end)
+    out = hf.generate(**batch, eos_token_id=end, **options)[:, 30:].tolist()
+    assert out[0] == [*free[0][: place + 1], *[0] * (NEW - 1 - place)]
+    assert out[1] == free[1]
 
 
 def test_what_is_refused(hf: RwkvxForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
