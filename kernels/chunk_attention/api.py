@@ -10,8 +10,10 @@ from rwkvx_kernels.chunk_attention.cpu import attend_cache, attend_sequence, cho
 from rwkvx_kernels.chunk_attention.reference import chunk_attention_reference
 from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl, without_autocast
 
-AVAILABLE = ("reference", "cpu")
+AVAILABLE = ("reference", "cpu", "triton")
 SELECTIONS = ("flat", "coarse_to_fine")
+# The Triton kernels: largest head size, what divides the chunk, queries that are decoded.
+MOST_DIM, CHUNK_MULTIPLE, FEW_QUERIES = 128, 16, 8
 
 
 def chosen_impl(device: torch.device | str, impl: str = "auto") -> str:
@@ -56,8 +58,8 @@ def chunk_attention(
         ValueError: arguments that do not fit together.
         NotImplementedError: an implementation or selection that is not there yet.
     """
-    impl = chosen_impl(q.device, impl)
     _check(q, k, v, chunk_size, topk, selection)
+    impl = _resolve(impl, q, chunk_size, selection)
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"q has {q.shape[1]} tokens, k and v have {k.shape[1]}")
     if cu_seqlens is not None:
@@ -74,6 +76,13 @@ def chunk_attention(
     coarse = selection == "coarse_to_fine"
     if impl == "cpu":
         return attend_sequence(q, k, v, chunk_size, topk, coarse)
+    if impl == "triton":
+        from rwkvx_kernels.chunk_attention import triton_ops
+
+        o: Tensor = triton_ops.chunk_attention(
+            q.contiguous(), k.contiguous(), v.contiguous(), chunk_size, topk
+        )[0]
+        return o
     return _reference(q, k, v, chunk_size, topk, coarse)
 
 
@@ -99,9 +108,9 @@ def cached_chunk_attention(
         ValueError: arguments that do not fit together.
         NotImplementedError: an implementation or selection that is not there yet.
     """
-    impl = chosen_impl(q.device, impl)
     k, v = cache.k_BGSD[:, :, :length].transpose(1, 2), cache.v_BGSD[:, :, :length].transpose(1, 2)
     _check(q, k, v, cache.chunk_size, topk, selection)
+    impl = _resolve(impl, q, cache.chunk_size, selection)
     if not q.shape[1] <= length <= cache.written:
         raise ValueError(f"{q.shape[1]} queries at length {length}: cache has {cache.written}")
     if q.numel() == 0:
@@ -109,7 +118,21 @@ def cached_chunk_attention(
     coarse = selection == "coarse_to_fine"
     if impl == "cpu":
         return attend_cache(q, cache, length, topk, coarse)
+    if impl == "triton":
+        return _cached_triton(q.detach().contiguous(), cache, length, topk)
     return _reference(q, k, v, cache.chunk_size, topk, coarse)
+
+
+def _cached_triton(q: Tensor, cache: KeyValueCache, length: int, topk: int) -> Tensor:
+    from rwkvx_kernels.chunk_attention import triton_ops
+
+    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+    if q.shape[1] > FEW_QUERIES:
+        o: Tensor = triton_ops.chunk_attention_cached(q, *cached, length, cache.chunk_size, topk)
+        return o
+    lengths = torch.full((q.shape[0],), length, device=q.device)
+    o = triton_ops.chunk_attention_decode(q, *cached, lengths, cache.chunk_size, topk)
+    return o
 
 
 def selected_chunks(
@@ -126,6 +149,27 @@ def selected_chunks(
     k = cache.k_BGSD[:, :, :length].transpose(1, 2)
     _check(q, k, k, cache.chunk_size, topk, selection)
     return choose_cached(q, cache, length, topk, selection == "coarse_to_fine")
+
+
+def _resolve(impl: str, q: Tensor, chunk_size: int, selection: str) -> str:
+    """The implementation for these arguments; "auto" avoids Triton kernels that cannot do it."""
+    resolved = chosen_impl(q.device, impl)
+    if resolved != "triton":
+        return resolved
+    lacks = None
+    if selection != "flat":
+        lacks = f'selection="{selection}"'
+    elif chunk_size % CHUNK_MULTIPLE:
+        lacks = f"chunks of {chunk_size} tokens: give a multiple of {CHUNK_MULTIPLE}"
+    elif q.shape[3] > MOST_DIM:
+        lacks = f"heads of {q.shape[3]} channels: {MOST_DIM} at most"
+    elif q.dtype == torch.float64:
+        lacks = "float64"
+    if lacks is None:
+        return resolved
+    if impl == "auto":
+        return "cpu"
+    raise NotImplementedError(f'impl="triton" does not have {lacks}')
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, coarse: bool) -> Tensor:

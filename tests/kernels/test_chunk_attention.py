@@ -211,7 +211,6 @@ def test_the_reference_sees_what_the_measure_must_see(topk: int) -> None:
         ({"q": (2, 8, 4)}, ValueError, "must be"),
         ({"chunk_size": 0}, ValueError, ">= 1"),
         ({"topk": 0}, ValueError, ">= 1"),
-        ({"impl": "triton"}, NotImplementedError, "not there yet"),
         ({"impl": "flash"}, ValueError, "unknown impl"),
         ({"selection": "tree"}, NotImplementedError, "selection"),
     ],

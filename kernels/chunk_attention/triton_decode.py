@@ -1,0 +1,199 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""One or a few new tokens against long caches of unequal length: the work is split over chunks.
+
+Axes: B sequences, T queries, H query heads, G key/value heads, C chunks, D head size; a row is one
+head of one query. Names: i_ index, p_ pointer, b_ block, o_ offset, m_ mask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rwkvx_kernels.chunk_attention.triton_select import LOWEST, pack
+
+# Chunks that one program scores; a cache of a million tokens in chunks of 128 makes 16 programs.
+SPLIT = 512
+LEAST_BLOCK = 64
+
+
+@triton.jit(do_not_specialize=["tokens", "capacity", "splits"])
+def _score_kernel(
+    p_q,
+    p_means,
+    p_lengths,
+    p_best,
+    tokens,
+    capacity,
+    splits,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SPLIT: tl.constexpr,
+    K: tl.constexpr,
+    LOWEST: tl.constexpr,
+):
+    """The best K chunks of one split for one row, packed with their scores."""
+    i_row, i_split = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    i_b, i_t, i_h = i_row // H // tokens, i_row // H % tokens, i_row % H
+    past = (tl.load(p_lengths + i_b) - tokens + i_t) // CHUNK
+    o_d = tl.arange(0, BLOCK_D)
+    b_q = tl.load(p_q + i_row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    p_means += (i_b * G + i_h // (H // G)) * capacity * D
+    b_best = tl.full((1, K), LOWEST, tl.int64)
+    begin = i_split * SPLIT
+    for i_c in range(begin, tl.minimum(begin + SPLIT, past), BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        m_mean = (o_c < past)[:, None] & (o_d < D)[None, :]
+        p_tile = p_means + o_c.to(tl.int64)[:, None] * D + o_d[None, :]
+        b_score = tl.sum(tl.load(p_tile, mask=m_mean, other=0.0) * b_q[None, :], axis=1)
+        b_packed = pack(b_score[None, :], o_c.to(tl.int32), (o_c < past)[None, :], LOWEST)
+        b_new = tl.topk(b_packed, K)
+        b_best = tl.topk(tl.reshape(tl.join(b_best, b_new), (1, 2 * K)), K)
+    o_best = (i_row * splits + i_split) * K + tl.arange(0, K)
+    tl.store(p_best + o_best[None, :], b_best)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _part_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_lengths,
+    p_chosen,
+    p_part,
+    p_lse,
+    stride_b,
+    stride_s,
+    stride_g,
+    scale,
+    tokens,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One chunk of one row, the own chunk in the last slot: output and binary log-sum-exp."""
+    i_row, i_slot = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    i_b, i_t, i_h = i_row // H // tokens, i_row // H % tokens, i_row % H
+    position = tl.load(p_lengths + i_b) - tokens + i_t
+    i_chunk = position // CHUNK
+    if i_slot < SLOTS:
+        i_chunk = tl.load(p_chosen + i_row * SLOTS + i_slot).to(tl.int64)
+    o_part = i_row * (SLOTS + 1) + i_slot
+    if i_chunk < 0:
+        tl.store(p_lse + o_part, float("-inf"))
+        return
+    o_d = tl.arange(0, BLOCK_D)
+    b_q = tl.load(p_q + i_row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    shift = i_b * stride_b + (i_h // (H // G)) * stride_g
+    b_top = tl.full((1,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((1,), tl.float32)
+    b_acc = tl.zeros((BLOCK_D,), tl.float32)
+    stop = tl.minimum((i_chunk + 1) * CHUNK, position + 1)
+    for i_s in range(i_chunk * CHUNK, stop, BLOCK):
+        o_s = i_s + tl.arange(0, BLOCK)
+        m_x = (o_s < stop)[:, None] & (o_d < D)[None, :]
+        o_x = shift + o_s[:, None] * stride_s + o_d[None, :]
+        b_k = tl.load(p_k + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_v = tl.load(p_v + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_score = tl.where(o_s < stop, tl.sum(b_k * b_q[None, :], axis=1) * scale, float("-inf"))
+        b_new = tl.maximum(b_top, tl.max(b_score, axis=0))
+        b_weight, b_shrink = tl.exp2(b_score - b_new), tl.exp2(b_top - b_new)
+        b_sum = b_sum * b_shrink + tl.sum(b_weight, axis=0)
+        b_acc = b_acc * b_shrink + tl.sum(b_v * b_weight[:, None], axis=0)
+        b_top = b_new
+    tl.store(p_part + o_part * D + o_d, b_acc / b_sum, mask=o_d < D)
+    tl.store(p_lse + o_part + tl.arange(0, 1), b_top + tl.log2(b_sum))
+
+
+@triton.jit
+def _join_kernel(
+    p_part,
+    p_lse,
+    p_o,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """One softmax over the parts of a row."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_p, o_d = i_row * PARTS + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
+    m_p = tl.arange(0, BLOCK_P) < PARTS
+    b_lse = tl.load(p_lse + o_p, mask=m_p, other=float("-inf"))
+    m_p = b_lse > float("-inf")
+    b_weight = tl.exp2(b_lse - tl.max(b_lse, axis=0))
+    m_x = m_p[:, None] & (o_d < D)[None, :]
+    b_part = tl.load(p_part + o_p[:, None] * D + o_d[None, :], mask=m_x, other=0.0)
+    b_o = tl.sum(b_part * b_weight[:, None], axis=0) / tl.sum(b_weight, axis=0)
+    tl.store(p_o + i_row * D + o_d, b_o.to(p_o.dtype.element_ty), mask=o_d < D)
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor, lengths: Tensor, chunk_size: int, topk: int
+) -> Tensor:
+    """o [B, T, H, D] of the last T tokens of each sequence; no gradient.
+
+    Args:
+        q: [B, T, H, D], contiguous. k, v: [B, G, S, D] with room for S tokens.
+        means: [B, G, C, D] float32, contiguous, of every completed chunk.
+        lengths: [B] int64, tokens of each sequence, the T new ones included.
+    """
+    batch, tokens, heads, dim = q.shape
+    groups, rows, slots = k.shape[1], batch * tokens * heads, topk - 1
+    sizes = {"H": heads, "G": groups, "D": dim, "CHUNK": chunk_size}
+    sizes["BLOCK_D"] = max(16, triton.next_power_of_2(dim))
+    keep = max(2, triton.next_power_of_2(slots))
+    chosen = torch.empty((rows, slots), dtype=torch.int32, device=q.device)
+    if slots:
+        splits = triton.cdiv(means.shape[2], SPLIT)
+        best = torch.empty((rows, splits * keep), dtype=torch.int64, device=q.device)
+        _score_kernel[(splits, rows)](
+            q,
+            means,
+            lengths,
+            best,
+            tokens,
+            means.shape[2],
+            splits,
+            **sizes,
+            BLOCK_C=max(LEAST_BLOCK, keep),
+            SPLIT=SPLIT,
+            K=keep,
+            LOWEST=LOWEST,
+            num_warps=4,
+        )
+        best = best.topk(slots, dim=1).values
+        chosen = (0x7FFFFFFF - (best & 0x7FFFFFFF)).masked_fill_(best == LOWEST, -1).int()
+    part = torch.empty((rows, topk, dim), dtype=torch.float32, device=q.device)
+    lse = torch.empty((rows, topk), dtype=torch.float32, device=q.device)
+    _part_kernel[(topk, rows)](
+        q,
+        k,
+        v,
+        lengths,
+        chosen,
+        part,
+        lse,
+        k.stride(0),
+        k.stride(2),
+        k.stride(1),
+        1.4426950408889634 * dim**-0.5,
+        tokens,
+        **sizes,
+        SLOTS=slots,
+        BLOCK=min(64, triton.next_power_of_2(chunk_size)),
+        num_warps=4,
+    )
+    o = torch.empty_like(q)
+    block_p = triton.next_power_of_2(topk)
+    block_d = sizes["BLOCK_D"]
+    _join_kernel[(rows,)](part, lse, o, D=dim, PARTS=topk, BLOCK_D=block_d, BLOCK_P=block_p)
+    return o

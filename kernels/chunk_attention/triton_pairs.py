@@ -1,0 +1,60 @@
+"""Which queries read a chunk: the choice of chunks turned around, for the Triton kernels.
+
+Everything has a size that is known without looking at the choice, so that nothing waits for the
+device and graphs can hold it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Lists(NamedTuple):
+    """The pairs of (query row, slot), sorted by the chunk that they read (compressed rows).
+
+    The number of a pair is row · slots + slot, that of a row (b · T + t) · H + h, that of a chunk
+    (b · G + g) · C + c.
+
+    Attributes:
+        order: [P] int64 pairs by chunk, in order of their numbers within a chunk.
+        offsets: [chunks + 1] int64: the pairs of a chunk are order[offsets[i] : offsets[i + 1]].
+    """
+
+    order: Tensor
+    offsets: Tensor
+
+
+class Blocks(NamedTuple):
+    """Every chunk's list cut into blocks of at most so many pairs, one for a program.
+
+    Attributes:
+        owner: [blocks at most] int32: the chunk of each block; their number beyond the last block.
+        starts: [chunks + 1] int64: the first block of each chunk.
+    """
+
+    owner: Tensor
+    starts: Tensor
+
+
+def lists_of(chosen: Tensor, groups: int, chunks: int) -> Lists:
+    """Turn chosen [B, T, H, slots] (-1: none) around, for `chunks` chunks of each of G heads."""
+    batch, _, heads, _ = chosen.shape
+    b = torch.arange(batch, device=chosen.device).view(-1, 1, 1, 1)
+    g = (torch.arange(heads, device=chosen.device) // (heads // groups)).view(-1, 1)
+    total = batch * groups * chunks
+    number = ((b * groups + g) * chunks + chosen).masked_fill(chosen < 0, total)
+    number, order = number.flatten().sort(stable=True)
+    every = torch.arange(total + 1, device=chosen.device)
+    return Lists(order, torch.searchsorted(number, every))
+
+
+def blocks_of(lists: Lists, size: int) -> Blocks:
+    """Cut the lists into blocks of at most `size` pairs."""
+    total = len(lists.offsets) - 1
+    per_chunk = (lists.offsets.diff() + (size - 1)) // size
+    starts = torch.nn.functional.pad(per_chunk.cumsum(0), (1, 0))
+    most = len(lists.order) // size + min(total, len(lists.order))
+    every = torch.arange(most, device=starts.device)
+    owner = torch.searchsorted(starts[1:], every, right=True)
+    return Blocks(owner.to(torch.int32), starts)

@@ -1,0 +1,234 @@
+"""The Triton kernels of chunk attention, on a GPU or in Triton's interpreter, against float64.
+
+Axes: B batch, T time, H query heads, G key/value heads, D head size, C chunks.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from measure import assert_as_good, relative_error
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs triton (the extra gpu)")
+
+from rwkvx_kernels.chunk_attention import (
+    KeyValueCache,
+    cached_chunk_attention,
+    chunk_attention,
+    reference,
+    selected_chunks,
+    triton_backward,
+    triton_decode,
+    triton_ops,
+)
+from rwkvx_kernels.chunk_attention.triton_select import select
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter does no arithmetic in bfloat16.
+NARROW = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
+NAMES = ("o", "dq", "dk", "dv")
+# Online softmax over blocks; weights and their gradients are rounded to the input's dtype before
+# they meet values and keys, once each.
+FACTOR = 4.0
+
+
+class Case(NamedTuple):
+    tokens: int
+    chunk: int
+    topk: int
+    heads: int = 2
+    groups: int = 1
+    dim: int = 16
+    batch: int = 1
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """Chunk means far enough apart for one choice in every dtype."""
+        torch.manual_seed(self.tokens + self.chunk)
+        q = torch.randn(self.batch, self.tokens, self.heads, self.dim)
+        k, v = (torch.randn(self.batch, self.tokens, self.groups, self.dim) for _ in range(2))
+        chunk = torch.arange(self.tokens) // self.chunk
+        k[..., 0] += (chunk * 7 % 11)[None, :, None] * 2.0
+        q[..., 0] = q[..., 0].abs() + 0.5
+        return tuple(x.to(DEVICE, dtype) for x in (q * 0.7, k * 0.7, v))
+
+
+CASES = [
+    Case(83, 16, 3, batch=2),  # no multiple of the chunk
+    Case(100, 32, 2, heads=4, groups=2, dim=24),
+    Case(70, 16, 1),  # own chunk only: nothing is ever chosen
+    Case(20, 48, 3),  # less than a chunk: nothing to choose from
+    Case(120, 48, 2, heads=1),  # a chunk that is no power of two
+    Case(66, 16, 9, dim=40),  # more than there are chunks
+    Case(2, 16, 2),
+    Case(0, 16, 2),
+]
+
+
+def run(args: tuple[Tensor, ...], case: Case, impl: str, wide: bool = False) -> list[Tensor | None]:
+    """Output and gradients of a weighted sum of it."""
+    leaves = [x.detach().to(torch.float64 if wide else x.dtype).requires_grad_() for x in args]
+    o = chunk_attention(*leaves, case.chunk, case.topk, impl=impl)
+    torch.manual_seed(9)
+    (o * torch.randn(o.shape).to(args[0].dtype).to(o)).sum().backward()
+    return [o.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_gradients(case: Case) -> None:
+    args = case.inputs()
+    if not case.tokens:
+        assert run(args, case, "triton")[0].shape == args[0].shape  # type: ignore[union-attr]
+        return
+    exact = run(args, case, "reference", wide=True)
+    assert_as_good(run(args, case, "triton"), run(args, case, "reference"), exact, FACTOR, NAMES)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_narrow_dtypes(dtype: torch.dtype) -> None:
+    case = Case(83, 16, 3)
+    args = case.inputs(dtype)
+    exact = run(args, case, "reference", wide=True)
+    got = run(args, case, "triton")
+    assert all(x is not None and x.dtype == dtype for x in got)
+    assert_as_good(got, run(args, case, "reference"), exact, FACTOR, NAMES)
+
+
+def test_tiles_of_queries_and_segments_of_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk that every query reads, in several segments; queries in several tiles."""
+    case = Case(150, 16, 2)
+    q, k, v = case.inputs()
+    k[:, 16:32] += 3 * q[:, -1, :1].mean(dim=1)[:, None, None]
+    exact = run((q, k, v), case, "reference", wide=True)
+    ours = run((q, k, v), case, "reference")
+    monkeypatch.setattr(triton_ops, "LEAST_TILE", 48)
+    monkeypatch.setattr(triton_backward, "SEGMENT", 32)
+    assert_as_good(run((q, k, v), case, "triton"), ours, exact, FACTOR, NAMES)
+
+
+def test_packed_sequences() -> None:
+    case = Case(90, 16, 2)
+    args, cu_seqlens = case.inputs(), torch.tensor([0, 40, 40, 90], device=DEVICE)
+    outputs = [
+        chunk_attention(*args, 16, 2, cu_seqlens=cu_seqlens, impl=impl)
+        for impl in ("triton", "reference")
+    ]
+    assert relative_error(*outputs) < 1e-6
+
+
+@pytest.mark.parametrize("topk", [2, 4, 9])
+def test_selection(topk: int) -> None:
+    """Every query's choice in one go, against sorting all scores."""
+    case = Case(300, 16, topk, heads=4, groups=2)
+    q, k, _ = case.inputs()
+    means = reference.chunk_means(k, 16).transpose(1, 2).contiguous()
+    chosen = select(q, means, 0, 16, topk)
+    expected = reference.select_chunks(q.double(), k.double(), 16, topk)
+    got = torch.zeros((*expected.shape[:-1], expected.shape[-1] + 1), dtype=torch.bool)
+    places = chosen.long().masked_fill(chosen < 0, expected.shape[-1]).transpose(1, 2)
+    got = got.to(DEVICE).scatter(-1, places, True)[..., :-1]
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_cached(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding, split over chunks, and longer pieces; what is behind the length is not read."""
+    monkeypatch.setattr(triton_decode, "SPLIT", 2)
+    monkeypatch.setattr(triton_decode, "LEAST_BLOCK", 2)
+    q, k, v = Case(150, 16, 3, heads=4, groups=2, batch=2).inputs()
+    cache = KeyValueCache(2, 2, 16, 16, k).append(0, k, v)
+    length = 130
+    part = q[:, length - tokens : length]
+    got = cached_chunk_attention(part, cache, length, 3, impl="triton")
+    wide = [x[:, :length].double() for x in (q, k, v)]
+    exact = chunk_attention(*wide, 16, 3, impl="reference")[:, -tokens:]
+    assert relative_error(got, exact) < 1e-6
+
+
+def test_decoding_sequences_of_unequal_length() -> None:
+    q, k, v = Case(100, 16, 3, heads=2, batch=3).inputs()
+    cache = KeyValueCache(3, 1, 16, 16, k).append(0, k, v)
+    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+    lengths = [100, 7, 49]
+    part = torch.cat([q[i : i + 1, n - 2 : n] for i, n in enumerate(lengths)])
+    got = triton_ops.chunk_attention_decode(
+        part, *cached, torch.tensor(lengths, device=DEVICE), 16, 3
+    )
+    for i, n in enumerate(lengths):
+        wide = [x[i : i + 1, :n].double() for x in (q, k, v)]
+        exact = chunk_attention(*wide, 16, 3, impl="reference")[:, -2:]
+        assert relative_error(got[i : i + 1], exact) < 1e-6
+
+
+def test_results_repeat_bit_for_bit() -> None:
+    case = Case(100, 16, 3)
+    first, second = (run(case.inputs(), case, "triton") for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+
+
+def test_operators() -> None:
+    q, k, v = (x.requires_grad_() for x in Case(40, 16, 2).inputs())
+    torch.library.opcheck(triton_ops.chunk_attention, (q, k, v, 16, 2))
+    cache = KeyValueCache(1, 1, 16, 16, k).append(0, k.detach(), v.detach())
+    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+    part = q.detach()[:, -2:].contiguous()
+    torch.library.opcheck(triton_ops.chunk_attention_cached, (part, *cached, 40, 16, 2))
+    lengths = torch.tensor([40], device=DEVICE)
+    torch.library.opcheck(triton_ops.chunk_attention_decode, (part, *cached, lengths, 16, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_size": 24}, "multiple of 16"),
+        ({"selection": "coarse_to_fine"}, "selection"),
+        ({"dtype": torch.float64}, "float64"),
+    ],
+)
+def test_what_there_is_not_is_said(options: dict, message: str) -> None:
+    dtype = options.pop("dtype", torch.float32)
+    q, k, v = Case(40, 16, 2).inputs(dtype)
+    with pytest.raises(NotImplementedError, match=message):
+        chunk_attention(q, k, v, **{"chunk_size": 16, "topk": 2, "impl": "triton", **options})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [70_000, 300_001])
+def test_real_sizes(tokens: int) -> None:
+    """Past token 65,536, in the dtype of use; float64 on a sample of queries."""
+    case = Case(tokens, 128, 8, heads=4, groups=2, dim=64)
+    q, k, v = case.inputs(torch.bfloat16)
+    o = chunk_attention(q, k, v, 128, 8, impl="triton")
+    cache = KeyValueCache(1, 2, 64, 128, k, tokens).append(0, k, v)
+    for length in (65_537, tokens):
+        part = q[:, length - 64 : length]
+        expected = cached_chunk_attention(part.float(), _wide(cache), length, 8, impl="cpu")
+        assert relative_error(o[:, length - 64 : length], expected) < 1e-2
+        step = cached_chunk_attention(part[:, -1:], cache, length, 8, impl="triton")
+        assert relative_error(step, expected[:, -1:]) < 1e-2
+    assert (selected_chunks(q[:, -1:].float(), _wide(cache), tokens, 8) >= 0).all()
+
+
+def _wide(cache: KeyValueCache) -> KeyValueCache:
+    wide = KeyValueCache(1, 2, 64, 128, cache.k_BGSD.float(), cache.written)
+    return wide.append(
+        0, *(x[:, :, : cache.written].transpose(1, 2).float() for x in (cache.k_BGSD, cache.v_BGSD))
+    )
+
+
+@pytest.mark.gpu
+def test_more_elements_than_31_bits() -> None:
+    """q has 2^31 elements and more: the last queries are attended as if they were alone."""
+    tokens, heads, dim = (1 << 21) + 4096, 16, 64
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, tokens, heads, dim, device=DEVICE, dtype=torch.bfloat16, generator=draw)
+        for _ in range(3)
+    )
+    o = chunk_attention(q, k, v, 2048, 3, impl="triton")
+    cache = KeyValueCache(1, heads, dim, 2048, k, tokens).append(0, k, v)
+    step = cached_chunk_attention(q[:, -1:], cache, tokens, 3, impl="triton")
+    assert relative_error(step, o[:, -1:]) < 1e-2
