@@ -292,7 +292,7 @@ def backward(
         do: contiguous; lse, delta: [B, T, H] float32; the rest as for `forward`.
     """
     factor = shape.dim**-0.5
-    constants, scale = shape.constants(q.dtype), LOG2E * factor
+    constants, scale = shape.constants(q), LOG2E * factor
     rows = (q, k, v, do, lse, delta)
     lookup = (lists.order, lists.offsets)
     sizes = (shape.keys, shape.chunks, len(lists.offsets) - 1)
@@ -326,7 +326,7 @@ def backward(
             *sizes,
             **constants,
             SEGMENT=SEGMENT,
-            num_warps=4,
+            num_warps=8,
         )
     size = (shape.batch, shape.groups, shape.keys, shape.dim)
     dk, dv = (torch.empty(size, dtype=torch.float32, device=q.device) for _ in range(2))
@@ -343,6 +343,6 @@ def backward(
         *place,
         shape.chunks,
         **constants,
-        num_warps=4,
+        num_warps=8,
     )
     return dq, dk, dv

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.triton_pairs import Blocks, Lists
+from rwkvx_kernels.chunk_attention.triton_select import exact_products
 
 LOG2E = math.log2(math.e)
 
@@ -44,7 +45,7 @@ class Shape(NamedTuple):
         """Chunks of the keys, an unfinished one included."""
         return -(-self.keys // self.chunk)
 
-    def constants(self, dtype: torch.dtype) -> dict[str, int | str]:
+    def constants(self, q: Tensor) -> dict[str, int | str]:
         """Compile-time constants that every attention kernel takes."""
         return {
             "H": self.heads,
@@ -54,7 +55,7 @@ class Shape(NamedTuple):
             "CHUNK": self.chunk,
             "BLOCK_D": max(16, triton.next_power_of_2(self.dim)),
             "BLOCK": self.tile,
-            "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+            "PRECISION": exact_products(q),
         }
 
 
@@ -63,7 +64,9 @@ def shape_of(q: Tensor, k: Tensor, layout: str, chunk: int, topk: int, first: in
     batch, tokens, heads, dim = q.shape
     strides = (k.stride(0), k.stride(layout.index("s")), k.stride(layout.index("g")))
     groups, keys = k.shape[layout.index("g")], first + tokens
-    tile = math.gcd(chunk, 64 if dim <= 64 else 32)
+    # Products of float32 are made of three of tf32, and need more registers.
+    most = (64 if dim <= 64 else 32) // (2 if q.dtype == torch.float32 else 1)
+    tile = math.gcd(chunk, most)
     return Shape(batch, tokens, heads, groups, dim, keys, chunk, topk - 1, first, strides, tile)
 
 
@@ -224,7 +227,7 @@ def forward(
         q: contiguous; k, v as `shape` describes them; chosen: [B, T, H, slots] int32.
         lists, blocks: of `chosen`, blocks of `shape.tile` pairs.
     """
-    constants, scale = shape.constants(q.dtype), LOG2E * shape.dim**-0.5
+    constants, scale = shape.constants(q), LOG2E * shape.dim**-0.5
     o = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     part = torch.empty((chosen.numel(), shape.dim), dtype=torch.float32, device=q.device)

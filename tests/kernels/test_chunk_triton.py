@@ -54,12 +54,12 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(83, 16, 3, batch=2),  # no multiple of the chunk
+    Case(51, 16, 2, batch=2),  # no multiple of the chunk
     Case(100, 32, 2, heads=4, groups=2, dim=24),
     Case(70, 16, 1),  # own chunk only: nothing is ever chosen
     Case(20, 48, 3),  # less than a chunk: nothing to choose from
     Case(120, 48, 2, heads=1),  # a chunk that is no power of two
-    Case(66, 16, 9, dim=40),  # more than there are chunks
+    Case(50, 16, 9, heads=1, dim=40),  # more than there are chunks
     Case(2, 16, 2),
     Case(0, 16, 2),
 ]
@@ -86,7 +86,7 @@ def test_outputs_and_gradients(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_narrow_dtypes(dtype: torch.dtype) -> None:
-    case = Case(83, 16, 3)
+    case = Case(67, 16, 2)
     args = case.inputs(dtype)
     exact = run(args, case, "reference", wide=True)
     got = run(args, case, "triton")
@@ -116,10 +116,10 @@ def test_packed_sequences() -> None:
     assert relative_error(*outputs) < 1e-6
 
 
-@pytest.mark.parametrize("topk", [2, 4, 9])
+@pytest.mark.parametrize("topk", [2, 4])
 def test_selection(topk: int) -> None:
     """Every query's choice in one go, against sorting all scores."""
-    case = Case(300, 16, topk, heads=4, groups=2)
+    case = Case(150, 16, topk, heads=2)
     q, k, _ = case.inputs()
     means = reference.chunk_means(k, 16).transpose(1, 2).contiguous()
     chosen = select(q, means, 0, 16, topk)
