@@ -77,12 +77,7 @@ def chunk_attention(
     if impl == "cpu":
         return attend_sequence(q, k, v, chunk_size, topk, coarse)
     if impl == "triton":
-        from rwkvx_kernels.chunk_attention import triton_ops
-
-        o: Tensor = triton_ops.chunk_attention(
-            q.contiguous(), k.contiguous(), v.contiguous(), chunk_size, topk
-        )[0]
-        return o
+        return _triton(q, k, v, chunk_size, topk)
     return _reference(q, k, v, chunk_size, topk, coarse)
 
 
@@ -121,6 +116,14 @@ def cached_chunk_attention(
     if impl == "triton":
         return _cached_triton(q.detach().contiguous(), cache, length, topk)
     return _reference(q, k, v, cache.chunk_size, topk, coarse)
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int) -> Tensor:
+    from rwkvx_kernels.chunk_attention import triton_ops
+
+    args = (x.contiguous() for x in (q, k, v))
+    o: Tensor = triton_ops.chunk_attention(*args, chunk_size, topk)[0]
+    return o
 
 
 def _cached_triton(q: Tensor, cache: KeyValueCache, length: int, topk: int) -> Tensor:

@@ -292,6 +292,8 @@ def backward(
         do: contiguous; lse, delta: [B, T, H] float32; the rest as for `forward`.
     """
     factor = shape.dim**-0.5
+    # Products of float32 are in three pieces, which fill the registers of half as many threads.
+    options = {"num_warps": 8, "num_stages": 1} if q.dtype == torch.float32 else {"num_warps": 4}
     constants, scale = shape.constants(q), LOG2E * factor
     rows = (q, k, v, do, lse, delta)
     lookup = (lists.order, lists.offsets)
@@ -301,18 +303,20 @@ def backward(
     if len(blocks.owner):
         cut = (blocks.owner, blocks.starts)
         _pairs_dq_kernel[(len(blocks.owner),)](
-            *rows, *lookup, *cut, part, *shape.strides, scale, *sizes, **constants, num_warps=4
+            *rows, *lookup, *cut, part, *shape.strides, scale, *sizes, **constants, **options
         )
     last = shape.first + shape.tokens - 1
     tiles = last // shape.tile - shape.first // shape.tile + 1
     place = (shape.first, shape.tokens, shape.keys)
     _own_dq_kernel[(tiles, shape.batch * shape.heads)](
-        *rows, chosen, part, dq, *shape.strides, scale, factor, *place, **constants, num_warps=4
+        *rows, chosen, part, dq, *shape.strides, scale, factor, *place, **constants, **options
     )
     del part
     segments = blocks_of(lists, SEGMENT)
-    size = (len(segments.owner), shape.chunk, shape.dim)
-    part_dk, part_dv = (torch.empty(size, dtype=torch.float32, device=q.device) for _ in range(2))
+    part_dk, part_dv = (
+        q.new_empty((len(segments.owner), shape.chunk, shape.dim), dtype=torch.float32)
+        for _ in range(2)
+    )
     if len(segments.owner):
         _pairs_dkv_kernel[(len(segments.owner), shape.chunk // shape.tile)](
             *rows,
@@ -326,7 +330,7 @@ def backward(
             *sizes,
             **constants,
             SEGMENT=SEGMENT,
-            num_warps=8,
+            **(options | {"num_warps": 8}),
         )
     size = (shape.batch, shape.groups, shape.keys, shape.dim)
     dk, dv = (torch.empty(size, dtype=torch.float32, device=q.device) for _ in range(2))
@@ -343,6 +347,6 @@ def backward(
         *place,
         shape.chunks,
         **constants,
-        num_warps=8,
+        **(options | {"num_warps": 8}),
     )
     return dq, dk, dv
