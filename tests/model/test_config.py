@@ -25,6 +25,7 @@ def test_round_trip() -> None:
         ({"vocab_size": True}, "vocab_size must be a positive"),
         ({"chunk_size": -1}, "chunk_size must be a positive"),
         ({"topk": 0}, "topk must be a positive"),
+        ({"selection": "tree"}, "selection must be one of"),
         ({"key_conv": -1}, "key_conv must be 0"),
         ({"key_conv": "4"}, "key_conv must be 0"),
         ({"sparse_kv_heads": 3}, "4 heads are no multiple of 3"),
