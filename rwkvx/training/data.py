@@ -75,7 +75,7 @@ class PasskeySource:
         if config.prose > 0 and prose is None:
             raise InputError("data.prose > 0 needs data.paths with prose")
         self.config, self.builder, self.prose = config, PasskeyBuilder(tokenizer), prose
-        self.standard = standard_filler(tokenizer)
+        self.standard, self.vocab_size = standard_filler(tokenizer), int(tokenizer.vocab_size)
 
     def batch(self, stage: StageConfig, seed: tuple[int, ...]) -> Batch:
         """One prompt a row, its last tokens padded with the end of document."""
@@ -106,16 +106,18 @@ class PasskeySource:
         shortest = max(self.builder.minimum, longest - 64)
         length = int(rng.integers(shortest, max(shortest, longest) + 1))
         depth = self._depth(stage, length, len(self.builder.needle(key)), rng)
-        prose = stage.prose if stage.prose >= 0 else self.config.prose
-        filler, offset = self._filler(prose, room, rng)
+        filler, offset = self._filler(stage, room, rng)
         prompt = self.builder.build(filler, length, depth, key, offset=offset)
         tokens = np.concatenate([prompt.ids, answer])
         asked = np.arange(len(tokens)) >= length
         self._ask_again(stage, tokens, asked, prompt.needle_start, key, rng)
         return tokens, asked
 
-    def _filler(self, prose: float, room: int, rng: np.random.Generator) -> tuple[Filler, int]:
+    def _filler(
+        self, stage: StageConfig, room: int, rng: np.random.Generator
+    ) -> tuple[Filler, int]:
         """Prose or the standard sentences, and where to start in them."""
+        prose = stage.prose if stage.prose >= 0 else self.config.prose
         if rng.random() < prose:
             if self.prose is None:
                 raise InputError("prose > 0 in a stage needs data.paths with prose")
@@ -126,6 +128,9 @@ class PasskeySource:
                 )
             start = int(rng.integers(0, len(self.prose) - room))
             window = self.prose[start : start + room].astype(np.int64)
+            if stage.noise:
+                replaced = rng.random(room) < rng.random() * stage.noise
+                window[replaced] = rng.integers(1, self.vocab_size, size=int(replaced.sum()))
             return Filler("prose", np.empty(0, np.int64), window), 0
         offset = int(rng.integers(0, 2 * self.standard.natural_length)) if rng.random() < 0.5 else 0
         return self.standard, offset

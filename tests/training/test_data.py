@@ -95,6 +95,27 @@ def test_a_stage_may_have_its_own_share_of_prose() -> None:
         source.batch(StageConfig(1, 400, 2, prose=1.0), (0,))
 
 
+def test_noise_replaces_prose_alone() -> None:
+    plain, noisy = (StageConfig(1, 400, 20, prose=1.0, noise=x) for x in (0.0, 0.5))
+    source = passkey()
+    known = set(b"Call me Ishmael. ")
+
+    def strange(stage: StageConfig) -> list[float]:
+        shares = []
+        for row in source.batch(stage, (0,)).inputs:
+            text = bytes(row.tolist())
+            start = text.index(b"information there.\n") + 19
+            prose = text[start : text.rindex(b"\nWhat is the pass key?")]
+            needle = prose.index(b"\nThe pass key is ")
+            prose = prose[:needle] + prose[needle + 60 :]  # whole and untouched
+            shares.append(sum(b not in known for b in prose) / max(1, len(prose)))
+        return shares
+
+    assert max(strange(plain)) < 0.05  # the needle's last bytes
+    found = strange(noisy)
+    assert min(found) < 0.1 < 0.3 < max(found) < 0.6
+
+
 def test_samples_are_seeded_and_fresh() -> None:
     source = passkey()
     first, again, other = (source.batch(STAGE, s) for s in ((0, 0, 5), (0, 0, 5), (0, 0, 6)))
