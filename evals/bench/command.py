@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rwkvx.errors import InputError
+
 if TYPE_CHECKING:
     from rwkvx_evals.bench.run import Results
 
@@ -19,6 +21,7 @@ def bench_command() -> None:
     Examples:
       rwkvx bench cpu
       rwkvx bench load
+      rwkvx bench kernels
     """
 
 
@@ -155,6 +158,31 @@ def load_command(model: str, formats: str, out: Path | None) -> None:
             f"{row['ratio']:.3f}"
         )
     click.echo(f"report: {out / 'report.md'}")
+
+
+@bench_command.command("kernels")
+@click.option("--family", "families", multiple=True, help="Only these kernels, such as wkv7.")
+@click.option("--lengths", default="4k,16k,64k", show_default=True, help="Tokens; 1k = 1024.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench-kernels"))
+def kernels_command(families: tuple[str, ...], lengths: str, out: Path) -> None:
+    """Kernels on a GPU: ceilings, correctness, then times beside floors and other packages.
+
+    The machine's own copy and matrix product come first; every kernel is compared with float64
+    before it is timed. fla-core is measured too where it is installed. Takes minutes.
+
+    \b
+    Examples:
+      rwkvx bench kernels
+      rwkvx bench kernels --family wkv7 --lengths 16k
+    """
+    from rwkvx_evals.bench.kernels.run import FAMILIES, run
+    from rwkvx_evals.passkey.plan import parse_lengths
+
+    for family in families:
+        if family not in FAMILIES:
+            raise InputError(f"no kernels {family!r}: choose of {', '.join(FAMILIES)}")
+    run(families or tuple(FAMILIES), parse_lengths(lengths), out, say=click.echo)
+    click.echo(f"report: {out / 'report.md'}   picture: {out / 'kernels.png'}")
 
 
 def summary(results: Results) -> str:

@@ -9,12 +9,33 @@ from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl, without_autoc
 from rwkvx_kernels.wkv7.cpu import wkv7_cpu
 from rwkvx_kernels.wkv7.reference import wkv7_reference
 
-AVAILABLE = ("reference", "cpu")
+AVAILABLE = ("reference", "cpu", "triton")
 
 
-def chosen_impl(device: torch.device | str, impl: str = "auto") -> str:
-    """Name the implementation that `wkv7(..., impl=impl)` runs for tensors on `device`."""
-    return resolve_impl(impl, torch.device(device), AVAILABLE)
+def chosen_impl(
+    device: torch.device | str,
+    impl: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    head_sizes: tuple[int, int] = (64, 64),
+) -> str:
+    """Name the implementation that `wkv7(..., impl=impl)` runs for tensors on `device`.
+
+    Triton kernels are not chosen for a `dtype` or `head_sizes` (K, V) that they do not have.
+
+    Raises:
+        ValueError: "triton" for these, or without a GPU.
+    """
+    chosen = resolve_impl(impl, torch.device(device), AVAILABLE)
+    if chosen != "triton":
+        return chosen
+    problem = ""
+    if dtype == torch.float64:
+        problem = "has no float64"
+    elif min(head_sizes) < 16 or max(head_sizes) > 128:
+        problem = f"has heads of 16 to 128 channels, not {head_sizes[0]} (keys), {head_sizes[1]}"
+    if problem and impl == "triton":
+        raise ValueError(f'impl="triton" {problem}')
+    return "cpu" if problem else chosen
 
 
 @without_autocast
@@ -42,7 +63,9 @@ def wkv7(
         initial_state: [B, H, V, K] float32 (float64 for float64 input), or None for zeros.
             With `cu_seqlens`, [sequences, H, V, K].
         cu_seqlens: [sequences + 1] integer offsets of sequences packed along T, batch size 1.
-        impl: "auto", "reference", "cpu" or "triton".
+        impl: "auto", "reference", "cpu" or "triton". Triton kernels take heads of 16 to 128
+            channels, no float64, and log decays of which 16 in a row sum to -80 or more: stronger
+            ones give results that are not finite.
 
     Returns:
         y [B, T, H, V] in the dtype of `v`, and the final state, of the shape and dtype of
@@ -52,23 +75,22 @@ def wkv7(
         ValueError: shapes, dtypes or devices that do not fit together, log_decay > 0.
         NotImplementedError: an implementation that is not there yet.
     """
-    impl = chosen_impl(r.device, impl)
     _check(r, log_decay, k, v, alpha, beta)
+    impl = chosen_impl(r.device, impl, r.dtype, (r.shape[-1], v.shape[-1]))
     batch, tokens, heads, key_dim = r.shape
     lengths = [tokens] * batch
     if cu_seqlens is not None:
         offsets = check_cu_seqlens(cu_seqlens, batch, tokens)
         lengths = [b - a for a, b in pairwise(offsets)]
-    state_dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-    state_shape = (len(lengths), heads, v.shape[-1], key_dim)
-    if initial_state is None:
-        initial_state = r.new_zeros(state_shape, dtype=state_dtype)
-    elif tuple(initial_state.shape) != state_shape or initial_state.dtype != state_dtype:
-        raise ValueError(
-            f"initial_state must be {list(state_shape)} {state_dtype}, "
-            f"got {list(initial_state.shape)} {initial_state.dtype}"
-        )
-    inputs = [*(x.to(state_dtype) for x in (r, log_decay, k, v, alpha, beta)), initial_state]
+    initial_state = _start(r, v, len(lengths), initial_state)
+    if impl == "triton":
+        from rwkvx_kernels.wkv7.triton_ops import wkv7_triton  # Triton may be missing
+
+        return wkv7_triton(r, log_decay, k, v, alpha, beta, initial_state, cu_seqlens)
+    inputs = [
+        *(x.to(initial_state.dtype) for x in (r, log_decay, k, v, alpha, beta)),
+        initial_state,
+    ]
     if impl == "cpu":
         y, state = wkv7_cpu(*inputs, lengths=lengths)
     elif cu_seqlens is None:
@@ -76,6 +98,20 @@ def wkv7(
     else:
         y, state = _one_by_one(inputs, offsets)
     return y.to(v.dtype), state
+
+
+def _start(r: Tensor, v: Tensor, sequences: int, initial_state: Tensor | None) -> Tensor:
+    """The initial state: zeros where there is none, checked otherwise."""
+    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+    shape = (sequences, r.shape[2], v.shape[-1], r.shape[-1])
+    if initial_state is None:
+        return r.new_zeros(shape, dtype=dtype)
+    if tuple(initial_state.shape) != shape or initial_state.dtype != dtype:
+        raise ValueError(
+            f"initial_state must be {list(shape)} {dtype}, "
+            f"got {list(initial_state.shape)} {initial_state.dtype}"
+        )
+    return initial_state
 
 
 def _one_by_one(inputs: list[Tensor], offsets: list[int]) -> tuple[Tensor, Tensor]:

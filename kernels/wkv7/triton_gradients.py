@@ -1,0 +1,291 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Gradients of everything in a chunk, for all chunks in parallel, from S before and dS' after it.
+
+Two kernels: along value channels for U, its gradient X and dV; then along key channels for the
+rest. Axes and names as in `triton_chunk.py`, equations as in README.md; there T is the gradient of
+the state before its decay from the middle to the end of the chunk.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rwkvx_kernels.wkv7.triton_chunk import (
+    Layout,
+    decays,
+    dot,
+    launch_options,
+    load,
+    locate,
+    matrices,
+    precision,
+    tile,
+)
+
+
+@triton.jit(do_not_specialize=["tokens", "per_sequence"])
+def _values_kernel(
+    p_r,
+    p_log_decay,
+    p_k,
+    p_v,
+    p_alpha,
+    p_beta,
+    p_dy,
+    p_state,
+    p_dstate,
+    p_table,
+    p_u,
+    p_x,
+    p_dv,
+    tokens,
+    per_sequence,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TILE_K: tl.constexpr,
+    TILE_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    i_m, i_h = tl.program_id(0) // H, tl.program_id(0) % H
+    first, count = locate(i_m, p_table, tokens, per_sequence, CHUNK)
+    if count == 0:
+        return
+    i_first = first * H + i_h
+    i_mh = tl.program_id(0).to(tl.int64)
+    p_state, p_dstate = p_state + i_mh * (V * K), p_dstate + i_mh * (V * K)
+    p_v, p_dy, p_dv = p_v + i_first * V, p_dy + i_first * V, p_dv + i_first * V
+    p_u, p_x = p_u + i_first * V, p_x + i_first * V
+    p_r, p_log_decay, p_k = p_r + i_first * K, p_log_decay + i_first * K, p_k + i_first * K
+    p_alpha, p_beta = p_alpha + i_first * K, p_beta + i_first * K
+    b_inverse, b_ak, b_rb, b_rk = matrices(
+        p_r, p_log_decay, p_k, p_alpha, p_beta, count, H, K, TILE_K, CHUNK, PRECISION, INVERSE
+    )
+    i_row = tl.arange(0, CHUNK)[:, None]
+    for start_v in range(0, V, TILE_V):
+        o_v = start_v + tl.arange(0, TILE_V)
+        o_value, m_value = i_row * (H * V) + o_v[None, :], (i_row < count) & (o_v[None, :] < V)
+        o_state, m_state = o_v[None, :] * K, o_v[None, :] < V  # of S^T
+        # U = I (alpha S^T + A_ak V)
+        b_u = dot(b_ak, load(p_v, o_value, m_value), PRECISION)
+        for start in range(0, K, TILE_K):
+            o_k = start + tl.arange(0, TILE_K)
+            o_key, m_key = i_row * (H * K) + o_k[None, :], (i_row < count) & (o_k[None, :] < K)
+            b_log_decay, b_centred, b_middle, _ = decays(p_log_decay, o_key, m_key, CHUNK)
+            b_alpha = load(p_alpha, o_key, m_key) * tl.exp(b_centred + b_middle - b_log_decay)
+            b_state = load(p_state, o_state + o_k[:, None], m_state & (o_k[:, None] < K))
+            b_u += dot(dot(b_inverse, b_alpha, PRECISION), b_state, PRECISION)
+        tl.store(p_u + o_value, b_u.to(p_u.dtype.element_ty), mask=m_value)
+        # X = I^T (beta T^T + A_rb^T dY), with T decayed from the end of the chunk
+        b_dy = load(p_dy, o_value, m_value)
+        b_x = dot(tl.trans(b_rb), b_dy, PRECISION)
+        # dV = k T^T + A_ak^T X + A_rk^T dY
+        b_dv = dot(tl.trans(b_rk), b_dy, PRECISION)
+        for start in range(0, K, TILE_K):
+            o_k = start + tl.arange(0, TILE_K)
+            o_key, m_key = i_row * (H * K) + o_k[None, :], (i_row < count) & (o_k[None, :] < K)
+            _, b_centred, b_middle, b_end = decays(p_log_decay, o_key, m_key, CHUNK)
+            b_to_end = tl.exp(b_end - b_middle - b_centred)
+            b_beta = load(p_beta, o_key, m_key) * b_to_end
+            b_dstate = load(p_dstate, o_state + o_k[:, None], m_state & (o_k[:, None] < K))
+            b_x += dot(dot(tl.trans(b_inverse), b_beta, PRECISION), b_dstate, PRECISION)
+            b_k = load(p_k, o_key, m_key) * b_to_end + dot(tl.trans(b_ak), b_beta, PRECISION)
+            b_dv += dot(b_k, b_dstate, PRECISION)
+        tl.store(p_x + o_value, b_x.to(p_x.dtype.element_ty), mask=m_value)
+        tl.store(p_dv + o_value, b_dv.to(p_dv.dtype.element_ty), mask=m_value)
+
+
+@triton.jit
+def _outer(
+    p_left,
+    p_right,
+    count,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    TILE_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """left right^T [C, C] of two [C, V]; pointers to the chunk."""
+    i_row = tl.arange(0, CHUNK)[:, None]
+    b_product = tl.zeros((CHUNK, CHUNK), tl.float32)
+    for start in range(0, V, TILE_V):
+        o_v = start + tl.arange(0, TILE_V)[None, :]
+        o_value, m_value = i_row * (H * V) + o_v, (i_row < count) & (o_v < V)
+        b_right = tl.trans(load(p_right, o_value, m_value))
+        b_product += dot(load(p_left, o_value, m_value), b_right, PRECISION)
+    return b_product
+
+
+@triton.jit
+def _through(
+    p_left,
+    p_state,
+    i_k,
+    count,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TILE_K: tl.constexpr,
+    TILE_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """left S [C, K] of [C, V] and [V, K], from key channel i_k on; pointers to the chunk."""
+    i_row = tl.arange(0, CHUNK)[:, None]
+    o_k = i_k + tl.arange(0, TILE_K)[None, :]
+    b_product = tl.zeros((CHUNK, TILE_K), tl.float32)
+    for start in range(0, V, TILE_V):
+        o_v = start + tl.arange(0, TILE_V)
+        o_value, m_value = i_row * (H * V) + o_v[None, :], (i_row < count) & (o_v[None, :] < V)
+        o_state, m_state = o_v[:, None] * K + o_k, (o_v[:, None] < V) & (o_k < K)
+        b_left, b_state = load(p_left, o_value, m_value), load(p_state, o_state, m_state)
+        b_product += dot(b_left, b_state, PRECISION)
+    return b_product
+
+
+@triton.jit(do_not_specialize=["tokens", "per_sequence"])
+def _keys_kernel(
+    p_r,
+    p_log_decay,
+    p_k,
+    p_v,
+    p_alpha,
+    p_beta,
+    p_dy,
+    p_u,
+    p_x,
+    p_state,
+    p_dstate,
+    p_table,
+    p_dr,
+    p_dlog_decay,
+    p_dk,
+    p_dalpha,
+    p_dbeta,
+    tokens,
+    per_sequence,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TILE_K: tl.constexpr,
+    TILE_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    TILES: tl.constexpr = (K + TILE_K - 1) // TILE_K
+    i_mh = tl.program_id(0) // TILES
+    first, count = locate(i_mh // H, p_table, tokens, per_sequence, CHUNK)
+    if count == 0:
+        return
+    i_first = first * H + i_mh % H
+    p_r, p_log_decay, p_k = p_r + i_first * K, p_log_decay + i_first * K, p_k + i_first * K
+    p_alpha, p_beta = p_alpha + i_first * K, p_beta + i_first * K
+    p_dr, p_dlog_decay, p_dk = p_dr + i_first * K, p_dlog_decay + i_first * K, p_dk + i_first * K
+    p_dalpha, p_dbeta = p_dalpha + i_first * K, p_dbeta + i_first * K
+    p_v, p_dy, p_u, p_x = (
+        p_v + i_first * V,
+        p_dy + i_first * V,
+        p_u + i_first * V,
+        p_x + i_first * V,
+    )
+    o_matrix = i_mh.to(tl.int64) * (V * K)
+    p_state, p_dstate = p_state + o_matrix, p_dstate + o_matrix
+    i_row = tl.arange(0, CHUNK)[:, None]
+    i_k = (tl.program_id(0) % TILES) * TILE_K
+    o_k = i_k + tl.arange(0, TILE_K)[None, :]
+    o_key, m_key = i_row * (H * K) + o_k, (i_row < count) & (o_k < K)
+    b_dend = tl.zeros((1, TILE_K), tl.float32)  # through the decay of the state to the end
+    for start in range(0, V, TILE_V):
+        o_v = start + tl.arange(0, TILE_V)[:, None]
+        o_state, m_state = o_v * K + o_k, (o_v < V) & (o_k < K)
+        b_product = load(p_state, o_state, m_state) * load(p_dstate, o_state, m_state)
+        b_dend += tl.sum(b_product, axis=0)[None, :]
+    _, b_centred, b_middle, b_end = decays(p_log_decay, o_key, m_key, CHUNK)
+    b_dbeta = _through(p_u, p_dstate, i_k, count, H, K, V, TILE_K, TILE_V, CHUNK, PRECISION)
+    b_dk = _through(p_v, p_dstate, i_k, count, H, K, V, TILE_K, TILE_V, CHUNK, PRECISION)
+    b_dbeta, b_dk = b_dbeta * tl.exp(b_end - b_middle), b_dk * tl.exp(b_end - b_middle)
+    b_shrink = tl.exp(-b_centred)
+    b_dg = load(p_beta, o_key, m_key) * b_dbeta + load(p_k, o_key, m_key) * b_dk
+    b_dend = b_dend * tl.exp(b_end) + tl.sum(b_dg * b_shrink, axis=0)[None, :]
+    # A log decay is part of g_i, and so of every exponent, from its own token on: sums to the end.
+    b_dlog_decay = tl.zeros((CHUNK, TILE_K), tl.float32)
+    # alpha with X, then r with dY: in a loop, and everything read
+    # again where it is used, as all at once would not fit into registers.
+    for i in range(2):
+        p_query, p_dquery, p_left = p_alpha, p_dalpha, p_x
+        b_grow = b_centred
+        if i == 0:
+            b_grow -= load(p_log_decay, o_key, m_key)
+        else:
+            p_query, p_dquery, p_left = p_r, p_dr, p_dy
+        b_grow = tl.exp(b_grow)
+        b_query = load(p_query, o_key, m_key) * b_grow
+        b_dquery = _through(p_left, p_state, i_k, count, H, K, V, TILE_K, TILE_V, CHUNK, PRECISION)
+        b_dquery *= tl.exp(b_middle)
+        # dA = [X; dY] [U; V]^T
+        m_seen = i_row + i > tl.arange(0, CHUNK)[None, :]
+        b_da = _outer(p_left, p_u, count, H, V, TILE_V, CHUNK, PRECISION)
+        b_da = tl.where(m_seen, b_da, 0.0)
+        b_key = load(p_beta, o_key, m_key) * tl.exp(-b_centred)
+        b_dquery += dot(b_da, b_key, PRECISION)
+        b_dbeta += dot(tl.trans(b_da), b_query, PRECISION)
+        b_da = _outer(p_left, p_v, count, H, V, TILE_V, CHUNK, PRECISION)
+        b_da = tl.where(m_seen, b_da, 0.0)
+        b_key = load(p_k, o_key, m_key) * tl.exp(-b_centred)
+        b_dquery += dot(b_da, b_key, PRECISION)
+        b_dk += dot(tl.trans(b_da), b_query, PRECISION)
+        tl.store(p_dquery + o_key, (b_dquery * b_grow).to(p_dquery.dtype.element_ty), mask=m_key)
+        b_dg = b_dquery * b_query
+        b_dlog_decay += tl.sum(b_dg, axis=0)[None, :] - tl.cumsum(b_dg, axis=0)
+        if i == 1:  # alpha's exponent stops before its own
+            b_dlog_decay += b_dg
+    b_shrink = tl.exp(-b_centred)
+    b_dbeta, b_dk = b_dbeta * b_shrink, b_dk * b_shrink
+    b_dg = b_dbeta * load(p_beta, o_key, m_key) + b_dk * load(p_k, o_key, m_key)
+    b_dlog_decay += b_dend - tl.sum(b_dg, axis=0)[None, :] + tl.cumsum(b_dg, axis=0) - b_dg
+    tl.store(p_dlog_decay + o_key, b_dlog_decay.to(p_dlog_decay.dtype.element_ty), mask=m_key)
+    tl.store(p_dbeta + o_key, b_dbeta.to(p_dbeta.dtype.element_ty), mask=m_key)
+    tl.store(p_dk + o_key, b_dk.to(p_dk.dtype.element_ty), mask=m_key)
+
+
+def gradients(
+    tensors: list[Tensor],
+    dy: Tensor,
+    states: Tensor,
+    dstates: Tensor,
+    layout: Layout,
+    chunk: int,
+) -> list[Tensor]:
+    """Launch over all chunks: gradients of r, log_decay, k, v, alpha, beta.
+
+    states, dstates [M, H, V, K]: the state before each chunk, the gradient of that after it.
+    """
+    r, v = tensors[0], tensors[3]
+    heads, key, value = *r.shape[2:], v.shape[3]
+    dr, dlog_decay, dk, dv, dalpha, dbeta = (torch.empty_like(x) for x in tensors)
+    u, x = torch.empty_like(v), torch.empty_like(v)
+    programs = layout.chunks * heads
+    sizes = {"H": heads, "K": key, "V": value, "TILE_K": tile(key), "TILE_V": tile(value)}
+    sizes["CHUNK"] = chunk
+    multiply = precision(r.dtype, r.device)
+    place = (layout.tokens, layout.per_sequence)
+    if programs:
+        _values_kernel[(programs,)](
+            *(*tensors, dy, states, dstates, layout.table, u, x, dv, *place),
+            **sizes,
+            PRECISION=multiply,
+            INVERSE=precision(torch.float32, r.device),
+            **launch_options(r.device),
+        )
+        _keys_kernel[(programs * triton.cdiv(key, sizes["TILE_K"]),)](
+            *(*tensors, dy, u, x, states, dstates, layout.table),
+            *(dr, dlog_decay, dk, dalpha, dbeta, *place),
+            **sizes,
+            PRECISION=multiply,
+            **launch_options(r.device),
+        )
+    return [dr, dlog_decay, dk, dv, dalpha, dbeta]
