@@ -130,6 +130,10 @@ class PasskeyBuilder:
         keys = range(10_007, MAX_KEY, 241)
         self._needle_room = max(len(self.needle(key)) for key in (*keys, MAX_KEY))
 
+    def encode(self, text: str) -> Ids:
+        """Tokens of any text, int64 `[N]`."""
+        return _encode(self._tokenizer, text)
+
     def needle(self, key: int) -> Ids:
         """The needle line between its line breaks, int64 `[N]`."""
         return _encode(self._tokenizer, f"\n{needle_text(key)}\n")

@@ -31,6 +31,8 @@ class StageConfig:
         prose: passkey: `data.prose` of this stage, -1 for the same.
         noise: passkey: largest share of prose tokens that random ones replace, drawn for each
             sample: other text holds tokens that the prose of `data.paths` never shows.
+        numbers: passkey: most numbers written over a thousand tokens of prose, drawn for each sample:
+            digits that are not the key's, as in a list of ages or dates.
         restart: peak of a new cycle of the learning rate's schedule that begins with this stage, as
             a share of `optimizer.lr`; 0 goes on with the cycle of the stage before.
     """
@@ -43,6 +45,7 @@ class StageConfig:
     topk: int = 0
     prose: float = -1.0
     noise: float = 0.0
+    numbers: float = 0.0
     restart: float = 0.0
 
     @property
@@ -141,8 +144,8 @@ class TrainConfig:
                 raise InputError(f"steps, length and batch of a stage must be >= 1: {stage}")
             if min(stage.recurrent_length, stage.topk) < 0:
                 raise InputError(f"recurrent_length and topk of a stage must be >= 0: {stage}")
-            if stage.restart < 0 or max(stage.prose, stage.noise) > 1 or stage.noise < 0:
-                raise InputError(f"restart must be >= 0, prose and noise at most 1: {stage}")
+            if min(stage.restart, stage.noise, stage.numbers) < 0 or stage.noise > 1:
+                raise InputError(f"restart, noise (at most 1), numbers must be >= 0: {stage}")
             if not 0 <= stage.state_passing <= 1:
                 raise InputError(f"state_passing must be between 0 and 1: {stage}")
         for name in ("accumulate", "eval_every", "eval_batches", "save_every"):

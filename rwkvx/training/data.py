@@ -131,6 +131,10 @@ class PasskeySource:
             if stage.noise:
                 replaced = rng.random(room) < rng.random() * stage.noise
                 window[replaced] = rng.integers(1, self.vocab_size, size=int(replaced.sum()))
+            for _ in range(rng.poisson(rng.random() * stage.numbers * room / 1000)):
+                number = self.builder.encode(f" {rng.integers(1, 10 ** rng.integers(1, 6))}. ")
+                start = int(rng.integers(0, room - len(number)))
+                window[start : start + len(number)] = number
             return Filler("prose", np.empty(0, np.int64), window), 0
         offset = int(rng.integers(0, 2 * self.standard.natural_length)) if rng.random() < 0.5 else 0
         return self.standard, offset

@@ -116,6 +116,16 @@ def test_noise_replaces_prose_alone() -> None:
     assert min(found) < 0.1 < 0.3 < max(found) < 0.6
 
 
+def test_numbers_in_prose() -> None:
+    stage = StageConfig(1, 400, 20, prose=1.0, numbers=40.0)
+    found = [
+        len(re.findall(rb" \d{1,5}\. ", bytes(r.tolist()).split(b"information there.")[1]))
+        for r in passkey().batch(stage, (0,)).inputs
+    ]
+    assert min(found) < 3  # two are the needle's and the answer's
+    assert max(found) > 8
+
+
 def test_samples_are_seeded_and_fresh() -> None:
     source = passkey()
     first, again, other = (source.batch(STAGE, s) for s in ((0, 0, 5), (0, 0, 5), (0, 0, 6)))
