@@ -31,8 +31,8 @@ class StageConfig:
         prose: passkey: `data.prose` of this stage, -1 for the same.
         noise: passkey: largest share of prose tokens that random ones replace, drawn for each
             sample: other text holds tokens that the prose of `data.paths` never shows.
-        numbers: passkey: most numbers written over a thousand tokens of prose, drawn for each sample:
-            digits that are not the key's, as in a list of ages or dates.
+        numbers: passkey: most numbers written over a thousand tokens of prose, drawn for each
+            sample: digits that are not the key's, as in a list of ages or dates.
         restart: peak of a new cycle of the learning rate's schedule that begins with this stage, as
             a share of `optimizer.lr`; 0 goes on with the cycle of the stage before.
     """

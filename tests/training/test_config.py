@@ -81,7 +81,7 @@ def test_overrides_reach_what_the_file_leaves_out(write_config: Writer) -> None:
         ("stages", "[{steps: 1, length: 8}]", "batch"),
         ("stages", "[{steps: 1, length: 8, batch: 1, state_passing: 2}]", "between 0 and 1"),
         ("stages", "[{steps: 1, length: 8, batch: 1, topk: -1}]", "topk of a stage must be >= 0"),
-        ("stages", "[{steps: 1, length: 8, batch: 1, restart: -1}]", "restart must be >= 0"),
+        ("stages", "[{steps: 1, length: 8, batch: 1, restart: -1}]", "restart, noise"),
         ("precision", "fp8", "precision must be one of"),
         ("data.kind", "images", "data.kind must be one of"),
         ("optimizer.schedule", "linear", "optimizer.schedule must be one of"),

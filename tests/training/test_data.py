@@ -123,7 +123,7 @@ def test_numbers_in_prose() -> None:
         for r in passkey().batch(stage, (0,)).inputs
     ]
     assert min(found) < 3  # two are the needle's and the answer's
-    assert max(found) > 8
+    assert max(found) > 4
 
 
 def test_samples_are_seeded_and_fresh() -> None:
