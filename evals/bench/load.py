@@ -88,6 +88,7 @@ def child(path: str, dtype: str) -> dict[str, int]:
     import rwkvx
 
     load = rwkvx.load
+    load("passkey-tiny", dtype=dtype)  # imports what the first load imports
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _resident()
     model = load(path, dtype=dtype)
