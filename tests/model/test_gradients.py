@@ -35,8 +35,8 @@ def test_against_the_reference_kernels(name: str, monkeypatch: pytest.MonkeyPatc
     def slow_time_mix(*args: Any) -> tuple[Tensor, Tensor]:
         return time_mix(*args, impl="reference")
 
-    def slow_attention(*args: Tensor) -> Tensor:
-        return chunk_attention(*args, impl="reference")  # type: ignore[arg-type]
+    def slow_attention(*args: Any, **kwargs: Any) -> Tensor:
+        return chunk_attention(*args, **kwargs, impl="reference")
 
     monkeypatch.setattr(rwkvx.time_mix, "time_mix", slow_time_mix)
     monkeypatch.setattr(rwkvx.sparse_attention, "chunk_attention", slow_attention)
