@@ -16,7 +16,7 @@ from numba import njit
 FAST = {"reassoc", "contract", "nsz"}
 
 
-def loop(function: Callable[..., None]) -> Callable[..., None]:
+def loop(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile at the first call, without Python's lock; kept on disk for the next process."""
     try:
         return njit(function, cache=True, nogil=True, error_model="numpy", fastmath=FAST)
@@ -24,7 +24,7 @@ def loop(function: Callable[..., None]) -> Callable[..., None]:
         return njit(function, nogil=True, error_model="numpy", fastmath=FAST)
 
 
-def parallel_loop(function: Callable[..., None]) -> Callable[..., None]:
+def parallel_loop(function: Callable[..., Any]) -> Callable[..., Any]:
     """As `loop`, with `numba.prange` over threads: these start within microseconds."""
     try:
         return njit(

@@ -16,6 +16,7 @@ from rwkvx.channel_mix import ChannelMix
 from rwkvx.config import ModelConfig
 from rwkvx.errors import InputError
 from rwkvx.linear import Linear
+from rwkvx.one_token import OneTokenReader
 from rwkvx.sparse_attention import SparseAttention
 from rwkvx.state import BlockState, CachedRows, ModelState, Rwkv7State, SparseState
 from rwkvx.time_mix import TimeMix
@@ -99,6 +100,7 @@ class Model(nn.Module):
         # state of its own (their states then have B x pieces rows); sparse blocks read it whole.
         self.recurrent_pieces = 1
         self._tokenizer: Any = None
+        self._one_token = OneTokenReader()
 
     def forward(
         self,
@@ -174,6 +176,8 @@ class Model(nn.Module):
         """One segment through all blocks: hidden [B, T, C] and the new state."""
         embedded = ids if ids.is_floating_point() else self.emb(ids)
         x, v_first, states = self.ln0(embedded), None, []
+        if cu_seqlens is None and self._one_token.can_read(self, x, state):
+            return self._one_token.read(self, x, state, keep_cache)
         for block, old in zip(self.blocks, state.blocks, strict=True):
             pieces = self.recurrent_pieces if isinstance(old, Rwkv7State) else 1
             folded = x.unflatten(1, (pieces, -1)).flatten(0, 1)

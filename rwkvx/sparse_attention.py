@@ -58,8 +58,22 @@ class SparseAttention(nn.Module):
         Raises:
             InputError: gradients through a non-empty cache are not defined.
         """
-        size, selection = self.config.head_size, self.config.selection
         q, k, v = self.receptance(x), self.key(x), self.value(x)
+        y, cached, conv = self.attend(q, k, v, cached, conv, cu_seqlens, keep_cache)
+        return self.output(y), cached, conv
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cached: tuple[CachedRows, ...],
+        conv: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        keep_cache: bool = True,
+    ) -> tuple[Tensor, tuple[CachedRows, ...], Tensor | None]:
+        """`forward` between its projections: q [B, T, C], k and v [B, T, G·N] -> y [B, T, C]."""
+        size, selection = self.config.head_size, self.config.selection
         if conv is not None:
             k, conv = self._convolve(k, conv, cu_seqlens)
         q, k, v = (z.to(q.dtype).unflatten(-1, (-1, size)) for z in (q, k, v))
@@ -75,14 +89,13 @@ class SparseAttention(nn.Module):
             y = chunk_attention(q, k, v, *shape, cu_seqlens, selection=selection)
             k, v = k.detach(), v.detach()
             parts = self._parts(q, k, v, cached, cu_seqlens) if keep_cache else []
-            cached = tuple(old.append(k, v) for _, k, v, old in parts)
-            return self.output(y.flatten(-2)), cached, conv
+            return y.flatten(-2), tuple(old.append(k, v) for _, k, v, old in parts), conv
         outputs, new = [], []
         for part_q, part_k, part_v, old in self._parts(q, k, v, cached, cu_seqlens):
             new.append(old.append(part_k, part_v))
             outputs.append(cached_chunk_attention(part_q, *new[-1], self.topk, selection=selection))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 0 if cu_seqlens is None else 1)
-        return self.output(y.flatten(-2)), tuple(new), conv
+        return y.flatten(-2), tuple(new), conv
 
     def _parts(
         self,

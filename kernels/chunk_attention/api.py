@@ -103,7 +103,7 @@ def cached_chunk_attention(
         ValueError: arguments that do not fit together.
         NotImplementedError: an implementation or selection that is not there yet.
     """
-    k, v = cache.k_BGSD[:, :, :length].transpose(1, 2), cache.v_BGSD[:, :, :length].transpose(1, 2)
+    k, v = cache.k_BGSD.transpose(1, 2), cache.v_BGSD.transpose(1, 2)
     _check(q, k, v, cache.chunk_size, topk, selection)
     impl = _resolve(impl, q, cache.chunk_size, selection)
     if not q.shape[1] <= length <= cache.written:
@@ -115,7 +115,7 @@ def cached_chunk_attention(
         return attend_cache(q, cache, length, topk, coarse)
     if impl == "triton":
         return _cached_triton(q.detach().contiguous(), cache, length, topk)
-    return _reference(q, k, v, cache.chunk_size, topk, coarse)
+    return _reference(q, k[:, :length], v[:, :length], cache.chunk_size, topk, coarse)
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int) -> Tensor:

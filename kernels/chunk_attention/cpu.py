@@ -31,15 +31,20 @@ def attend_sequence(
 
 def attend_cache(q: Tensor, cache: KeyValueCache, length: int, topk: int, coarse: bool) -> Tensor:
     """The last T of `length` cached tokens: q [B, T, H, D] -> [B, T, H, D]; no gradient."""
-    size = cache.chunk_size
+    size, tokens = cache.chunk_size, q.shape[1]
+    compiled = (cache.means_BGCD.dtype, torch.bfloat16)
+    on_cpu = q.device.type == "cpu" and cache.k_BGSD.dtype in compiled
+    if on_cpu and tokens == 1 and not coarse:
+        from rwkvx_kernels.chunk_attention.cpu_compiled import attend_one
+
+        return attend_one(q.detach(), cache, length, topk)
     cached = (cache.k_BGSD, cache.v_BGSD)
     k_NCSD, v_NCSD = (x.flatten(0, 1).unflatten(1, (-1, size)) for x in cached)
     with torch.no_grad():
         q_NTRD = _to_groups(q, cache.k_BGSD.shape[1])
-        means, offset = cache.means_BGCD.flatten(0, 1), length - q.shape[1]
+        means, offset = cache.means_BGCD.flatten(0, 1), length - tokens
         trees = cache.tree if coarse else None
-        few = q.shape[1] <= FEW_QUERIES or size * topk <= FEW_KEYS
-        if few and q_NTRD.dtype == k_NCSD.dtype and q.device.type == "cpu":
+        if on_cpu and (tokens <= FEW_QUERIES or size * topk <= FEW_KEYS):
             from rwkvx_kernels.chunk_attention.cpu_compiled import attend_compiled
 
             chosen = select(q_NTRD, means, trees, offset, size, topk)

@@ -6,11 +6,14 @@ to do. Axes as in cpu.py.
 
 import numpy as np
 import torch
+from numba import prange
 from torch import Tensor
 
-from rwkvx_kernels.compiled import in_threads, loop
+from rwkvx_kernels.chunk_attention.cache import KeyValueCache
+from rwkvx_kernels.compiled import in_threads, loop, parallel_loop
+from rwkvx_kernels.linear.cpu_compiled import as_array, widen
 
-# So many keys read in all are done before a second thread has woken up.
+# So many keys read in all are done before a second thread has begun.
 FEW = 4096
 
 
@@ -21,7 +24,7 @@ def attend_compiled(
 
     Args:
         q_NTRD: scaled queries at positions offset ... offset + T - 1, float32 or float64.
-        k_NCSD, v_NCSD: the chunks, of the same dtype.
+        k_NCSD, v_NCSD: the chunks, of the same dtype, or bfloat16 with float32 queries.
         chosen_NTRP: int64 chunk numbers, -1 for none.
 
     Returns:
@@ -30,7 +33,7 @@ def attend_compiled(
     output = torch.empty_like(q_NTRD)
     groups, tokens, heads, _ = q_NTRD.shape
     size, slots = k_NCSD.shape[2], chosen_NTRP.shape[-1]
-    arrays = [x.detach().numpy() for x in (q_NTRD, k_NCSD, v_NCSD, chosen_NTRP, output)]
+    arrays = [as_array(x) for x in (q_NTRD, k_NCSD, v_NCSD, chosen_NTRP, output)]
     units = groups * tokens * heads
     if units * size * (slots + 1) <= FEW:
         _attend(0, units, offset, *arrays)
@@ -39,30 +42,84 @@ def attend_compiled(
     return output
 
 
+def attend_one(q: Tensor, cache: KeyValueCache, length: int, topk: int) -> Tensor:
+    """The last of `length` cached tokens, by flat selection: q [B, 1, H, D] -> [B, 1, H, D]."""
+    wide = q.to(cache.means_BGCD.dtype).contiguous()
+    output = torch.empty_like(wide)
+    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+    arrays = [as_array(x) for x in (wide, *cached, output)]
+    offset, size = length - 1, cache.chunk_size
+    few = q.shape[0] * q.shape[2] * (size * topk + offset // size) <= FEW
+    scale = q.shape[3] ** -0.5
+    _attend_one(1 if few else torch.get_num_threads(), offset, size, topk, scale, *arrays)
+    return output.to(q.dtype)
+
+
+@parallel_loop
+def _attend_one(parts, offset, size, topk, scale, q, k, v, means, output):
+    batch, _, heads, dim = q.shape
+    past, shared = offset // size, heads // k.shape[1]
+    slots = min(topk - 1, past)
+    shape = (k.shape[2] // size, size, dim)
+    for part in prange(parts):
+        best, chosen = np.empty(slots, q.dtype), np.arange(slots)
+        scaled, score = np.empty(dim, q.dtype), np.empty(size * (slots + 1), q.dtype)
+        for unit in range(batch * heads * part // parts, batch * heads * (part + 1) // parts):
+            b, h = unit // heads, unit % heads
+            g = h // shared
+            if slots < past:
+                _choose(q[b, 0, h], means[b, g, :past], best, chosen)
+            scaled[:] = q[b, 0, h] * q.dtype.type(scale)
+            keys, values = k[b, g].reshape(shape), v[b, g].reshape(shape)
+            _one_query(scaled, keys, values, offset, chosen, score, output[b, 0, h])
+
+
+@loop
+def _choose(query, means, best, chosen):
+    """The chunks of the largest products, a sorted list kept by insertion."""
+    best[:], chosen[:], last = -np.inf, -1, len(best) - 1
+    for c in range(means.shape[0] if last >= 0 else 0):
+        score = query.dtype.type(0)
+        for d in range(means.shape[1]):
+            score += query[d] * means[c, d]
+        if score > best[last]:
+            at = last
+            while at > 0 and best[at - 1] < score:
+                best[at], chosen[at] = best[at - 1], chosen[at - 1]
+                at -= 1
+            best[at], chosen[at] = score, c
+
+
 @loop
 def _attend(first, last, offset, q, k, v, chosen, output):
     """Units first ... last - 1, numbered by group, token and head."""
-    tokens, heads, dim = q.shape[1:]
-    size, slots = k.shape[2], chosen.shape[3]
-    score = np.empty(size * (slots + 1), q.dtype)
+    tokens, heads = q.shape[1:3]
+    score = np.empty(k.shape[2] * (chosen.shape[3] + 1), q.dtype)
     for unit in range(first, last):
         n, t, h = unit // (tokens * heads), unit // heads % tokens, unit % heads
-        own, within = divmod(offset + t, size)
-        query, count = q[n, t, h], within + 1
-        _score(query, k[n, own, :count], score)
-        for p in range(slots):
-            if chosen[n, t, h, p] >= 0:
-                _score(query, k[n, chosen[n, t, h, p]], score[count:])
-                count += size
-        _softmax(score[:count])
-        out = output[n, t, h]
-        out[:] = 0
-        _add(score, v[n, own, : within + 1], out)
-        count = within + 1
-        for p in range(slots):
-            if chosen[n, t, h, p] >= 0:
-                _add(score[count:], v[n, chosen[n, t, h, p]], out)
-                count += size
+        at = offset + t
+        _one_query(q[n, t, h], k[n], v[n], at, chosen[n, t, h], score, output[n, t, h])
+
+
+@loop
+def _one_query(query, k, v, position, chosen, score, out):
+    """Softmax attention of the scaled query at `position` to its own and the chosen chunks."""
+    size = k.shape[1]
+    own, within = divmod(position, size)
+    count = within + 1
+    _score(query, k[own, :count], score)
+    for p in range(len(chosen)):
+        if chosen[p] >= 0:
+            _score(query, k[chosen[p]], score[count:])
+            count += size
+    _softmax(score[:count])
+    out[:] = 0
+    _add(score, v[own, : within + 1], out)
+    count = within + 1
+    for p in range(len(chosen)):
+        if chosen[p] >= 0:
+            _add(score[count:], v[chosen[p]], out)
+            count += size
 
 
 @loop
@@ -70,7 +127,7 @@ def _score(query, keys, score):
     for s in range(keys.shape[0]):
         total = query.dtype.type(0)
         for d in range(keys.shape[1]):
-            total += query[d] * keys[s, d]
+            total += query[d] * widen(keys[s, d])
         score[s] = total
 
 
@@ -90,4 +147,4 @@ def _softmax(score):
 def _add(weight, values, out):
     for s in range(values.shape[0]):
         for d in range(values.shape[1]):
-            out[d] += weight[s] * values[s, d]
+            out[d] += weight[s] * widen(values[s, d])

@@ -5,42 +5,46 @@ bfloat16 numbers travel as their 16 bits, the upper half of a float32. Axes as i
 
 import numpy as np
 import torch
-from numba import int16, prange
+from numba import int8, int16, prange
 from numba.extending import overload
 from torch import Tensor
 
 from rwkvx_kernels.compiled import loop, parallel_loop
 
 ACTIVATIONS = {"none": 0, "tanh": 1, "sigmoid": 2}
+NO_SCALE = np.empty(0, np.float32)
 
 
-def matrix_times_vector(weight_OI: Tensor, x: Tensor) -> Tensor:
+def matrix_times_vector(weight_OI: Tensor, x: Tensor, scale_O: Tensor | None = None) -> Tensor:
     """[O, I] times [..., I] of one row -> [..., O] in the dtype of x."""
     y = np.empty(weight_OI.shape[0], np.float32)
-    _product(_array(weight_OI), _vector(x), y, torch.get_num_threads())
+    scale = NO_SCALE if scale_O is None else as_array(scale_O)
+    _product(as_array(weight_OI), scale, as_vector(x), y, torch.get_num_threads())
     return torch.from_numpy(y).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def low_rank_of_vector(x: Tensor, down_IR: Tensor, up_RO: Tensor, activation: str) -> Tensor:
     """As `api.low_rank`, of one row."""
     y = np.empty(up_RO.shape[1], np.float32)
-    _low_rank(_vector(x), _array(down_IR), _array(up_RO), ACTIVATIONS[activation], y)
+    _low_rank(as_vector(x), as_array(down_IR), as_array(up_RO), ACTIVATIONS[activation], y)
     return torch.from_numpy(y).to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def _array(x: Tensor) -> np.ndarray:
+def as_array(x: Tensor) -> np.ndarray:
+    """The same memory; bfloat16 as int16."""
     x = x.detach()
     array: np.ndarray = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
     return array
 
 
-def _vector(x: Tensor) -> np.ndarray:
+def as_vector(x: Tensor) -> np.ndarray:
+    """[elements] float32."""
     array: np.ndarray = x.detach().float().view(-1).numpy()
     return array
 
 
 def widen(x):
-    """float32 as it is; the 16 bits of a bfloat16 -> float32. For compiled loops."""
+    """float32 as it is; the 16 bits of a bfloat16, or an int8 -> float32. For compiled loops."""
     raise NotImplementedError
 
 
@@ -48,32 +52,58 @@ def widen(x):
 def _widen(x):
     if x == int16:
         return lambda x: np.int32(np.int32(x) << np.int32(16)).view(np.float32)
+    if x == int8:
+        return lambda x: np.float32(x)
     return lambda x: x
 
 
-@parallel_loop
-def _product(weight, x, y, parts):
+@loop
+def product_rows(weight, scale, x, y, part, parts):
+    """The share of one of `parts` in y = weight x, its rows times `scale` (empty: none)."""
     rows = len(y)
+    for o in range(rows * part // parts, rows * (part + 1) // parts):
+        total = np.float32(0)
+        for i in range(len(x)):
+            total += widen(weight[o, i]) * x[i]
+        y[o] = total * scale[o] if len(scale) else total
+
+
+@loop
+def add_columns(weight, x, y, first):
+    """y += x times the columns of `weight` from `first` on, as many as y has: rows are streamed."""
+    last, rows = first + len(y), len(x) // 4 * 4
+    for i in range(0, rows, 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        w0, w1 = weight[i, first:last], weight[i + 1, first:last]
+        w2, w3 = weight[i + 2, first:last], weight[i + 3, first:last]
+        for o in range(len(y)):
+            y[o] += x0 * widen(w0[o]) + x1 * widen(w1[o]) + x2 * widen(w2[o]) + x3 * widen(w3[o])
+    for i in range(rows, len(x)):
+        w0 = weight[i, first:last]
+        for o in range(len(y)):
+            y[o] += x[i] * widen(w0[o])
+
+
+@loop
+def activate(x, activation):
+    """In place, one of `ACTIVATIONS`."""
+    for r in range(len(x)):
+        if activation == 1:
+            x[r] = np.tanh(x[r])
+        elif activation == 2:
+            x[r] = np.float32(1) / (np.float32(1) + np.exp(-x[r]))
+
+
+@parallel_loop
+def _product(weight, scale, x, y, parts):
     for part in prange(parts):
-        for o in range(rows * part // parts, rows * (part + 1) // parts):
-            total = np.float32(0)
-            for i in range(len(x)):
-                total += widen(weight[o, i]) * x[i]
-            y[o] = total
+        product_rows(weight, scale, x, y, part, parts)
 
 
 @loop
 def _low_rank(x, down, up, activation, y):
     hidden = np.zeros(down.shape[1], np.float32)
-    for i in range(len(x)):
-        for r in range(len(hidden)):
-            hidden[r] += x[i] * widen(down[i, r])
-    for r in range(len(hidden)):
-        if activation == 1:
-            hidden[r] = np.tanh(hidden[r])
-        elif activation == 2:
-            hidden[r] = np.float32(1) / (np.float32(1) + np.exp(-hidden[r]))
+    add_columns(down, x, hidden, 0)
+    activate(hidden, activation)
     y[:] = 0
-    for r in range(len(hidden)):
-        for o in range(len(y)):
-            y[o] += hidden[r] * widen(up[r, o])
+    add_columns(up, hidden, y, 0)

@@ -1,5 +1,7 @@
 """The public time-mix operation: checks its arguments and chooses an implementation."""
 
+from math import exp
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,8 @@ from rwkvx_kernels.dispatch import resolve_impl
 from rwkvx_kernels.time_mix.reference import time_mix_reference
 
 AVAILABLE = ("reference", "cpu")
+# Bounds the decay: log_decay = LOG_DECAY_SCALE · sigmoid(·), so a decay is at least exp(-0.6065).
+LOG_DECAY_SCALE = -exp(-0.5)
 
 
 def time_mix(

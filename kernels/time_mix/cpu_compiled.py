@@ -76,7 +76,7 @@ def _scan(
         if start == stop:
             continue
         row = start * heads + h
-        _keys(k[row], a[row], k_k[h], k_a[h], now)
+        keys(k[row], a[row], k_k[h], k_a[h], now)
         u[:] = 0
         for i in range(size):
             for j in range(size):
@@ -84,16 +84,16 @@ def _scan(
         for t in range(start, stop):
             row = t * heads + h
             after = row + heads if t + 1 < stop else row
-            _keys(k[after], a[after], k_k[h], k_a[h], then)
+            keys(k[after], a[after], k_k[h], k_a[h], then)
             step(s, decay[row], now[1], now[2], r[row], then[0], u, v[row], y, u_next)
-            _norm(y, norm_weight[h], norm_bias[h], eps)
-            _finish(y, r[row], now[2], v[row], g[row], r_k[h], out[row])
+            norm(y, norm_weight[h], norm_bias[h], eps)
+            finish(y, r[row], now[2], v[row], g[row], r_k[h], out[row])
             u[:] = u_next
             now[:] = then
 
 
 @loop
-def _keys(k, a, k_k, k_a, made):
+def keys(k, a, k_k, k_a, made):
     """alpha = -kk, beta = kk a, and the key that is written: made [3, N]."""
     square = k.dtype.type(0)
     for j in range(len(k)):
@@ -110,7 +110,7 @@ def _keys(k, a, k_k, k_a, made):
 
 
 @loop
-def _norm(y, weight, bias, eps):
+def norm(y, weight, bias, eps):
     """Layer norm over one head: a group norm of the whole."""
     mean, square, count = y.dtype.type(0), y.dtype.type(0), y.dtype.type(len(y))
     for i in range(len(y)):
@@ -124,7 +124,7 @@ def _norm(y, weight, bias, eps):
 
 
 @loop
-def _finish(y, r, k, v, g, r_k, out):
+def finish(y, r, k, v, g, r_k, out):
     """Bonus and gate."""
     bonus = y.dtype.type(0)
     for i in range(len(y)):

@@ -19,7 +19,16 @@ class Checkpoint(NamedTuple):
 
     @classmethod
     def of(cls, model: Model) -> "Checkpoint":
-        """The weights of a model, not copied."""
+        """The weights of a model, not copied.
+
+        Raises:
+            InputError: they are quantised.
+        """
+        for name, x in model.named_parameters():
+            if x.dtype == torch.int8:
+                raise InputError(
+                    f"{name} is int8: save the model that was loaded, in its own dtype"
+                )
         return cls(model.config, {n: x.detach() for n, x in model.state_dict().items()})
 
     def model(self) -> Model:

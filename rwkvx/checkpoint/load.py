@@ -11,8 +11,9 @@ from rwkvx.checkpoint.checkpoint import Checkpoint, check_finite, check_vocabula
 from rwkvx.checkpoint.formats import detect
 from rwkvx.errors import InputError
 from rwkvx.model import Model
+from rwkvx.quantize import quantize
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64", "int8")
 
 
 def shipped_models() -> list[str]:
@@ -54,7 +55,10 @@ def load(
         path: a shipped name ("passkey-tiny"), our own folder, a `.pth` file of RWKV-7 or RWKV-X
             (chunk_size 2048 and topk 3 unless overridden), a Hugging Face folder of
             flash-linear-attention's RWKV7, or a ggml file of rwkv.cpp.
-        device: where the weights go. dtype: "float32", "bfloat16", "float16" or "float64".
+        device: where the weights go.
+        dtype: "float32", "bfloat16", "float16", "float64", or "int8": projections and head in
+            int8 with a scale for each row, the rest in bfloat16: for decoding; such a model
+            can be neither trained nor saved.
         verify: check the file's checksums first: SHA-256 in folders, CRC-32 in `.pth`.
         overrides: fields of `ModelConfig` that leave the parameters as they are, such as
             chunk_size=..., topk=..., tokenizer=....
@@ -67,6 +71,8 @@ def load(
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     where = usable_device(device)
     model = read_checkpoint(find_model(path), overrides, verify).model()
+    if dtype == "int8":
+        return quantize(model.to(where, torch.bfloat16))
     return model.to(where, getattr(torch, dtype))
 
 

@@ -173,8 +173,8 @@ def test_missing_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_bad_dtypes_and_devices(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"dtype must be one of .* got 'int8'"):
-        rwkvx.load(folder, dtype="int8")
+    with pytest.raises(InputError, match=r"dtype must be one of .* got 'int4'"):
+        rwkvx.load(folder, dtype="int4")
     with pytest.raises(InputError, match="device 'abacus' cannot be used"):
         rwkvx.load(folder, device="abacus")
 

@@ -1,0 +1,254 @@
+"""One token through a run of blocks, compiled: threads meet five times in a block.
+
+Weights are found through a table of addresses, so that a call costs no more for a large model
+than for a small one. Axes as in api.py; P places in the table.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba import carray, prange, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from rwkvx_kernels.compiled import loop, parallel_loop
+from rwkvx_kernels.linear.cpu_compiled import (
+    activate,
+    add_columns,
+    as_array,
+    product_rows,
+    widen,
+)
+from rwkvx_kernels.one_token.api import BlockWeights
+from rwkvx_kernels.time_mix.api import LOG_DECAY_SCALE
+from rwkvx_kernels.time_mix.cpu_compiled import finish, keys, norm
+from rwkvx_kernels.wkv7.cpu_compiled import step
+
+SCALE = np.float32(LOG_DECAY_SCALE)
+LAYER_NORM_EPS = np.float32(1e-5)
+# Places in the table: `BlockWeights` in its order.
+LN1, LN2, X_K, KEY, VALUE, KEY_SCALE, VALUE_SCALE = 0, 2, 4, 5, 6, 7, 8
+MIXES, MATRICES, SCALES, DOWN, UP, VECTORS = 9, 15, 19, 23, 27, 31
+# Of the inputs mixed for r, w, k, v, a, g: what the matrices r, k, v and the factors w, a, v, g
+# read.
+MATRIX_INPUT, FACTOR_INPUT = (0, 2, 3), (1, 4, 3, 5)
+
+
+class Table:
+    """The addresses of all weights, and sizes."""
+
+    def __init__(self, blocks: list[BlockWeights], heads: int, eps: float) -> None:
+        self._blocks = blocks
+        self._table = np.array([_addresses(block.tensors()) for block in blocks], np.int64)
+        ranks = [[0 if x is None else x.shape[1] for x in block.down] for block in blocks]
+        self._ranks = np.array(ranks, np.int64)
+        self._inner = len(blocks[0].channel[1])
+        attention = [x.matrices[1] for x in blocks if x.mixes[0] is None]
+        self._kv = len(attention[0]) if attention and attention[0] is not None else 0
+        self._heads, self._eps = heads, np.float32(eps)
+        # Empty: they tell the compiler of which types vectors and matrices are.
+        self._vector, self._matrix = (as_array(x.new_empty(0)) for x in blocks[0].channel[:2])
+
+    def read(
+        self,
+        blocks: range,
+        tokens: tuple[Tensor, ...],
+        shifts: list[tuple[Tensor, Tensor]],
+        states: list[Tensor | None],
+        new_shifts: Tensor,
+        new_states: Tensor,
+    ) -> Tensor:
+        """As `api.OneToken.read`."""
+        rows = [_addresses(pair) for pair in shifts] or [[0, 0]]
+        projected = torch.empty(tokens[0].numel() + 2 * self._kv)
+        _read(
+            blocks.start, blocks.stop, self._table, self._ranks, self._inner, self._kv,
+            self._heads, self._eps, self._vector, self._matrix, *(x.numpy() for x in tokens),
+            np.array(rows, np.int64), np.array(_addresses(states), np.int64),
+            new_shifts.numpy(), new_states.numpy(), projected.numpy(), torch.get_num_threads(),
+        )  # fmt: skip
+        return projected
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+@intrinsic
+def _pointer(context, address, like):
+    """An address as a pointer to elements of the type of the array `like`."""
+    result = types.CPointer(like.dtype)
+
+    def make(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return result(address, like), make
+
+
+@loop
+def _at(address, size, like):
+    return carray(_pointer(address, like), (size if address else 0,))  # type: ignore[call-arg]
+
+
+@loop
+def _matrix_at(address, rows, columns, like):
+    shape = (rows if address else 0, columns)
+    return carray(_pointer(address, like), shape)  # type: ignore[call-arg]
+
+
+@loop
+def _read(
+    first, last, table, ranks, inner, kv, heads, eps, vector, matrix, x, v_first, attended, shifts,
+    states, new_shifts, new_states, next_projected, parts,
+):  # fmt: skip
+    width = len(x)
+    size = width // heads
+    mixed, projected = np.empty((6, width), np.float32), np.empty((3, width), np.float32)
+    raised, gated = np.empty((4, width), np.float32), np.empty(width, np.float32)
+    y, hidden = np.empty(width, np.float32), np.empty(inner, np.float32)
+    low = np.empty((parts, 4, max(1, ranks.max())), np.float32)
+    for b in range(first, last):
+        at, i = table[b], b - first
+        if at[MIXES]:
+            now = new_shifts[b, 0]
+            _layer_norm(x, at, LN1, vector, now)
+            before = _at(shifts[i, 0], width, vector)
+            for m in range(6):
+                _mix(now, before, _at(at[MIXES + m], width, vector), mixed[m])
+            _project(at, ranks[b], mixed, projected, low, vector, matrix, parts)
+            for part in range(1, parts):
+                low[0] += low[part]
+            activate(low[0, 0, : ranks[b, 0]], 1)
+            activate(low[0, 3, : ranks[b, 3]], 2)
+            old = _at(states[i], width * size, x).reshape((heads, size, size))
+            _heads(
+                at, ranks[b], low[0], projected, raised, v_first, eps, old, new_states[b], gated,
+                vector, parts,
+            )  # fmt: skip
+        else:
+            gated[:] = attended
+        _product(at[MATRICES + 3], at[SCALES + 3], matrix, gated, y, parts)
+        for c in range(width):
+            x[c] += y[c]
+        now = new_shifts[b, 1]
+        _layer_norm(x, at, LN2, vector, now)
+        _mix(now, _at(shifts[i, 1], width, vector), _at(at[X_K], width, vector), mixed[0])
+        _product(at[KEY], at[KEY_SCALE], matrix, mixed[0], hidden, parts)
+        for f in range(inner):
+            hidden[f] = max(hidden[f], np.float32(0)) ** 2
+        _product(at[VALUE], at[VALUE_SCALE], matrix, hidden, y, parts)
+        for c in range(width):
+            x[c] += y[c]
+    if last < len(table):
+        at = table[last]
+        _layer_norm(x, at, LN1, vector, y)
+        _project_attention(at, kv, y, next_projected, matrix, parts)
+
+
+@loop
+def _layer_norm(x, at, place, vector, y):
+    weight, bias = _at(at[place], len(x), vector), _at(at[place + 1], len(x), vector)
+    mean, square, count = np.float32(0), np.float32(0), np.float32(len(x))
+    for c in range(len(x)):
+        mean += x[c]
+    mean /= count
+    for c in range(len(x)):
+        square += (x[c] - mean) * (x[c] - mean)
+    scale = np.float32(1) / np.sqrt(square / count + LAYER_NORM_EPS)
+    for c in range(len(x)):
+        y[c] = (x[c] - mean) * scale * widen(weight[c]) + widen(bias[c])
+
+
+@loop
+def _mix(now, before, weight, mixed):
+    for c in range(len(mixed)):
+        mixed[c] = now[c] + (widen(before[c]) - now[c]) * widen(weight[c])
+
+
+@parallel_loop
+def _product(address, scales, matrix, x, y, parts):
+    for part in prange(parts):
+        weight, scale = _matrix_at(address, len(y), len(x), matrix), _at(scales, len(y), x)
+        product_rows(weight, scale, x, y, part, parts)
+
+
+@parallel_loop
+def _project_attention(at, kv, x, projected, matrix, parts):
+    """Queries, keys and values of an attention block."""
+    width = len(x)
+    for part in prange(parts):
+        for m in range(3):
+            start, rows = (0, width) if m == 0 else (width + (m - 1) * kv, kv)
+            weight = _matrix_at(at[MATRICES + m], rows, width, matrix)
+            scale = _at(at[SCALES + m], rows, x)
+            product_rows(weight, scale, x, projected[start : start + rows], part, parts)
+
+
+@parallel_loop
+def _project(at, ranks, mixed, projected, low, vector, matrix, parts):
+    """r, k, v, and each part's share of the sums that the low-rank factors make."""
+    width = mixed.shape[1]
+    for part in prange(parts):
+        for m in range(3):
+            weight = _matrix_at(at[MATRICES + m], width, width, matrix)
+            scale = _at(at[SCALES + m], width, projected)
+            product_rows(weight, scale, mixed[MATRIX_INPUT[m]], projected[m], part, parts)
+        first, last = width * part // parts, width * (part + 1) // parts
+        for m in range(4):
+            made = low[part, m, : ranks[m]]
+            made[:] = 0
+            weight = _matrix_at(at[DOWN + m], width, ranks[m], vector)
+            add_columns(weight[first:last], mixed[FACTOR_INPUT[m], first:last], made, 0)
+
+
+@parallel_loop
+def _heads(
+    at, ranks, low, projected, raised, v_first, eps, old, new, gated, vector, parts
+):  # fmt: skip
+    """From the low-rank sums and projections to what the output projection reads."""
+    heads, size = new.shape[:2]
+    for part in prange(parts):
+        first, last = heads * part // parts, heads * (part + 1) // parts
+        for m in range(4):
+            made = raised[m, first * size : last * size]
+            made[:] = 0
+            weight = _matrix_at(at[UP + m], ranks[m], heads * size, vector)
+            add_columns(weight, low[m, : ranks[m]], made, first * size)
+        scratch = np.empty((16, size), np.float32)
+        for h in range(first, last):
+            new[h] = old[h]
+            _one_head(at, h * size, projected, raised, v_first, eps, new[h], scratch, gated, vector)
+
+
+@loop
+def _one_head(at, c0, projected, raised, v_first, eps, s, scratch, gated, vector):
+    """The head whose first channel is `c0`: its state and its share of `gated`."""
+    size, one, c1 = len(s), np.float32(1), c0 + len(s)
+    for m in range(8):
+        weight = _at(at[VECTORS + m], c1, vector)[c0:]  # of w0, a0, v0: empty where there is none
+        for c in range(len(weight)):
+            scratch[m, c] = widen(weight[c])
+    w0, a0, v0, k_k, k_a = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
+    r_k, norm_weight, norm_bias = scratch[5], scratch[6], scratch[7]
+    decay, a, u, y, unused = scratch[8], scratch[9], scratch[10], scratch[11], scratch[12]
+    made = scratch[13:16]
+    r, k, v = projected[0, c0:c1], projected[1, c0:c1], projected[2, c0:c1]
+    w_up, a_up, v_up, g = raised[0, c0:c1], raised[1, c0:c1], raised[2, c0:c1], raised[3, c0:c1]
+    for c in range(size):
+        decay[c] = np.exp(SCALE / (one + np.exp(-(w0[c] + w_up[c]))))
+        a[c] = one / (one + np.exp(-(a0[c] + a_up[c])))
+    first = v_first[c0:c1]
+    if at[VECTORS + 2]:
+        for c in range(size):
+            v[c] += (first[c] - v[c]) / (one + np.exp(-(v0[c] + v_up[c])))
+    else:
+        first[:] = v
+    keys(k, a, k_k, k_a, made)
+    for i in range(size):
+        u[i] = 0
+        for j in range(size):
+            u[i] += s[i, j] * made[0, j]
+    step(s, decay, made[1], made[2], r, made[0], u, v, y, unused)
+    norm(y, norm_weight, norm_bias, eps)
+    finish(y, r, made[2], v, g, r_k, gated[c0:c1])

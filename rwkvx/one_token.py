@@ -1,0 +1,160 @@
+"""Reading a single token on a CPU without gradients: the same blocks, compiled.
+
+Decoding is bound by reading the weights; called one by one, the operations of a token cost as much
+again. Axes: C width, L blocks, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkvx.channel_mix import ChannelMix
+from rwkvx.linear import Linear
+from rwkvx.state import BlockState, CachedRows, ModelState, Rwkv7State, SparseState
+from rwkvx.time_mix import MIXES, TimeMix
+from rwkvx_kernels.one_token import BlockWeights, OneToken, fits
+
+if TYPE_CHECKING:
+    from rwkvx.model import Model
+
+PLAIN = (Linear, TimeMix, ChannelMix, nn.LayerNorm, nn.GroupNorm)
+
+
+class OneTokenReader:
+    """A model's blocks as compiled code sees them; made anew when a weight or module changes."""
+
+    def __init__(self) -> None:
+        self._seen: Seen | None = None
+        self._compiled: OneToken | None = None
+        self._sparse: list[int] = []
+
+    def __reduce__(self) -> tuple[type[OneTokenReader], tuple[()]]:
+        return OneTokenReader, ()  # a copy of a model looks at its own weights
+
+    def can_read(self, model: Model, x: Tensor, state: ModelState) -> bool:
+        """Whether `x` [B, T, C] is one token that compiled code gives what the modules give."""
+        if not fits(x, model.config.width) or model.recurrent_pieces != 1:
+            return False
+        self._look_at(model)
+        return self._compiled is not None and all(_is_plain(block, x) for block in state.blocks)
+
+    def read(
+        self, model: Model, x: Tensor, state: ModelState, keep_cache: bool
+    ) -> tuple[Tensor, ModelState]:
+        """x [1, 1, C] after all blocks, and the new state."""
+        assert self._compiled is not None
+        config, dtype = model.config, x.dtype
+        count, heads, size = len(model.blocks), config.heads, config.head_size
+        stream, v_first = x.float().flatten().clone(), torch.empty(config.width)
+        shifts, wkv = torch.empty(count, 2, config.width), torch.empty(count, heads, size, size)
+        attended, start = torch.empty(config.width), 0
+        caches: dict[int, tuple[tuple[CachedRows, ...], Tensor | None]] = {}
+        for stop in (*self._sparse, count):
+            old = state.blocks[start:stop]
+            before = [_shifts(block) for block in old]
+            states = [block.wkv if isinstance(block, Rwkv7State) else None for block in old]
+            run = range(start, stop)
+            tokens = (stream, v_first, attended)
+            projected = self._compiled.read(run, *tokens, before, states, shifts, wkv)
+            if stop < count:  # attention is not compiled
+                block: Any = model.blocks[stop]
+                own: Any = state.blocks[stop]
+                kv = (len(projected) - config.width) // 2
+                parts = projected.to(dtype).view(1, 1, -1).split((config.width, kv, kv), -1)
+                y, *caches[stop] = block.att.attend(*parts, own.cached, own.conv, None, keep_cache)
+                attended = y.float().flatten()
+            start = stop
+        shifts = shifts.to(dtype).unsqueeze(2)
+        blocks: list[BlockState] = [
+            SparseState(*caches[i], shifts[i, 1])
+            if i in caches
+            else Rwkv7State(shifts[i, 0], wkv[i : i + 1], shifts[i, 1])
+            for i in range(count)
+        ]
+        return stream.to(dtype).view(1, 1, -1), ModelState(tuple(blocks), state.length + 1)
+
+    def _look_at(self, model: Model) -> None:
+        if self._seen is not None and self._seen.is_true():
+            return
+        self._seen = Seen([m for block in model.blocks for m in _compiled_modules(block)])
+        self._sparse = [i for i, kind in enumerate(model.config.pattern) if kind == "sparse"]
+        self._compiled = None
+        if not self._seen.hooks_set and self._seen.types <= {type(model.blocks[0]), *PLAIN}:
+            weights = [_weights(block) for block in model.blocks]
+            if all(x.fit(model.dtype) for x in weights):
+                eps = model.config.group_norm_eps
+                self._compiled = OneToken(weights, model.config.heads, eps)
+
+
+class Seen:
+    """What was true of some modules: where weights lie, which children they have, no hooks."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.types = {type(m) for m in modules}
+        self._parameters = [m._parameters for m in modules if m._parameters]
+        self._children = [(m._modules, list(m._modules.values())) for m in modules if m._modules]
+        self._hooks = [(m._forward_hooks, m._forward_pre_hooks, vars(m)) for m in modules]
+        self._places, self.hooks_set = self._look_places(), self._look_hooks()
+
+    def is_true(self) -> bool:
+        """Whether it still is."""
+        return (
+            self._look_places() == self._places
+            and self._look_hooks() == self.hooks_set
+            and all(list(now.values()) == then for now, then in self._children)
+        )
+
+    def _look_places(self) -> list[int]:
+        return [x.data_ptr() for p in self._parameters for x in p.values() if x is not None]
+
+    def _look_hooks(self) -> bool:
+        return any(after or before or "forward" in own for after, before, own in self._hooks)
+
+
+def _compiled_modules(block: Any) -> list[nn.Module]:
+    """The block itself, and what compiled code does in place of its modules."""
+    children = block.att.children() if block.kind == "sparse" else block.att.modules()
+    return [block, block.ln1, block.ln2, *block.ffn.modules(), *children]
+
+
+def _weights(block: Any) -> BlockWeights:
+    att, ffn = block.att, block.ffn
+    products = [att.receptance, att.key, att.value, att.output]
+    common = BlockWeights(
+        ln1=(block.ln1.weight, block.ln1.bias),
+        ln2=(block.ln2.weight, block.ln2.bias),
+        channel=(ffn.x_k, ffn.key.weight, ffn.value.weight),
+        channel_scales=(ffn.key.scale, ffn.value.scale),
+        matrices=tuple(m.weight for m in products),
+        scales=tuple(m.scale for m in products),
+    )
+    if block.kind == "sparse":
+        return common
+    own = att._parameters
+    return common._replace(
+        mixes=tuple(own[f"x_{name}"] for name in MIXES),
+        down=tuple(own.get(f"{name}1") for name in "wavg"),
+        up=tuple(own.get(f"{name}2") for name in "wavg"),
+        vectors=(
+            *(own.get(name) for name in ("w0", "a0", "v0", "k_k", "k_a", "r_k")),
+            att.ln_x.weight,
+            att.ln_x.bias,
+        ),
+    )
+
+
+def _shifts(block: BlockState) -> tuple[Tensor, Tensor]:
+    """The last inputs of the two mixers; attention has none, and nobody looks."""
+    return block.shift if isinstance(block, Rwkv7State) else block.ffn_shift, block.ffn_shift
+
+
+def _is_plain(block: BlockState, x: Tensor) -> bool:
+    tensors = (
+        (block.shift, block.ffn_shift) if isinstance(block, Rwkv7State) else (block.ffn_shift,)
+    )
+    if isinstance(block, Rwkv7State) and not block.wkv.is_contiguous():
+        return False
+    return all(t.dtype == x.dtype and t.is_contiguous() for t in tensors)
