@@ -43,7 +43,14 @@ class LanguageModel(Protocol):
 
 
 class StateTools:
-    """Forking and choosing rows of a state; tests replace it for models of their own."""
+    """Making, forking and choosing rows of a state; tests replace it for models of their own."""
+
+    def fresh(self, model: Any, tokens: int) -> State:
+        """Before the first token of one sequence, with room for so many.
+
+        A cache that grows step by step holds old and new together.
+        """
+        return model.fresh_state(1, tokens) if isinstance(model, rwkvx.Model) else None
 
     def repeat(self, state: State, rows: int) -> State:
         """Every batch row `rows` times, copies side by side."""

@@ -51,7 +51,7 @@ def child(settings: dict[str, Any]) -> None:
     torch.set_num_threads(settings["threads"])
     model, _ = open_model(settings["model"], settings["dtype"])
     _say(loaded_bytes=peak_memory_bytes())
-    began, state = time.perf_counter(), None
+    began, state = time.perf_counter(), model.fresh_state(1, settings["tokens"])
     for part in random_ids(model, settings["tokens"]).split(PIECE, dim=1):
         _, state = model(part, state, logits="none")
         _say(read=part.shape[1])

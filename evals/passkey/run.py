@@ -143,7 +143,8 @@ class PasskeyRun:
 
     def _run_length(self, groups: Sequence[Group], bar: Any) -> None:
         wanted = self.wanted(groups)
-        state: State = None
+        room = groups[0].length + self.plan.settings.max_new_tokens
+        state = self.tools.fresh(self.model, room)
         position = 0
         for group in groups:
             # A finished group is read through, never skipped over: the pieces that the prefix is

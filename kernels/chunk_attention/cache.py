@@ -52,7 +52,7 @@ class KeyValueCache:
         end = length + k_BTGD.shape[1]
         cache = self
         if length < self.written:
-            cache = self._copy(length, end)
+            cache = self._copy(length, max(end, self.capacity))
         elif end > self.capacity:
             cache = self._copy(length, max(end, FIRST_CAPACITY, int(GROWTH * self.capacity)))
         cache.k_BGSD[:, :, length:end] = k_BTGD.transpose(1, 2)
@@ -74,8 +74,8 @@ class KeyValueCache:
         return self._tree
 
     def rows(self, length: int, index: Tensor) -> "KeyValueCache":
-        """A new cache of the batch rows `index`, holding the first `length` tokens."""
-        return self._copy(length, length, index)
+        """A new cache of the batch rows `index`, of the same capacity, with the first tokens."""
+        return self._copy(length, self.capacity, index)
 
     def bytes_per_token(self) -> float:
         """Memory that one more token of one sequence takes, in bytes."""
