@@ -9,7 +9,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from numba import njit
+from numba import carray, njit, types
+from numba.extending import intrinsic
 
 # Sums may be reordered and products contracted, so that loops become vector instructions; unlike
 # full fast-math, infinities and not-a-numbers keep their meaning.
@@ -18,20 +19,25 @@ FAST = {"reassoc", "contract", "nsz"}
 
 def loop(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile at the first call, without Python's lock; kept on disk for the next process."""
-    try:
-        return njit(function, cache=True, nogil=True, error_model="numpy", fastmath=FAST)
-    except RuntimeError:  # neither beside the package nor in the home folder may one write
-        return njit(function, nogil=True, error_model="numpy", fastmath=FAST)
+    return _compile(function)
+
+
+def order_free(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As `loop`, for numbers without a NaN among them: largest and smallest are vectorised."""
+    return _compile(function, fastmath=FAST | {"nnan"})
 
 
 def parallel_loop(function: Callable[..., Any]) -> Callable[..., Any]:
     """As `loop`, with `numba.prange` over threads: these start within microseconds."""
+    return _compile(function, parallel=True)
+
+
+def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    options = {"nogil": True, "error_model": "numpy", "fastmath": FAST, **options}
     try:
-        return njit(
-            function, cache=True, parallel=True, nogil=True, error_model="numpy", fastmath=FAST
-        )
-    except RuntimeError:
-        return njit(function, parallel=True, nogil=True, error_model="numpy", fastmath=FAST)
+        return njit(function, cache=True, **options)
+    except RuntimeError:  # neither beside the package nor in the home folder may one write
+        return njit(function, **options)
 
 
 def in_threads(work: Callable[..., None], units: int, *args: Any) -> None:
@@ -47,3 +53,19 @@ def in_threads(work: Callable[..., None], units: int, *args: Any) -> None:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="rwkvx")
+
+
+@intrinsic
+def _pointer(context, address, like):  # type: ignore[no-untyped-def]
+    """An address as a pointer to elements of the type of the array `like`."""
+
+    def make(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(address, like), make
+
+
+@loop
+def array_at(address, shape, like):  # type: ignore[no-untyped-def]
+    """The array of that shape at an address, of the type of the array `like`."""
+    return carray(_pointer(address, like), shape)  # type: ignore[call-arg]

@@ -38,10 +38,13 @@ class ChunkTree(NamedTuple):
         order_NP: [N, P] int64, chunk numbers in the order of the leaves: node i of level j holds
             order_NP[:, i · FANOUT^j : (i + 1) · FANOUT^j].
         boxes: for levels 1, 2, ...: [N, M, 2 D], upper, then lower corners (`box_queries`).
+        leaves: for each run: [N, chunks of the run, D], its means in the order of the leaves, so
+            that what a query reads of a node lies together.
     """
 
     order_NP: Tensor
     boxes: tuple[Tensor, ...]
+    leaves: tuple[Tensor, ...]
 
     @property
     def chunks(self) -> int:
@@ -56,12 +59,20 @@ class ChunkTree(NamedTuple):
 
     def rows(self, index: Tensor) -> "ChunkTree":
         """The groups `index` alone."""
-        return ChunkTree(self.order_NP[index], tuple(x[index] for x in self.boxes))
+        return self._map(lambda x: x[index])
+
+    def to(self, device: str) -> "ChunkTree":
+        """The same elsewhere."""
+        return self._map(lambda x: x.to(device))
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> "ChunkTree":
+        boxes, leaves = (tuple(map(f, part)) for part in (self.boxes, self.leaves))
+        return ChunkTree(f(self.order_NP), boxes, leaves)
 
 
 def empty_tree(means_NCD: Tensor) -> ChunkTree:
     """The tree over no chunk."""
-    return ChunkTree(means_NCD.new_empty((len(means_NCD), 0), dtype=torch.int64), ())
+    return ChunkTree(means_NCD.new_empty((len(means_NCD), 0), dtype=torch.int64), (), ())
 
 
 def trees_of(means_NCD: Tensor) -> Callable[[int], ChunkTree]:
@@ -101,11 +112,16 @@ def grow_tree(tree: ChunkTree, means_NCD: Tensor, chunks: int) -> ChunkTree:
         kept = start + (min(stop, tree.chunks) - start) // size * size
         if kept < stop:
             break
-    orders = [tree.order_NP[:, :kept]]
+    orders, leaves, reached = [tree.order_NP[:, :kept]], [], 0
+    for run in tree.leaves:
+        reached += run.shape[1]
+        if reached <= kept:
+            leaves.append(run)
     for start, stop, size in regions:
-        first = max(start, kept)
-        if first < stop:
-            orders.append(_order_by_likeness(means_NCD[:, first:stop], size) + first)
+        for first in range(max(start, kept), stop, size):
+            order = _order_by_likeness(means_NCD[:, first : first + size], size) + first
+            orders.append(order)
+            leaves.append(_in_order(means_NCD, order))
     order_NP = torch.cat(orders, dim=1)
     boxes = []
     size, level = FANOUT, 1
@@ -115,7 +131,7 @@ def grow_tree(tree: ChunkTree, means_NCD: Tensor, chunks: int) -> ChunkTree:
         new = _boxes(means_NCD, order_NP[:, first : chunks // size * size], size)
         boxes.append(new if old is None else torch.cat([old, new], dim=1))
         size, level = size * FANOUT, level + 1
-    return ChunkTree(order_NP, tuple(boxes))
+    return ChunkTree(order_NP, tuple(boxes), tuple(leaves))
 
 
 def _regions(chunks: int) -> Iterator[tuple[int, int, int]]:
@@ -157,6 +173,10 @@ def _order_by_likeness(means_NCD: Tensor, run: int) -> Tensor:
     return order.reshape(groups, -1) + start
 
 
+def _in_order(means_NCD: Tensor, order_NP: Tensor) -> Tensor:
+    return means_NCD.gather(1, order_NP.unsqueeze(-1).expand(-1, -1, means_NCD.shape[-1]))
+
+
 def _boxes(means_NCD: Tensor, order_NP: Tensor, size: int) -> Tensor:
     """Of nodes of `size` consecutive chunks of `order_NP`: [N, P / size, 2 D].
 
@@ -164,7 +184,6 @@ def _boxes(means_NCD: Tensor, order_NP: Tensor, size: int) -> Tensor:
     dimensions no chunk comes near the corner. Halfway between their mean and that box is what a
     good chunk of a node really scores, and finds far more of the best chunks.
     """
-    index = order_NP.unsqueeze(-1).expand(-1, -1, means_NCD.shape[-1])
-    members = means_NCD.gather(1, index).unflatten(1, (-1, size))
+    members = _in_order(means_NCD, order_NP).unflatten(1, (-1, size))
     mean = members.mean(dim=2)
     return torch.cat([members.amax(dim=2) + mean, members.amin(dim=2) + mean], dim=-1) * 0.5

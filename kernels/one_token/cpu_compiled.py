@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import carray, prange, types
-from numba.extending import intrinsic
+from numba import prange
 from torch import Tensor
 
-from rwkvx_kernels.compiled import loop, parallel_loop
+from rwkvx_kernels.compiled import array_at, loop, parallel_loop
 from rwkvx_kernels.linear.cpu_compiled import (
     activate,
     add_columns,
@@ -75,26 +74,14 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if x is None else x.data_ptr() for x in tensors]
 
 
-@intrinsic
-def _pointer(context, address, like):
-    """An address as a pointer to elements of the type of the array `like`."""
-    result = types.CPointer(like.dtype)
-
-    def make(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return result(address, like), make
-
-
 @loop
 def _at(address, size, like):
-    return carray(_pointer(address, like), (size if address else 0,))  # type: ignore[call-arg]
+    return array_at(address, (size if address else 0,), like)
 
 
 @loop
 def _matrix_at(address, rows, columns, like):
-    shape = (rows if address else 0, columns)
-    return carray(_pointer(address, like), shape)  # type: ignore[call-arg]
+    return array_at(address, (rows if address else 0, columns), like)
 
 
 @loop

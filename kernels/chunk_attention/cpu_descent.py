@@ -1,0 +1,245 @@
+"""The descent of the chunk tree, compiled, for many query rows at once.
+
+Rows are sorted by the nodes that they keep, so that a node's children, read once, meet all of its
+rows. Axes as in cpu_coarse.py; K nodes that a row keeps, F = FANOUT children of a node, E columns
+of a table (D of chunks, 2 D of boxes).
+"""
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from rwkvx_kernels.chunk_attention.cpu_largest import LANES, largest
+from rwkvx_kernels.chunk_attention.tree import FANOUT, ChunkTree
+from rwkvx_kernels.compiled import array_at, in_threads, loop, order_free
+
+# Rows that descend together: they stay in the second-level cache, and enough of them share a node.
+TILE_ROWS = 256
+# Fewer rows than this do not pay for laying out a node's children.
+FEW_ROWS = 10
+
+
+def descend(
+    q_NQD: Tensor,
+    means_NCD: Tensor,
+    tree: ChunkTree,
+    offset: int,
+    heads: int,
+    chunk_size: int,
+    widths: list[int],
+    slots: int,
+) -> Tensor:
+    """Chosen chunks [N, Q, slots] int64.
+
+    Args:
+        q_NQD: rows in the order of tokens and heads, the first at token `offset`.
+        means_NCD: of all chunks, at least of those before the last row's.
+        tree: over the chunks of whole runs before every row.
+        widths: how many nodes a row keeps at level 1, 2, ...
+    """
+    groups, rows, _ = q_NQD.shape
+    chosen = torch.empty((groups, rows, slots), dtype=torch.int64)
+    late = (offset + (rows - 1) // heads) // chunk_size - tree.chunks
+    boxes = [x.contiguous() for x in tree.boxes]
+    leaves = np.concatenate([_addresses(run) for run in tree.leaves], axis=1)
+    tail = means_NCD[:, tree.chunks : tree.chunks + late].contiguous()
+    tables = [leaves, *(_addresses(x) for x in boxes), _addresses(tail)]
+    ends = np.cumsum([0, *(x.shape[1] for x in tables)])
+    sizes = np.array([tree.chunks, *(x.shape[1] for x in boxes), late], np.int64)
+    kept = np.array([slots, *widths], np.int64)
+    arrays = [x.contiguous().numpy() for x in (q_NQD, tree.order_NP)]
+    tile = min(TILE_ROWS, max(1, -(-groups * rows // torch.get_num_threads())))
+    arguments = (tile, offset, heads, chunk_size, tree.first_level, kept, sizes, ends)
+    everything = (*arguments, np.concatenate(tables, axis=1), *arrays, chosen.numpy())
+    units = groups * -(-rows // tile)
+    if rows == 1:
+        _descend(0, units, *everything)
+    else:
+        in_threads(_descend, units, *everything)
+    return chosen
+
+
+def _addresses(x_NME: Tensor) -> np.ndarray:
+    """Where each block of F members of each group begins: [N, M / F rounded up]."""
+    first = np.arange(0, x_NME.shape[1], FANOUT) * x_NME.stride(1)
+    group = np.arange(len(x_NME))[:, None] * x_NME.stride(0)
+    result: np.ndarray = x_NME.data_ptr() + (group + first) * x_NME.element_size()
+    return result
+
+
+@loop
+def _descend(
+    first, last, tile, offset, heads, chunk_size, first_level, widths, sizes, ends, addresses, q,
+    order, chosen,
+):  # fmt: skip
+    """Units first ... last - 1: tiles of rows of the groups."""
+    rows, dim = q.shape[1:]
+    tiles, most, levels, late = -(-rows // tile), widths.max(), len(widths) - 1, sizes[-1]
+    columns = max(most * FANOUT + max(FANOUT, late), sizes[first_level]) + FANOUT
+    kept, index = np.empty((tile, most), np.int64), np.empty(most + 1, np.int64)
+    scores, pairs = np.empty((tile, columns), q.dtype), np.empty(tile * most, np.int64)
+    most_room = LANES + most * (columns // LANES + 2)
+    room = (np.empty((2, most_room), q.dtype), np.empty((2, most_room), np.int64))
+    table, everyone = np.empty((2 * dim, FANOUT), q.dtype), np.arange(tile)
+    for unit in range(first, last):
+        n, begin = unit // tiles, unit % tiles * tile
+        mine = q[n, begin : min(rows, begin + tile)]
+        width, parents = 0, 0
+        for level in range(first_level, 0, -1):
+            members, children = sizes[level], width * FANOUT
+            blocks = addresses[n, ends[level] : ends[level + 1]]
+            _children(mine, kept, width, blocks[:parents], 2 * dim, table, pairs, scores)
+            for i in range(parents, len(blocks)):  # without a parent
+                block = array_at(blocks[i], (min(FANOUT, members - i * FANOUT), 2 * dim), table)
+                place = children + (i - parents) * FANOUT
+                _meet(mine, everyone[: len(mine)], 1, block, table, scores, place)
+            count = children + members - parents * FANOUT
+            keep = min(widths[level], count)
+            for row in range(len(mine)):
+                largest(scores, row, count, keep, index, room)
+                for i in range(keep):
+                    index[i] = _member(index[i], kept, row, children, parents * FANOUT)
+                for i in range(keep):
+                    kept[row, i] = index[i]
+            width, parents = keep, members
+        children = width * FANOUT
+        blocks, tail = addresses[n, : ends[1]], addresses[n, ends[levels + 1] :]
+        _children(mine, kept, width, blocks, dim, table, pairs, scores)
+        for i in range(len(tail)):
+            block = array_at(tail[i], (min(FANOUT, late - i * FANOUT), dim), table)
+            place = children + i * FANOUT
+            _meet(mine, everyone[: len(mine)], 1, block, table, scores, place)
+        for row in range(len(mine)):
+            past = (offset + (begin + row) // heads) // chunk_size
+            largest(scores, row, children + past - sizes[0], widths[0], index, room)
+            for i in range(widths[0]):
+                chunk = _member(index[i], kept, row, children, sizes[0])
+                inside = chunk >= 0 and chunk < sizes[0]
+                chosen[n, begin + row, i] = order[n, chunk] if inside else chunk
+
+
+@loop
+def _member(column, kept, row, children, parentless):
+    """The number of the member with that column of scores: children of `kept`, then the others."""
+    if column < 0:
+        return column
+    if column < children:
+        return kept[row, column // FANOUT] * FANOUT + column % FANOUT
+    return parentless + column - children
+
+
+@loop
+def _children(q, kept, width, blocks, columns, table, pairs, scores):
+    """Scores of the children of each row's nodes: F columns of `scores` for each of them."""
+    stops = np.zeros(len(blocks) + 1, np.int64)
+    for row in range(len(q)):
+        for i in range(width):
+            stops[kept[row, i] + 1] += 1
+    for node in range(len(blocks)):
+        stops[node + 1] += stops[node]
+    place = stops.copy()
+    for row in range(len(q)):
+        for i in range(width):
+            pairs[place[kept[row, i]]] = row * width + i
+            place[kept[row, i]] += 1
+    for node in range(len(blocks)):
+        if stops[node] < stops[node + 1]:
+            block = array_at(blocks[node], (FANOUT, columns), table)
+            _meet(q, pairs[stops[node] : stops[node + 1]], width, block, table, scores, 0)
+
+
+@loop
+def _meet(q, pairs, width, block, table, scores, column):
+    """Scores of a block of members [F or fewer, E], for pair row · width + i at F i + `column`."""
+    few = len(pairs) < FEW_ROWS
+    for f in range(0 if few else len(block)):
+        for e in range(block.shape[1]):
+            table[e, f] = block[f, e]
+    # No slices in here: each would count a reference, which costs as much as the scores.
+    for p in range(len(pairs)):
+        row = pairs[p] // width
+        place = (pairs[p] - row * width) * FANOUT + column
+        if few:
+            _score_few(q, row, block, scores, place)
+        else:
+            _score(q, row, table, block.shape[1], scores, place)  # type: ignore[call-arg]
+
+
+@intrinsic
+def _score(context, q, row, table, columns, out, place):
+    """out[row, place : place + F] = q[row] [D] · table [D, F]; of boxes, their best corners.
+
+    `columns` is D or 2 D; the best corner is that of `tree.box_queries`.
+
+    Written as vectors of F lanes: left to itself, the compiler makes a third of this speed of it.
+    """
+
+    def make(context, builder, signature, args):
+        number = context.get_value_type(q.dtype)
+        lanes = ir.VectorType(number, FANOUT)
+        index = ir.IntType(64)
+        q_array, table_array, out_array = (
+            context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 2, 4)
+        )
+        q_data, out_data = (_row(builder, x, args[1]) for x in (q_array, out_array))
+        out_data = builder.gep(out_data, [args[5]])
+        table_data, dim = table_array.data, builder.extract_value(q_array.shape, 1)
+        below = builder.sub(args[3], dim)  # where the lower corners are; 0: points, not boxes
+        # Two sums: one alone would wait for each addition to end.
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(lanes, None)) for _ in range(2)]
+
+        def add(d, total):
+            x = builder.load(builder.gep(q_data, [d]))
+            negative = builder.fcmp_ordered("<", x, ir.Constant(number, 0.0))
+            row = builder.add(d, builder.select(negative, below, ir.Constant(index, 0)))
+            place = builder.gep(table_data, [builder.mul(row, ir.Constant(index, FANOUT))])
+            values = builder.load(builder.bitcast(place, lanes.as_pointer()), align=4)
+            one = builder.insert_element(ir.Constant(lanes, ir.Undefined), x, ir.IntType(32)(0))
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), FANOUT), None)
+            wide = builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), zeros)
+            product = builder.fmul(wide, values, flags=("contract",))
+            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+
+        half = builder.lshr(dim, ir.Constant(index, 1))
+        with cgutils.for_range(builder, half) as pairs:
+            first = builder.shl(pairs.index, ir.Constant(index, 1))
+            add(first, sums[0])
+            add(builder.add(first, ir.Constant(index, 1)), sums[1])
+        odd = builder.trunc(dim, ir.IntType(1))
+        with builder.if_then(odd):
+            add(builder.sub(dim, ir.Constant(index, 1)), sums[0])
+        both = builder.fadd(builder.load(sums[0]), builder.load(sums[1]))
+        builder.store(both, builder.bitcast(out_data, lanes.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    integer = types.int64
+    return types.none(q, integer, table, integer, out, integer), make
+
+
+def _row(builder, array, row):
+    """Pointer to the beginning of a row of a matrix."""
+    stride = builder.extract_value(array.strides, 0)
+    start = builder.ptrtoint(array.data, ir.IntType(64))
+    return builder.inttoptr(builder.add(start, builder.mul(row, stride)), array.data.type)
+
+
+@order_free
+def _score_few(q, row, block, out, place):
+    """As `_score`, of members [F, E] that are not laid out."""
+    dim = q.shape[1]
+    boxes, zero = block.shape[1] > dim, q.dtype.type(0)
+    for f in range(len(block)):
+        total = zero
+        if boxes:
+            for d in range(dim):
+                total += (
+                    max(q[row, d], zero) * block[f, d] + min(q[row, d], zero) * block[f, dim + d]
+                )
+        else:
+            for d in range(dim):
+                total += q[row, d] * block[f, d]
+        out[row, place + f] = total
