@@ -48,6 +48,7 @@ def bench_command() -> None:
     "--memory", default="none", show_default=True, help="Peak memory of reading so many tokens."
 )
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.option("--selection", type=click.Choice(["flat", "coarse_to_fine"]), default="flat")
 @click.option("--threads", type=int, help="Default: all cores that this process may use.")
 @click.option("--repeats", default=5, show_default=True)
 @click.option("--peer/--no-peer", default=True, help="Measure rwkv-x too, where it is installed.")
@@ -60,6 +61,7 @@ def cpu_command(
     window: str,
     memory: str,
     dtype: str,
+    selection: str,
     threads: int | None,
     repeats: int,
     peer: bool,
@@ -77,6 +79,7 @@ def cpu_command(
       OMP_WAIT_POLICY=passive rwkvx bench cpu
       rwkvx bench cpu --lengths none --long 16k,64k
       rwkvx bench cpu --model passkey-tiny --lengths none --long 16k,256k --memory 1m
+      rwkvx bench cpu --model passkey-tiny --selection coarse_to_fine --lengths none --long 64k,1m
     """
     from rwkvx_evals.bench.machine import available_cores
     from rwkvx_evals.bench.run import Settings, run
@@ -93,6 +96,7 @@ def cpu_command(
         window=parse_length(window),
         memory=max(several(memory), default=0),
         dtype=dtype,
+        selection=selection,
         threads=available_cores() if threads is None else threads,
         repeats=repeats,
         peer=peer,

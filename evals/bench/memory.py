@@ -20,13 +20,15 @@ PIECE = 8192  # tokens between two signs of progress
 
 
 def measure_memory(
-    model: str, tokens: int, dtype: str, threads: int, bar: tqdm[Any]
+    subject: tuple[str, str, str], tokens: int, threads: int, bar: tqdm[Any]
 ) -> dict[str, Any]:
-    """Peak resident bytes of a fresh process that loads `model` and reads `tokens` tokens.
+    """Peak resident bytes of a fresh process that loads a model and reads `tokens` tokens.
+
+    subject: the model's name, its dtype and its selection.
 
     Raises InputError when that process ends early, as it does when memory runs out.
     """
-    settings = json.dumps({"model": model, "tokens": tokens, "dtype": dtype, "threads": threads})
+    settings = json.dumps({"subject": subject, "tokens": tokens, "threads": threads})
     command = [sys.executable, "-m", "rwkvx_evals.bench.memory", settings]
     row: dict[str, Any] = {"tokens": tokens}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
@@ -49,7 +51,7 @@ def measure_memory(
 def child(settings: dict[str, Any]) -> None:
     """Load, read in pieces, print one JSON object per line."""
     torch.set_num_threads(settings["threads"])
-    model, _ = open_model(settings["model"], settings["dtype"])
+    model, _ = open_model(*settings["subject"])
     _say(loaded_bytes=peak_memory_bytes())
     began, state = time.perf_counter(), model.fresh_state(1, settings["tokens"])
     for part in random_ids(model, settings["tokens"]).split(PIECE, dim=1):

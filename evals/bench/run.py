@@ -34,6 +34,7 @@ class Settings:
     window: int
     memory: int
     dtype: str
+    selection: str
     threads: int
     repeats: int
     peer: bool
@@ -80,7 +81,7 @@ def run(settings: Settings, out: Path, quiet: bool = False) -> Results:
 
 def _run(settings: Settings, out: Path, quiet: bool) -> Results:
     machine = describe()
-    model, origin = open_model(settings.model, settings.dtype)
+    model, origin = open_model(settings.model, settings.dtype, settings.selection)
     results: Results = {
         "benchmark": "cpu",
         "complete": False,
@@ -139,9 +140,8 @@ def _measure(
         write_json(out / "results.json", results)
     if settings.memory:
         bar.set_description("memory")
-        results["memory"] = measure_memory(
-            settings.model, settings.memory, settings.dtype, settings.threads, bar
-        )
+        subject = (settings.model, settings.dtype, settings.selection)
+        results["memory"] = measure_memory(subject, settings.memory, settings.threads, bar)
 
 
 def _write(results: Results, out: Path) -> None:

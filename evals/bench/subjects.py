@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+from dataclasses import replace
 from importlib import metadata
 from importlib.resources import files
 from importlib.util import find_spec
@@ -46,17 +47,18 @@ def read_shape(path: Path) -> rwkvx.ModelConfig:
     return rwkvx.ModelConfig.from_dict(section)
 
 
-def open_model(name: str, dtype: str) -> tuple[rwkvx.Model, str]:
+def open_model(name: str, dtype: str, selection: str = "flat") -> tuple[rwkvx.Model, str]:
     """The model and where its weights are from: a shape with random weights, or whatever loads.
 
     Raises InputError for a name that is neither.
     """
     shape = find_shape(name)
     if shape is not None:
-        model = random_model(read_shape(shape)).to(getattr(torch, dtype))
+        config = replace(read_shape(shape), selection=selection)
+        model = random_model(config).to(getattr(torch, dtype))
         return model.eval(), f"random, shape of {shape.name}"
     try:
-        model = rwkvx.load(name, dtype=dtype)
+        model = rwkvx.load(name, dtype=dtype, selection=selection)
     except InputError as error:
         if Path(name).expanduser().exists() or name in shipped_models():
             raise

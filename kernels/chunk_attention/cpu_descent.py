@@ -18,7 +18,7 @@ from rwkvx_kernels.chunk_attention.tree import FANOUT, ChunkTree
 from rwkvx_kernels.compiled import array_at, in_threads, loop, order_free
 
 # Rows that descend together: they stay in the second-level cache, and enough of them share a node.
-TILE_ROWS = 256
+TILE_ROWS = 128
 # Fewer rows than this do not pay for laying out a node's children.
 FEW_ROWS = 10
 
@@ -80,6 +80,7 @@ def _descend(
     rows, dim = q.shape[1:]
     tiles, most, levels, late = -(-rows // tile), widths.max(), len(widths) - 1, sizes[-1]
     columns = max(most * FANOUT + max(FANOUT, late), sizes[first_level]) + FANOUT
+    columns = columns // 16 * 16 + 16  # vectors of scores begin with a line of the cache
     kept, index = np.empty((tile, most), np.int64), np.empty(most + 1, np.int64)
     scores, pairs = np.empty((tile, columns), q.dtype), np.empty(tile * most, np.int64)
     most_room = LANES + most * (columns // LANES + 2)

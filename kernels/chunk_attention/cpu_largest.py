@@ -34,6 +34,9 @@ def largest(scores, row, count, wanted, index, room):
     for i in range(whole, count):
         values[0, i - whole] = max(values[0, i - whole], scores[row, i])
     _above(values[0], LANES, wanted, places[0])
+    if places[0, wanted - 1] < 0:  # only among numbers that are none
+        index[:wanted] = -1
+        return
     least = values[0, places[0, 0]]
     for i in range(wanted):
         least = min(least, values[0, places[0, i]])
@@ -44,7 +47,7 @@ def largest(scores, row, count, wanted, index, room):
             found += scores[row, place] >= least
     _above(values[1], found, wanted, index)
     for i in range(wanted):
-        index[i] = places[1, index[i]]
+        index[i] = places[1, index[i]] if index[i] >= 0 else -1
 
 
 @order_free

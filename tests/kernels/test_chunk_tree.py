@@ -19,6 +19,7 @@ from rwkvx_kernels.chunk_attention import (
     selected_chunks,
     tree,
 )
+from rwkvx_kernels.chunk_attention.cpu_largest import largest
 from rwkvx_kernels.chunk_attention.tree import FANOUT, RUN, ChunkTree, box_queries, trees_of
 
 COARSE = "coarse_to_fine"
@@ -190,3 +191,37 @@ def test_scores_are_never_held_at_once() -> None:
     with LargestTensor() as largest, torch.no_grad():
         chunk_attention(q, k, v, 2, 2, selection=COARSE)
     assert largest.elements <= 2600 * 4 * 1300 // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("count", "wanted"), [(5, 9), (40, 7), (129, 3), (504, 24), (1000, 7)])
+def test_largest_of_a_row(dtype: torch.dtype, count: int, wanted: int) -> None:
+    """Random scores, and scores of which many are equal."""
+    torch.manual_seed(0)
+    for scores in (torch.randn(50, 1100).to(dtype), torch.randint(4, (50, 1100)).to(dtype)):
+        index = torch.full((wanted + 1,), 7)
+        room = [torch.empty(2, 600, dtype=x).numpy() for x in (dtype, torch.int64)]
+        for row in range(50):
+            largest(scores.numpy(), row, count, wanted, index.numpy(), tuple(room))
+            got = index[:wanted][index[:wanted] >= 0]
+            assert len(set(got.tolist())) == len(got) == min(count, wanted)
+            expected = scores[row, :count].topk(min(count, wanted)).values
+            assert torch.equal(scores[row, got].sort(descending=True).values, expected)
+
+
+def test_leaves_are_the_means_in_order() -> None:
+    means = torch.randn(2, 1600, 5)
+    grow = trees_of(means)
+    for chunks in (300, 800, 1536):
+        built = grow(chunks)
+        order = built.order_NP.unsqueeze(-1).expand(-1, -1, 5)
+        assert torch.equal(torch.cat(built.leaves, dim=1), means.gather(1, order))
+
+
+def test_not_a_number_chooses_something() -> None:
+    q, k, v = (x.float() for x in inputs(1200))
+    q[0, 1100] = torch.nan
+    with torch.no_grad():
+        o = chunk_attention(q, k, v, 1, 3, selection=COARSE)
+    assert o[0, 1100].isnan().all()
+    assert o[0, 1101:].isfinite().all()
