@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.compiled import in_threads, loop
-from rwkvx_kernels.wkv7.cpu_compiled import FEW, step
+from rwkvx_kernels.compiled import in_threads, loop, unowned
+from rwkvx_kernels.wkv7.cpu_compiled import FEW, product, step, step_turned, turn
 
 
 def time_mix_compiled(
@@ -66,6 +66,9 @@ def _scan(
     k_k, k_a, r_k, norm_weight, norm_bias, state,
 ):  # fmt: skip
     """Units first ... last - 1, numbered by sequence and head."""
+    r, decay, k, v, a = unowned(r), unowned(decay), unowned(k), unowned(v), unowned(a)
+    g, out, k_k, k_a, r_k = unowned(g), unowned(out), unowned(k_k), unowned(k_a), unowned(r_k)
+    norm_weight, norm_bias, state = unowned(norm_weight), unowned(norm_bias), unowned(state)
     size = r.shape[1]
     now, then = np.empty((3, size), r.dtype), np.empty((3, size), r.dtype)
     u, u_next, y = np.empty(size, r.dtype), np.empty(size, r.dtype), np.empty(size, r.dtype)
@@ -77,19 +80,23 @@ def _scan(
             continue
         row = start * heads + h
         keys(k[row], a[row], k_k[h], k_a[h], now)
-        u[:] = 0
-        for i in range(size):
-            for j in range(size):
-                u[i] += s[i, j] * now[0, j]
+        product(s, now[0], u)
+        lanes, turned = turn(s, stop - start)
         for t in range(start, stop):
             row = t * heads + h
             after = row + heads if t + 1 < stop else row
             keys(k[after], a[after], k_k[h], k_a[h], then)
-            step(s, decay[row], now[1], now[2], r[row], then[0], u, v[row], y, u_next)
+            vectors = decay[row], now[1], now[2], r[row], then[0], u, v[row], y, u_next
+            if lanes:
+                step_turned(turned, *vectors)
+            else:
+                step(s, *vectors)
             norm(y, norm_weight[h], norm_bias[h], eps)
             finish(y, r[row], now[2], v[row], g[row], r_k[h], out[row])
             u[:] = u_next
             now[:] = then
+        if lanes:
+            s[:] = turned.T
 
 
 @loop
