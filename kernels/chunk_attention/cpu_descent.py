@@ -18,7 +18,7 @@ from rwkvx_kernels.chunk_attention.tree import FANOUT, ChunkTree
 from rwkvx_kernels.compiled import array_at, in_threads, loop, order_free
 
 # Rows that descend together: they stay in the second-level cache, and enough of them share a node.
-TILE_ROWS = 128
+TILE_ROWS = 256
 # Fewer rows than this do not pay for laying out a node's children.
 FEW_ROWS = 10
 
@@ -45,7 +45,7 @@ def descend(
     chosen = torch.empty((groups, rows, slots), dtype=torch.int64)
     late = (offset + (rows - 1) // heads) // chunk_size - tree.chunks
     boxes = [x.contiguous() for x in tree.boxes]
-    leaves = np.concatenate([_addresses(run) for run in tree.leaves], axis=1)
+    leaves = np.concatenate([_addresses(run, 1) for run in tree.leaves], axis=1)
     tail = means_NCD[:, tree.chunks : tree.chunks + late].contiguous()
     tables = [leaves, *(_addresses(x) for x in boxes), _addresses(tail)]
     ends = np.cumsum([0, *(x.shape[1] for x in tables)])
@@ -63,11 +63,11 @@ def descend(
     return chosen
 
 
-def _addresses(x_NME: Tensor) -> np.ndarray:
-    """Where each block of F members of each group begins: [N, M / F rounded up]."""
-    first = np.arange(0, x_NME.shape[1], FANOUT) * x_NME.stride(1)
-    group = np.arange(len(x_NME))[:, None] * x_NME.stride(0)
-    result: np.ndarray = x_NME.data_ptr() + (group + first) * x_NME.element_size()
+def _addresses(x_NM: Tensor, block: int = FANOUT) -> np.ndarray:
+    """Where each block of members of each group begins: [N, M / block rounded up]."""
+    first = np.arange(0, x_NM.shape[1], block) * x_NM.stride(1)
+    group = np.arange(len(x_NM))[:, None] * x_NM.stride(0)
+    result: np.ndarray = x_NM.data_ptr() + (group + first) * x_NM.element_size()
     return result
 
 
@@ -93,7 +93,7 @@ def _descend(
         for level in range(first_level, 0, -1):
             members, children = sizes[level], width * FANOUT
             blocks = addresses[n, ends[level] : ends[level + 1]]
-            _children(mine, kept, width, blocks[:parents], 2 * dim, table, pairs, scores)
+            _children(mine, kept, width, blocks[:parents], 2 * dim, False, table, pairs, scores)
             for i in range(parents, len(blocks)):  # without a parent
                 block = array_at(blocks[i], (min(FANOUT, members - i * FANOUT), 2 * dim), table)
                 place = children + (i - parents) * FANOUT
@@ -109,7 +109,7 @@ def _descend(
             width, parents = keep, members
         children = width * FANOUT
         blocks, tail = addresses[n, : ends[1]], addresses[n, ends[levels + 1] :]
-        _children(mine, kept, width, blocks, dim, table, pairs, scores)
+        _children(mine, kept, width, blocks, dim, True, table, pairs, scores)
         for i in range(len(tail)):
             block = array_at(tail[i], (min(FANOUT, late - i * FANOUT), dim), table)
             place = children + i * FANOUT
@@ -134,8 +134,11 @@ def _member(column, kept, row, children, parentless):
 
 
 @loop
-def _children(q, kept, width, blocks, columns, table, pairs, scores):
-    """Scores of the children of each row's nodes: F columns of `scores` for each of them."""
+def _children(q, kept, width, blocks, columns, laid_out, table, pairs, scores):
+    """Scores of the children of each row's nodes: F columns of `scores` for each of them.
+
+    Blocks are [F, columns], or `laid_out` as [columns, F].
+    """
     stops = np.zeros(len(blocks) + 1, np.int64)
     for row in range(len(q)):
         for i in range(width):
@@ -148,26 +151,38 @@ def _children(q, kept, width, blocks, columns, table, pairs, scores):
             pairs[place[kept[row, i]]] = row * width + i
             place[kept[row, i]] += 1
     for node in range(len(blocks)):
-        if stops[node] < stops[node + 1]:
+        if stops[node] == stops[node + 1]:
+            continue
+        mine = pairs[stops[node] : stops[node + 1]]
+        if laid_out:
+            _score_pairs(q, mine, width, array_at(blocks[node], (columns, FANOUT), table), scores, 0)
+        else:
             block = array_at(blocks[node], (FANOUT, columns), table)
-            _meet(q, pairs[stops[node] : stops[node + 1]], width, block, table, scores, 0)
+            _meet(q, mine, width, block, table, scores, 0)
 
 
 @loop
 def _meet(q, pairs, width, block, table, scores, column):
     """Scores of a block of members [F or fewer, E], for pair row · width + i at F i + `column`."""
-    few = len(pairs) < FEW_ROWS
-    for f in range(0 if few else len(block)):
-        for e in range(block.shape[1]):
-            table[e, f] = block[f, e]
+    if len(pairs) >= FEW_ROWS:
+        for f in range(len(block)):
+            for e in range(block.shape[1]):
+                table[e, f] = block[f, e]
+        _score_pairs(q, pairs, width, table[: block.shape[1]], scores, column)
+        return
+    for p in range(len(pairs)):
+        row = pairs[p] // width
+        _score_few(q, row, block, scores, (pairs[p] - row * width) * FANOUT + column)
+
+
+@loop
+def _score_pairs(q, pairs, width, table, scores, column):
+    """As `_meet`, of members laid out as [E, F]."""
     # No slices in here: each would count a reference, which costs as much as the scores.
     for p in range(len(pairs)):
         row = pairs[p] // width
         place = (pairs[p] - row * width) * FANOUT + column
-        if few:
-            _score_few(q, row, block, scores, place)
-        else:
-            _score(q, row, table, block.shape[1], scores, place)  # type: ignore[call-arg]
+        _score(q, row, table, len(table), scores, place)  # type: ignore[call-arg]
 
 
 @intrinsic

@@ -38,8 +38,8 @@ class ChunkTree(NamedTuple):
         order_NP: [N, P] int64, chunk numbers in the order of the leaves: node i of level j holds
             order_NP[:, i · FANOUT^j : (i + 1) · FANOUT^j].
         boxes: for levels 1, 2, ...: [N, M, 2 D], upper, then lower corners (`box_queries`).
-        leaves: for each run: [N, chunks of the run, D], its means in the order of the leaves, so
-            that what a query reads of a node lies together.
+        leaves: for each run: [N, chunks of the run / FANOUT, D, FANOUT], its means in the order of
+            the leaves, so that what a query reads of a node lies together, one chunk to a lane.
     """
 
     order_NP: Tensor
@@ -114,14 +114,15 @@ def grow_tree(tree: ChunkTree, means_NCD: Tensor, chunks: int) -> ChunkTree:
             break
     orders, leaves, reached = [tree.order_NP[:, :kept]], [], 0
     for run in tree.leaves:
-        reached += run.shape[1]
+        reached += run.shape[1] * FANOUT
         if reached <= kept:
             leaves.append(run)
     for start, stop, size in regions:
         for first in range(max(start, kept), stop, size):
             order = _order_by_likeness(means_NCD[:, first : first + size], size) + first
             orders.append(order)
-            leaves.append(_in_order(means_NCD, order))
+            members = _in_order(means_NCD, order).unflatten(1, (-1, FANOUT))
+            leaves.append(members.transpose(2, 3).contiguous())
     order_NP = torch.cat(orders, dim=1)
     boxes = []
     size, level = FANOUT, 1
