@@ -153,12 +153,9 @@ class Packing(NamedTuple):
                     f"{list(attention_mask.shape)}"
                 )
             real = attention_mask[:, -width:] != 0
-            lengths = real.sum(dim=1)
-            if bool((lengths == width).all()):
-                return cls(None, None)
-            if not bool(lengths.any()):
+            if not bool(real.any()):
                 raise InputError("attention_mask leaves no token at all")
-            return cls(real.flatten().nonzero().squeeze(1), F.pad(lengths.cumsum(0), (1, 0)))
+            return cls.of_mask(real)
         if position_ids is not None and rows == 1:
             starts = (position_ids.flatten().diff() != 1).nonzero().squeeze(1) + 1
             if len(starts):
@@ -166,6 +163,34 @@ class Packing(NamedTuple):
                     None, torch.cat([starts.new_tensor([0]), starts, starts.new_tensor([width])])
                 )
         return cls(None, None)
+
+    @classmethod
+    def of_mask(cls, real_BT: Tensor) -> "Packing":
+        """From a mask with at least one token."""
+        if bool(real_BT.all()):
+            return cls(None, None)
+        offsets = F.pad(real_BT.sum(dim=1).cumsum(0), (1, 0))
+        return cls(real_BT.flatten().nonzero().squeeze(1), offsets)
+
+    def segments(
+        self, inputs: Tensor, model: Model, keep_cache: bool
+    ) -> list[tuple[Tensor, "Packing"]]:
+        """The inputs as one, or cut along T where a padded batch is read without gradients.
+
+        Memory then goes with the segment, as it does for a batch without padding (which the model
+        cuts by itself). Each part goes on from the caches of the one before: they must be kept.
+        """
+        rows, width = inputs.shape[:2]
+        widths = model.segment_lengths(rows, width)
+        if self.tokens is None or torch.is_grad_enabled() or not keep_cache or len(widths) == 1:
+            return [(inputs, self)]
+        real = torch.zeros(rows * width, dtype=torch.bool, device=inputs.device)
+        real[self.tokens] = True
+        masks = real.view(rows, width).split(widths, 1)
+        if not all(bool(mask.any()) for mask in masks):  # a mask with a gap in all rows
+            return [(inputs, self)]
+        parts = zip(inputs.split(widths, 1), masks, strict=True)
+        return [(part, Packing.of_mask(mask)) for part, mask in parts]
 
     def pack(self, inputs: Tensor) -> Tensor:
         """[B, T, ...] -> [1, tokens, ...], or as it is."""
@@ -262,16 +287,19 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         self, inputs: Tensor, packing: Packing, past: StateCache, keep: bool, every: bool
     ) -> list[Tensor]:
         """Hidden states [B, T, C]: the input of `every` block, and what the head reads."""
-        with _block_inputs(self.model, every) as layers:
-            hidden, state = self.model(
-                packing.pack(inputs),
-                past.state,
-                logits="hidden",
-                cu_seqlens=packing.cu_seqlens,
-                keep_cache=keep,
-            )
-        past.state, past.seen = state, past.seen + inputs.shape[1]
-        return [packing.unpack(x, *inputs.shape[:2]) for x in [*layers(), hidden]]
+        parts = []
+        for part, packed in packing.segments(inputs, self.model, keep):
+            with _block_inputs(self.model, every) as layers:
+                hidden, past.state = self.model(
+                    packed.pack(part),
+                    past.state,
+                    logits="hidden",
+                    cu_seqlens=packed.cu_seqlens,
+                    keep_cache=keep,
+                )
+            parts.append([packed.unpack(x, *part.shape[:2]) for x in [*layers(), hidden]])
+        past.seen += inputs.shape[1]
+        return [x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.emb
