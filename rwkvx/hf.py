@@ -37,6 +37,8 @@ from rwkvx.tokenizers import TOKENIZERS, ByteTokenizer, WorldTokenizer
 
 __all__ = ["ByteTokenizer", "RwkvxConfig", "RwkvxForCausalLM", "StateCache", "WorldTokenizer"]
 
+# transformers 5.24 renamed `past_key_values`; before, outputs and `generate` know the old name only.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _DEFAULT = ModelConfig(vocab_size=65536, width=768, pattern=hybrid_pattern(12, 4))
 
 
@@ -237,6 +239,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: StateCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Read tokens; arguments as everywhere in transformers.
@@ -251,6 +254,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: return `past_key_values`; default: the config's, never in training.
             logits_to_keep: logits of so many last positions only, or of these positions; 0: all.
             cu_seq_lens_q: [sequences + 1] offsets of packed sequences, in place of position_ids.
+            cache: another name of past_key_values, transformers' own from 5.24 on.
 
         Raises:
             InputError: arguments that do not fit together; attention matrices, which are not made.
@@ -260,13 +264,16 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
             raise InputError("give either input_ids or inputs_embeds")
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise InputError("attention matrices are never formed: output_attentions is not there")
-        if past_key_values is not None and not isinstance(past_key_values, StateCache):
-            raise InputError(f"past_key_values must be a StateCache: {type(past_key_values)}")
+        if cache is not None and past_key_values is not None:
+            raise InputError("give either past_key_values or cache, two names of one thing")
+        past = past_key_values if cache is None else cache
+        if past is not None and not isinstance(past, StateCache):
+            raise InputError(f"past_key_values must be a StateCache: {type(past)}")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        past = StateCache() if past_key_values is None else past_key_values
+        past = StateCache() if past is None else past
         packing = Packing.of(inputs, attention_mask, None if past.seen else position_ids)
         if cu_seq_lens_q is not None:
             packing = Packing(None, cu_seq_lens_q)
@@ -279,8 +286,8 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past if use_cache else None,
             hidden_states=tuple(layers) if output_hidden_states else None,
+            **cast(Any, {_CACHE: past if use_cache else None}),
         )
 
     def _read(
@@ -355,8 +362,8 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         # The base class gives no cache to a class named like this one, only warnings where due.
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = StateCache()
+        if generation_config.use_cache and model_kwargs.get(_CACHE) is None:
+            model_kwargs[_CACHE] = StateCache()
 
 
 @contextmanager

@@ -174,8 +174,9 @@ def test_the_cache_interface(hf: RwkvxForCausalLM) -> None:
         cache.crop(-1)
     cache.reset()
     assert (len(cache), cache.get_seq_length(), cache.batch_size) == (0, 0, -1)
-    given = StateCache()
-    assert hf(rows, past_key_values=given).past_key_values is given
+    for name in ("past_key_values", "cache"):  # the second name: transformers 5.24 and later
+        given = StateCache()
+        assert hf(rows, **{name: given}).past_key_values is given
     assert error(hf(rows, past_key_values=cache).logits, hf(rows).logits) < 1e-12
 
 
@@ -188,6 +189,11 @@ def test_bad_arguments(hf: RwkvxForCausalLM) -> None:
         ({"input_ids": ids, "attention_mask": torch.ones(1, 60)}, r"beside 70 tokens, got \[1, 60"),
         ({"input_ids": ids, "attention_mask": torch.zeros(1, 70)}, "no token at all"),
         ({"input_ids": ids, "past_key_values": DynamicCache()}, "must be a StateCache"),
+        ({"input_ids": ids, "cache": DynamicCache()}, "must be a StateCache"),
+        (
+            {"input_ids": ids, "cache": StateCache(), "past_key_values": StateCache()},
+            "two names of one thing",
+        ),
         ({"input_ids": ids, "output_attentions": True}, "attention matrices are never formed"),
         ({"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 3])}, "must rise from 0 to 70"),
         ({"inputs_embeds": torch.zeros(1, 70, 31)}, "ids must be int64"),
