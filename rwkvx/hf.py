@@ -37,7 +37,7 @@ from rwkvx.tokenizers import TOKENIZERS, ByteTokenizer, WorldTokenizer
 
 __all__ = ["ByteTokenizer", "RwkvxConfig", "RwkvxForCausalLM", "StateCache", "WorldTokenizer"]
 
-# transformers 5.24 renamed `past_key_values`; before, outputs and `generate` know the old name only.
+# transformers 5.24 renamed `past_key_values`; before it, only the old name is known.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _DEFAULT = ModelConfig(vocab_size=65536, width=768, pattern=hybrid_pattern(12, 4))
 
@@ -90,6 +90,8 @@ class StateCache(Cache):
     """
 
     is_croppable = False
+    # Per layer; where all are, `generate` would read the whole prompt again on top of a given cache.
+    is_linear = (False,)
 
     def __init__(self, state: ModelState | None = None, seen: int = 0) -> None:
         """seen: columns of `input_ids` read so far, padding included, as `generate` counts."""
