@@ -90,7 +90,7 @@ class StateCache(Cache):
     """
 
     is_croppable = False
-    # Per layer; where all are, `generate` would read the whole prompt again on top of a given cache.
+    # Per layer; where all are, `generate` reads the whole prompt again on top of a given cache.
     is_linear = (False,)
 
     def __init__(self, state: ModelState | None = None, seen: int = 0) -> None:
@@ -266,16 +266,11 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
             raise InputError("give either input_ids or inputs_embeds")
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise InputError("attention matrices are never formed: output_attentions is not there")
-        if cache is not None and past_key_values is not None:
-            raise InputError("give either past_key_values or cache, two names of one thing")
-        past = past_key_values if cache is None else cache
-        if past is not None and not isinstance(past, StateCache):
-            raise InputError(f"past_key_values must be a StateCache: {type(past)}")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        past = StateCache() if past is None else past
+        past = _one_cache(past_key_values, cache)
         packing = Packing.of(inputs, attention_mask, None if past.seen else position_ids)
         if cu_seq_lens_q is not None:
             packing = Packing(None, cu_seq_lens_q)
@@ -366,6 +361,16 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache and model_kwargs.get(_CACHE) is None:
             model_kwargs[_CACHE] = StateCache()
+
+
+def _one_cache(past_key_values: Any, cache: Any) -> StateCache:
+    """What was given under either name, or a new one."""
+    if cache is not None and past_key_values is not None:
+        raise InputError("give either past_key_values or cache, two names of one thing")
+    past = past_key_values if cache is None else cache
+    if past is not None and not isinstance(past, StateCache):
+        raise InputError(f"past_key_values must be a StateCache: {type(past)}")
+    return StateCache() if past is None else past
 
 
 @contextmanager
