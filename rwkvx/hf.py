@@ -37,6 +37,8 @@ from rwkvx.tokenizers import TOKENIZERS, ByteTokenizer, WorldTokenizer
 
 __all__ = ["ByteTokenizer", "RwkvxConfig", "RwkvxForCausalLM", "StateCache", "WorldTokenizer"]
 
+# transformers 5.24 renamed `past_key_values`; before it, only the old name is known.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _DEFAULT = ModelConfig(vocab_size=65536, width=768, pattern=hybrid_pattern(12, 4))
 
 
@@ -88,6 +90,8 @@ class StateCache(Cache):
     """
 
     is_croppable = False
+    # Per layer; where all are, `generate` reads the whole prompt again on top of a given cache.
+    is_linear = (False,)
 
     def __init__(self, state: ModelState | None = None, seen: int = 0) -> None:
         """seen: columns of `input_ids` read so far, padding included, as `generate` counts."""
@@ -153,12 +157,9 @@ class Packing(NamedTuple):
                     f"{list(attention_mask.shape)}"
                 )
             real = attention_mask[:, -width:] != 0
-            lengths = real.sum(dim=1)
-            if bool((lengths == width).all()):
-                return cls(None, None)
-            if not bool(lengths.any()):
+            if not bool(real.any()):
                 raise InputError("attention_mask leaves no token at all")
-            return cls(real.flatten().nonzero().squeeze(1), F.pad(lengths.cumsum(0), (1, 0)))
+            return cls.of_mask(real)
         if position_ids is not None and rows == 1:
             starts = (position_ids.flatten().diff() != 1).nonzero().squeeze(1) + 1
             if len(starts):
@@ -166,6 +167,34 @@ class Packing(NamedTuple):
                     None, torch.cat([starts.new_tensor([0]), starts, starts.new_tensor([width])])
                 )
         return cls(None, None)
+
+    @classmethod
+    def of_mask(cls, real_BT: Tensor) -> "Packing":
+        """From a mask with at least one token."""
+        if bool(real_BT.all()):
+            return cls(None, None)
+        offsets = F.pad(real_BT.sum(dim=1).cumsum(0), (1, 0))
+        return cls(real_BT.flatten().nonzero().squeeze(1), offsets)
+
+    def segments(
+        self, inputs: Tensor, model: Model, keep_cache: bool
+    ) -> list[tuple[Tensor, "Packing"]]:
+        """The inputs as one, or cut along T where a padded batch is read without gradients.
+
+        Memory then goes with the segment, as it does for a batch without padding (which the model
+        cuts by itself). Each part goes on from the caches of the one before: they must be kept.
+        """
+        rows, width = inputs.shape[:2]
+        widths = model.segment_lengths(rows, width)
+        if self.tokens is None or torch.is_grad_enabled() or not keep_cache or len(widths) == 1:
+            return [(inputs, self)]
+        real = torch.zeros(rows * width, dtype=torch.bool, device=inputs.device)
+        real[self.tokens] = True
+        masks = real.view(rows, width).split(widths, 1)
+        if not all(bool(mask.any()) for mask in masks):  # a mask with a gap in all rows
+            return [(inputs, self)]
+        parts = zip(inputs.split(widths, 1), masks, strict=True)
+        return [(part, Packing.of_mask(mask)) for part, mask in parts]
 
     def pack(self, inputs: Tensor) -> Tensor:
         """[B, T, ...] -> [1, tokens, ...], or as it is."""
@@ -212,6 +241,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: StateCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Read tokens; arguments as everywhere in transformers.
@@ -226,6 +256,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: return `past_key_values`; default: the config's, never in training.
             logits_to_keep: logits of so many last positions only, or of these positions; 0: all.
             cu_seq_lens_q: [sequences + 1] offsets of packed sequences, in place of position_ids.
+            cache: another name of past_key_values, transformers' own from 5.24 on.
 
         Raises:
             InputError: arguments that do not fit together; attention matrices, which are not made.
@@ -235,13 +266,11 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
             raise InputError("give either input_ids or inputs_embeds")
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise InputError("attention matrices are never formed: output_attentions is not there")
-        if past_key_values is not None and not isinstance(past_key_values, StateCache):
-            raise InputError(f"past_key_values must be a StateCache: {type(past_key_values)}")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        past = StateCache() if past_key_values is None else past_key_values
+        past = _one_cache(past_key_values, cache)
         packing = Packing.of(inputs, attention_mask, None if past.seen else position_ids)
         if cu_seq_lens_q is not None:
             packing = Packing(None, cu_seq_lens_q)
@@ -254,24 +283,27 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past if use_cache else None,
             hidden_states=tuple(layers) if output_hidden_states else None,
+            **cast(Any, {_CACHE: past if use_cache else None}),
         )
 
     def _read(
         self, inputs: Tensor, packing: Packing, past: StateCache, keep: bool, every: bool
     ) -> list[Tensor]:
         """Hidden states [B, T, C]: the input of `every` block, and what the head reads."""
-        with _block_inputs(self.model, every) as layers:
-            hidden, state = self.model(
-                packing.pack(inputs),
-                past.state,
-                logits="hidden",
-                cu_seqlens=packing.cu_seqlens,
-                keep_cache=keep,
-            )
-        past.state, past.seen = state, past.seen + inputs.shape[1]
-        return [packing.unpack(x, *inputs.shape[:2]) for x in [*layers(), hidden]]
+        parts = []
+        for part, packed in packing.segments(inputs, self.model, keep):
+            with _block_inputs(self.model, every) as layers:
+                hidden, past.state = self.model(
+                    packed.pack(part),
+                    past.state,
+                    logits="hidden",
+                    cu_seqlens=packed.cu_seqlens,
+                    keep_cache=keep,
+                )
+            parts.append([packed.unpack(x, *part.shape[:2]) for x in [*layers(), hidden]])
+        past.seen += inputs.shape[1]
+        return [x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.emb
@@ -327,8 +359,18 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         # The base class gives no cache to a class named like this one, only warnings where due.
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = StateCache()
+        if generation_config.use_cache and model_kwargs.get(_CACHE) is None:
+            model_kwargs[_CACHE] = StateCache()
+
+
+def _one_cache(past_key_values: Any, cache: Any) -> StateCache:
+    """What was given under either name, or a new one."""
+    if cache is not None and past_key_values is not None:
+        raise InputError("give either past_key_values or cache, two names of one thing")
+    past = past_key_values if cache is None else cache
+    if past is not None and not isinstance(past, StateCache):
+        raise InputError(f"past_key_values must be a StateCache: {type(past)}")
+    return StateCache() if past is None else past
 
 
 @contextmanager

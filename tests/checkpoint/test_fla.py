@@ -14,6 +14,7 @@ from weights import config, random_checkpoint
 import rwkvx
 from rwkvx import InputError
 from rwkvx.checkpoint import fla
+from rwkvx.checkpoint.shards import write_weights
 from rwkvx.cli.info import describe
 
 SHAPE = config(
@@ -155,6 +156,27 @@ def test_tensors_that_do_not_fit_are_named(
     with pytest.raises(InputError, match=message) as caught:
         rwkvx.load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_shards(folder: Path) -> None:
+    """As the hub cuts a large model; a shard that is missing or cut short is named."""
+    whole = rwkvx.load(folder).fingerprint()
+    rows = dict(describe(folder))
+    names = write_weights(folder, load_file(folder / "model.safetensors"), shard_bytes=200_000)
+    shards = [name for name in names if name.endswith(".safetensors")]
+    assert len(shards) > 2
+    assert not (folder / "model.safetensors").exists()
+    assert rwkvx.load(folder).fingerprint() == whole
+    assert dict(describe(folder)) == rows
+    content = (folder / shards[1]).read_bytes()
+    (folder / shards[1]).write_bytes(content[:-1])
+    for read in (rwkvx.load, describe):
+        with pytest.raises(InputError, match=rf"{shards[1]} .*truncated"):
+            read(folder)
+    (folder / shards[1]).unlink()
+    for read in (rwkvx.load, describe):
+        with pytest.raises(InputError, match=rf"{shards[1]} is missing"):
+            read(folder)
 
 
 def test_folders_without_sums_or_weights(folder: Path) -> None:

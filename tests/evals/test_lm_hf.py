@@ -76,3 +76,15 @@ def test_generation_and_the_maximum_length(folder: Path) -> None:
     assert theirs.max_length == 1 << 20
     ours = RwkvxLM(str(folder), quiet=True).generate_until(requests)
     assert theirs.generate_until(requests, disable_tqdm=True) == ours
+
+
+def test_automatic_batches(folder: Path) -> None:
+    """With `max_length`, which is what lm-eval tries them with where it generates."""
+    probe = HFLM(
+        pretrained=str(folder), trust_remote_code=True, dtype="float32", batch_size="auto",
+        max_batch_size=2, max_length=64, device="cpu",
+    )  # fmt: skip
+    options = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
+    request = Instance("generate_until", {}, ("The cat", options), 0, ("task", 0, 1))  # type: ignore[arg-type]
+    found = probe.generate_until([request], disable_tqdm=True)
+    assert found == RwkvxLM(str(folder), quiet=True).generate_until([request])

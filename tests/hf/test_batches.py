@@ -46,6 +46,31 @@ def test_padding_changes_nothing(hf: RwkvxForCausalLM, side: str, use_cache: boo
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 @torch.no_grad()
+def test_long_padded_batches_are_read_in_segments(
+    hf: RwkvxForCausalLM, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of at most so many tokens, with the logits, hidden states and cache of one reading."""
+    monkeypatch.setattr("rwkvx.model.SEGMENT_TOKENS", 4 * 64)
+    rows = prompts(lengths=[190, 3, 70, 100])
+    batch, seen = padded(rows, side), []
+    handle = core(hf).blocks[0].register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[:2]))
+    out = hf(**batch, output_hidden_states=True)
+    handle.remove()
+    assert len(seen) == 3
+    assert max(b * t for b, t in seen) <= 4 * 64
+    assert {x.shape for x in out.hidden_states} == {(4, 190, 32)}
+    token = torch.tensor([[5]])
+    mask = torch.cat([batch["attention_mask"], torch.ones(4, 1, dtype=torch.int64)], dim=1)
+    after = hf(token.expand(4, 1), attention_mask=mask, past_key_values=out.past_key_values).logits
+    for i, row in enumerate(rows):
+        expected = alone(hf, torch.cat([row, token], dim=1))
+        assert error(real(out.logits, batch["attention_mask"], i), expected[:, :-1]) < 1e-11
+        assert error(after[i : i + 1], expected[:, -1:]) < 1e-11
+    assert not out.logits[batch["attention_mask"] == 0].any()
+
+
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+@torch.no_grad()
 def test_a_cache_of_unequal_rows_goes_on(hf: RwkvxForCausalLM, side: str) -> None:
     """Token by token, then another padded part, then a fork and a choice of rows."""
     rows, more, last = prompts(), prompts(1, [20] * 5), prompts(2, [3, 40, 1, 7, 33])
@@ -149,8 +174,9 @@ def test_the_cache_interface(hf: RwkvxForCausalLM) -> None:
         cache.crop(-1)
     cache.reset()
     assert (len(cache), cache.get_seq_length(), cache.batch_size) == (0, 0, -1)
-    given = StateCache()
-    assert hf(rows, past_key_values=given).past_key_values is given
+    for name in ("past_key_values", "cache"):  # the second name: transformers 5.24 and later
+        given = StateCache()
+        assert hf(rows, **{name: given}).past_key_values is given
     assert error(hf(rows, past_key_values=cache).logits, hf(rows).logits) < 1e-12
 
 
@@ -163,6 +189,11 @@ def test_bad_arguments(hf: RwkvxForCausalLM) -> None:
         ({"input_ids": ids, "attention_mask": torch.ones(1, 60)}, r"beside 70 tokens, got \[1, 60"),
         ({"input_ids": ids, "attention_mask": torch.zeros(1, 70)}, "no token at all"),
         ({"input_ids": ids, "past_key_values": DynamicCache()}, "must be a StateCache"),
+        ({"input_ids": ids, "cache": DynamicCache()}, "must be a StateCache"),
+        (
+            {"input_ids": ids, "cache": StateCache(), "past_key_values": StateCache()},
+            "two names of one thing",
+        ),
         ({"input_ids": ids, "output_attentions": True}, "attention matrices are never formed"),
         ({"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 3])}, "must rise from 0 to 70"),
         ({"inputs_embeds": torch.zeros(1, 70, 31)}, "ids must be int64"),
