@@ -49,7 +49,11 @@ def _backward_kernel(
     i_h, i_part = tl.program_id(0) % H, tl.program_id(0) // H
     o_n = tl.arange(0, BLOCK_N)[None, :]
     o_c, m_c = i_h * N + o_n, o_n < N
-    b_weight, b_bias, b_r_k = load(p_weight, o_c, m_c), load(p_bias, o_c, m_c), load(p_r_k, o_c, m_c)
+    b_weight, b_bias, b_r_k = (
+        load(p_weight, o_c, m_c),
+        load(p_bias, o_c, m_c),
+        load(p_r_k, o_c, m_c),
+    )
     b_dr_k = tl.zeros((1, BLOCK_N), tl.float32)
     b_dweight, b_dbias = b_dr_k, b_dr_k
     for step in range(STEPS):

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from rwkvx_kernels.dispatch import autocast_dtype, check_packed, resolve_impl
@@ -46,7 +45,9 @@ def token_shift(
         raise ValueError(f"previous must be {[rows, x.shape[-1]]}, got {list(previous.shape)}")
     if resolve_impl(impl, x.device, AVAILABLE, x.dtype) != "triton":
         return token_shift_reference(x, previous, mixes, cu_seqlens)
-    from rwkvx_kernels.token_shift.triton_ops import token_shift as operator  # Triton may be missing
+    from rwkvx_kernels.token_shift.triton_ops import (
+        token_shift as operator,  # Triton may be missing
+    )
 
     dtype = autocast_dtype(x)
     shifted: list[Tensor] = operator(

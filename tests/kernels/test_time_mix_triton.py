@@ -22,7 +22,12 @@ FACTOR = 50.0 if DEVICE == "cuda" else 10.0
 
 
 def inputs(
-    batch: int, tokens: int, heads: int = 2, size: int = 16, sequences: int = 0, residual: bool = True
+    batch: int,
+    tokens: int,
+    heads: int = 2,
+    size: int = 16,
+    sequences: int = 0,
+    residual: bool = True,
 ) -> list[Tensor | None]:
     """Tokens, weights and the initial state, of values that float16 can hold."""
     torch.manual_seed(tokens)
@@ -128,7 +133,11 @@ def test_only_the_output_or_only_the_state_is_used() -> None:
 def test_operators() -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for residual, offsets in ((True, None), (False, [0, 3, 18])):
-        args = [x for x in inputs(1, 18, sequences=2 if offsets else 1, residual=residual) if x is not None]
+        args = [
+            x
+            for x in inputs(1, 18, sequences=2 if offsets else 1, residual=residual)
+            if x is not None
+        ]
         args = [x.float().requires_grad_() for x in args]
         count = 8 if residual else 6
         weights = args[count:-1]

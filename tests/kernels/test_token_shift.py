@@ -32,7 +32,9 @@ def by_hand(args: list[Tensor], offsets: list[int] | None) -> list[Tensor]:
     return [(1 - mix) * x + mix * before for mix in mixes]
 
 
-def run(args: list[Tensor], dtype: torch.dtype, impl: str, offsets: list[int] | None) -> list[Tensor]:
+def run(
+    args: list[Tensor], dtype: torch.dtype, impl: str, offsets: list[int] | None
+) -> list[Tensor]:
     """The mixed tokens, and gradients of everything."""
     cu_seqlens = None if offsets is None else torch.tensor(offsets, device=DEVICE)
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in args]
