@@ -20,8 +20,10 @@ MOST_MIXES = 6
 def _source(i_row, p_starts, tokens):
     """Row of `previous` that stands before a token, or -1 for the token before it."""
     if p_starts is None:
-        return tl.where(i_row % tokens == 0, (i_row // tokens).to(tl.int32), -1)
-    return tl.load(p_starts + i_row)
+        b_source = tl.where(i_row % tokens == 0, (i_row // tokens).to(tl.int32), -1)
+    else:
+        b_source = tl.load(p_starts + i_row)
+    return b_source
 
 
 @triton.jit
@@ -103,17 +105,29 @@ def _backward_kernel(
     b_df = tl.zeros((ROWS, COLUMNS), tl.float32)
     p_p = p_partial + i_part.to(tl.int64) * (M * C)
     b_dx, b_df = _unmix(
-        p_mix0, p_dout0, p_p, b_dx, b_df, b_delta, o_c, o_x, m_c, m_x, m_next, C)  # fmt: skip
+        p_mix0, p_dout0, p_p,
+        b_dx, b_df, b_delta, o_c, o_x, m_c, m_x, m_next, C,
+    )  # fmt: skip
     b_dx, b_df = _unmix(
-        p_mix1, p_dout1, p_p + C, b_dx, b_df, b_delta, o_c, o_x, m_c, m_x, m_next, C)  # fmt: skip
+        p_mix1, p_dout1, p_p + C,
+        b_dx, b_df, b_delta, o_c, o_x, m_c, m_x, m_next, C,
+    )  # fmt: skip
     b_dx, b_df = _unmix(
-        p_mix2, p_dout2, p_p + 2 * C, b_dx, b_df, b_delta, o_c, o_x, m_c, m_x, m_next, C)  # fmt: skip
+        p_mix2, p_dout2, p_p + 2 * C,
+        b_dx, b_df, b_delta, o_c, o_x, m_c, m_x, m_next, C,
+    )  # fmt: skip
     b_dx, b_df = _unmix(
-        p_mix3, p_dout3, p_p + 3 * C, b_dx, b_df, b_delta, o_c, o_x, m_c, m_x, m_next, C)  # fmt: skip
+        p_mix3, p_dout3, p_p + 3 * C,
+        b_dx, b_df, b_delta, o_c, o_x, m_c, m_x, m_next, C,
+    )  # fmt: skip
     b_dx, b_df = _unmix(
-        p_mix4, p_dout4, p_p + 4 * C, b_dx, b_df, b_delta, o_c, o_x, m_c, m_x, m_next, C)  # fmt: skip
+        p_mix4, p_dout4, p_p + 4 * C,
+        b_dx, b_df, b_delta, o_c, o_x, m_c, m_x, m_next, C,
+    )  # fmt: skip
     b_dx, b_df = _unmix(
-        p_mix5, p_dout5, p_p + 5 * C, b_dx, b_df, b_delta, o_c, o_x, m_c, m_x, m_next, C)  # fmt: skip
+        p_mix5, p_dout5, p_p + 5 * C,
+        b_dx, b_df, b_delta, o_c, o_x, m_c, m_x, m_next, C,
+    )  # fmt: skip
     tl.store(p_dx + o_x, b_dx.to(p_dx.dtype.element_ty), mask=m_x)
     o_first = b_source.to(tl.int64) * C + o_c
     m_first = m_x & (b_source >= 0)
