@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from rwkvx.config import ModelConfig
 from rwkvx.linear import Linear
-from rwkvx.time_mix import last_token, token_shift
+from rwkvx.time_mix import last_token
+from rwkvx_kernels.channel_mix import squared_relu
+from rwkvx_kernels.token_shift import token_shift
 
 
 class ChannelMix(nn.Module):
@@ -24,7 +26,6 @@ class ChannelMix(nn.Module):
         self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C], normalised, and the last input before it [B, C] -> output, new shift."""
-        mixed = torch.lerp(x, token_shift(x, shift, cu_seqlens), self.x_k)
-        hidden = torch.relu(self.key(mixed))
-        hidden = hidden.square() if hidden.requires_grad else hidden.square_()
+        (mixed,) = token_shift(x, shift, [self.x_k], cu_seqlens)
+        hidden = squared_relu(self.key(mixed))
         return self.value(hidden), last_token(x, shift, cu_seqlens)

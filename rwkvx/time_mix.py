@@ -3,33 +3,16 @@
 Axes: B batch, T time, C width, H heads, N head size, D low rank.
 """
 
-from math import exp
-
 import torch
 from torch import Tensor, nn
 
 from rwkvx.config import ModelConfig
 from rwkvx.linear import Linear
 from rwkvx_kernels.linear import low_rank
-from rwkvx_kernels.time_mix import time_mix
+from rwkvx_kernels.time_mix import TimeMixWeights, time_mix
+from rwkvx_kernels.token_shift import token_shift
 
-# Bounds the decay: log_decay = LOG_DECAY_SCALE · sigmoid(·), so a decay is at least exp(-0.6065).
-LOG_DECAY_SCALE = -exp(-0.5)
 MIXES = ("r", "w", "k", "v", "a", "g")
-
-
-def token_shift(x_BTC: Tensor, previous: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The token before each token: [B, T, C].
-
-    `previous` [B, C] stands before the first token; for packed sequences, [sequences, C] before
-    the first token of each.
-    """
-    if cu_seqlens is None:
-        first = previous.unsqueeze(1)
-        return first if x_BTC.shape[1] == 1 else torch.cat([first, x_BTC[:, :-1]], dim=1)
-    shifted = torch.cat([x_BTC[:, :1], x_BTC[:, :-1]], dim=1)
-    some = cu_seqlens.diff() > 0  # an empty sequence starts where the next one does
-    return shifted.index_copy(1, cu_seqlens[:-1][some], previous[some].unsqueeze(0))
 
 
 def last_token(x_BTC: Tensor, previous: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -96,20 +79,24 @@ class TimeMix(nn.Module):
         Returns:
             output [B, T, C], new shift, new wkv, v_first.
         """
-        delta = token_shift(x, shift, cu_seqlens) - x
-        mixes = torch.stack([getattr(self, f"x_{name}") for name in MIXES])[:, None, None]
-        x_r, x_w, x_k, x_v, x_a, x_g = torch.addcmul(x, delta, mixes).unbind()
+        mixes = [getattr(self, f"x_{name}") for name in MIXES]
+        x_r, x_w, x_k, x_v, x_a, x_g = token_shift(x, shift, mixes, cu_seqlens)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        wide = torch.promote_types(x.dtype, torch.float32)  # a decay of 0.999 needs the bits
-        w = self.w0.to(wide) + low_rank(x_w, self.w1, self.w2, "tanh")
-        log_decay = torch.sigmoid(w) * LOG_DECAY_SCALE
-        a = torch.sigmoid(self.a0 + low_rank(x_a, self.a1, self.a2))
+        w = low_rank(x_w, self.w1, self.w2, "tanh")
+        a = low_rank(x_a, self.a1, self.a2)
         g = low_rank(x_g, self.g1, self.g2, "sigmoid")
-        if v_first is None:
-            v_first = v
-        else:
-            mix = torch.sigmoid(self.v0 + low_rank(x_v, self.v1, self.v2))
-            v = torch.lerp(v, v_first, mix.to(v.dtype))
-        weights = (self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias)
-        y, wkv = time_mix(r, log_decay, k, v, a, g, *weights, self.ln_x.eps, wkv, cu_seqlens)
+        residual = None if v_first is None else (low_rank(x_v, self.v1, self.v2), v_first)
+        weights = TimeMixWeights(
+            w0=self.w0,
+            a0=self.a0,
+            v0=None if v_first is None else self.v0,
+            k_k=self.k_k,
+            k_a=self.k_a,
+            r_k=self.r_k,
+            norm_weight=self.ln_x.weight,
+            norm_bias=self.ln_x.bias,
+        )
+        tokens = (r, w, k, v, a, g)
+        y, wkv = time_mix(*tokens, residual, weights, self.ln_x.eps, wkv, cu_seqlens)
+        v_first = v if v_first is None else v_first
         return self.output(y), last_token(x, shift, cu_seqlens), wkv, v_first

@@ -1,5 +1,5 @@
 """What RWKV-7's time mix does between its projections."""
 
-from rwkvx_kernels.time_mix.api import LOG_DECAY_SCALE, time_mix
+from rwkvx_kernels.time_mix.api import LOG_DECAY_SCALE, TimeMixWeights, time_mix
 
-__all__ = ["LOG_DECAY_SCALE", "time_mix"]
+__all__ = ["LOG_DECAY_SCALE", "TimeMixWeights", "time_mix"]

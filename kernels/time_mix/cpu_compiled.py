@@ -17,9 +17,9 @@ from rwkvx_kernels.wkv7.cpu_compiled import FEW, product, step, step_turned, tur
 def time_mix_compiled(
     r: Tensor,
     log_decay: Tensor,
-    k: Tensor,
     v: Tensor,
     a: Tensor,
+    k: Tensor,
     g: Tensor,
     k_k: Tensor,
     k_a: Tensor,
@@ -30,7 +30,7 @@ def time_mix_compiled(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `api.time_mix`."""
+    """As `api.time_mix` after the gates."""
     heads, size = r_k.shape
     state, out = state.clone(), torch.empty(v.shape, dtype=state.dtype)
     tokens = [_rows(x, size) for x in (r, _decay(log_decay, state.dtype), k, v, a, g, out)]

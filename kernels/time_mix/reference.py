@@ -3,6 +3,8 @@
 Axes: B batch, T time, C width, H heads, N head size.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,12 +12,29 @@ from torch import Tensor
 from rwkvx_kernels.wkv7 import wkv7
 
 
+def gates(
+    w: Tensor,
+    v: Tensor,
+    a: Tensor,
+    residual: tuple[Tensor, Tensor] | None,
+    weights: Any,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log_decay, values and a of what the projections give; arguments as of `api.time_mix`."""
+    wide = torch.promote_types(w.dtype, torch.float32)  # a decay of 0.999 needs the bits
+    log_decay = torch.sigmoid(weights.w0.to(wide) + w) * scale
+    if residual is not None:
+        mix, v_first = residual
+        v = torch.lerp(v, v_first, torch.sigmoid(weights.v0 + mix).to(v.dtype))
+    return log_decay, v, torch.sigmoid(weights.a0 + a)
+
+
 def time_mix_reference(
     r: Tensor,
     log_decay: Tensor,
-    k: Tensor,
     v: Tensor,
     a: Tensor,
+    k: Tensor,
     g: Tensor,
     k_k: Tensor,
     k_a: Tensor,
@@ -27,7 +46,7 @@ def time_mix_reference(
     cu_seqlens: Tensor | None,
     recurrence: str,
 ) -> tuple[Tensor, Tensor]:
-    """As `api.time_mix`; `recurrence` is the implementation of `wkv7`."""
+    """As `api.time_mix` after `gates`; `recurrence` is the implementation of `wkv7`."""
     size = r_k.shape[1]
 
     def heads(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwkvx_kernels.wkv7.triton_chunk import lay_out
 from rwkvx_kernels.wkv7.triton_gradients import gradients
-from rwkvx_kernels.wkv7.triton_prepare import prepare
+from rwkvx_kernels.wkv7.triton_prepare import prepare, storage
 from rwkvx_kernels.wkv7.triton_scan import scan
 from rwkvx_kernels.wkv7.triton_step import step
 
@@ -138,12 +138,17 @@ def _(
     cu_seqlens: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    states = fake_states(r, v, state, cu_seqlens) if keep else state.new_empty(0)
+    return torch.empty_like(v), torch.empty_like(state), states
+
+
+def fake_states(r: Tensor, v: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """As what `forward` keeps for the backward pass."""
     batch, tokens = r.shape[:2]
     chunks = batch * triton.cdiv(tokens, _chunk(r, v))
     if cu_seqlens is not None:
         chunks += len(cu_seqlens) - 1
-    states = state.new_empty((chunks, *state.shape[1:]) if keep else 0)
-    return torch.empty_like(v), torch.empty_like(state), states
+    return state.new_empty(chunks, *state.shape[1:], dtype=storage(r.dtype)[1])
 
 
 @torch.library.custom_op("rwkvx::wkv7_backward", mutates_args=())
@@ -181,12 +186,15 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, _, cu_seqlens, _ = inputs
-    ctx.save_for_backward(*tensors, output[2], cu_seqlens)
+    ctx.set_materialize_grads(False)  # zeros for the states would cost as much as they do
+    ctx.save_for_backward(*tensors, *output[1:], cu_seqlens)
 
 
-def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor, _: Any) -> tuple[Any, ...]:
-    *tensors, states, cu_seqlens = ctx.saved_tensors
-    grads = wkv7_backward(*tensors, states, cu_seqlens, dy.contiguous(), dfinal.contiguous())
+def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Any) -> tuple[Any, ...]:
+    *tensors, final, states, cu_seqlens = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[3]) if dy is None else dy.contiguous()
+    dfinal = torch.zeros_like(final) if dfinal is None else dfinal.contiguous()
+    grads = wkv7_backward(*tensors, states, cu_seqlens, dy, dfinal)
     return (*grads, None, None)
 
 

@@ -68,26 +68,35 @@ def _scan_kernel(
         i_mh = i_m.to(tl.int64) * H + i_h
         b_decay = tl.load(p_decay + i_mh * K + o_k, mask=m_k, other=0.0)[:, None]
         o_p = i_mh * (K * K) + o_square
-        b_p = tl.load(p_p + o_p, mask=m_k[:, None] & (o_j < K), other=0.0)
-        b_d = tl.load(p_d + i_mh * (V * K) + o_tile, mask=m_tile, other=0.0)
+        b_p = load(p_p, o_p, m_k[:, None] & (o_j < K))
+        b_d = load(p_d, i_mh * (V * K) + o_tile, m_tile)
         if KEEP:  # in the place of what was just read
-            tl.store(p_d + i_mh * (V * K) + o_tile, b_state, mask=m_tile)
+            b_kept = b_state.to(p_d.dtype.element_ty)
+            tl.store(p_d + i_mh * (V * K) + o_tile, b_kept, mask=m_tile)
+        if BLOCK_K > PART:
+            b_parts = tl.reshape(b_state, (2, PART, TILE_V))
+            b_first, b_second = tl.split(tl.permute(b_parts, (1, 2, 0)))
         if p_y is not None:
             first, count = locate(i_m, p_table, tokens, per_sequence, CHUNK)
             i_row = tl.arange(0, CHUNK)[:, None]
             row = (first + i_row) * H + i_h
-            b_r = load(p_r, row * K + o_k[None, :], (i_row < count) & m_k[None, :])
             o_y, m_y = row * V + o_v[None, :], (i_row < count) & m_v[None, :]
-            b_y = load(p_y, o_y, m_y) + dot(b_r, b_state, PRECISION)
+            b_y = load(p_y, o_y, m_y)
+            o_r, m_r = row * K + o_j, (i_row < count) & (o_j < K)
+            b_r = load(p_r, o_r, m_r)
+            if BLOCK_K > PART:
+                b_y += dot(b_r, b_first, PRECISION)
+                b_r = load(p_r, o_r + PART, m_r & (o_j < K - PART))
+                b_y += dot(b_r, b_second, PRECISION)
+            else:
+                b_y += dot(b_r, b_state, PRECISION)
             tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m_y)
         # The decay apart from the dot: a state rounded to 11 bits in every chunk would forget.
         b_d += b_state * b_decay
         if BLOCK_K > PART:
-            b_parts = tl.reshape(b_state, (2, PART, TILE_V))
-            b_first, b_second = tl.split(tl.permute(b_parts, (1, 2, 0)))
             b_d += dot(b_p, b_first, PRECISION)
             m_second = m_k[:, None] & (o_j < K - PART)
-            b_p = tl.load(p_p + o_p + PART * TO_COLUMN, mask=m_second, other=0.0)
+            b_p = load(p_p, o_p + PART * TO_COLUMN, m_second)
             b_state = b_d + dot(b_p, b_second, PRECISION)
         else:
             b_state = b_d + dot(b_p, b_state, PRECISION)

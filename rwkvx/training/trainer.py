@@ -26,6 +26,7 @@ from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.data import Batch, Source, build_source
 from rwkvx.training.optim import build_optimizer, learning_rate, set_learning_rate
 from rwkvx.training.resume import load_checkpoint, save_checkpoint
+from rwkvx_kernels.linear import linear_cross_entropy
 
 # First number of a data seed: training and evaluation never share a sample.
 TRAINING, EVALUATION, CARRYING = 0, 1, 2
@@ -129,8 +130,10 @@ class Trainer:
     def _loss(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
         batch = self._to_device(batch)
         with self._autocast():
-            logits, final = self.model(batch.inputs, state, keep_cache=False)
-        return _weighted_loss(logits, batch), final
+            hidden, final = self.model(batch.inputs, state, logits="hidden", keep_cache=False)
+            flat = (hidden.flatten(0, 1), self.model.head.weight, batch.targets.flatten())
+            loss = linear_cross_entropy(*flat, batch.weights.flatten())
+        return loss, final
 
     def _initial_state(self, stage: StageConfig, micro: int) -> ModelState | None:
         """Rows of the carried recurrent states, others zero; None for all zero."""

@@ -23,7 +23,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("family", ["wkv7", "chunk_attention"])
+@pytest.mark.parametrize(
+    "family", ["wkv7", "chunk_attention", "time_mix", "token_shift", "channel_mix"]
+)
 def test_every_target(family: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     process = run(family, "--quick", "--json", str(report))

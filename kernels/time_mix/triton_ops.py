@@ -1,0 +1,196 @@
+"""The time mix between its projections in Triton, as operators of torch with gradients.
+
+One operator from the projections to the output projection, so that gradients that meet (of r, keys,
+values) are added inside a kernel. Importing this module registers `torch.ops.rwkvx.time_mix*`.
+Lists of tensors: `tokens` r, w, k, v, a, g and, with a value residual, mix, v_first; `weights` w0,
+a0, k_k, k_a, r_k, norm weight and bias and, with one, v0. Shapes as in `api.time_mix`, contiguous.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkvx_kernels.time_mix import triton_finish, triton_keys
+from rwkvx_kernels.time_mix.triton_step import step
+from rwkvx_kernels.wkv7 import triton_ops as recurrence
+
+
+def time_mix_triton(
+    tokens: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """What the output projection reads, and the final state."""
+    tokens = [x.to(tokens[0].dtype).contiguous() for x in tokens]
+    arguments = (tokens, [x.contiguous() for x in weights], eps, state.contiguous(), cu_seqlens)
+    if not training and tokens[0].shape[1] <= recurrence.STEP_TOKENS:
+        out, final = time_mix_step(*arguments)
+    else:
+        out, final, *_ = time_mix_forward(*arguments, training)
+    return out, final
+
+
+def forward(
+    tokens: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    keep: bool,
+) -> list[Tensor]:
+    """Output, final state and, with `keep`, what the backward pass reads.
+
+    These are y, the states before chunks, log_decay, key, alpha, beta and, with a value residual,
+    value.
+    """
+    r, w, k, v, a, g, *residual = tokens
+    w0, a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights
+    made = triton_keys.prepare([w, k, v, a], residual, [w0, a0, k_k, k_a, *v0], len(r_k))
+    inputs = _recurrent(r, v, made, len(r_k))
+    y, final, states = recurrence.forward(inputs, state, cu_seqlens, keep)
+    y, key, value = (x.flatten(2) for x in (y, *inputs[2:4]))
+    out = triton_finish.finish([y, r, key, value, g], [r_k, norm_weight, norm_bias], eps)
+    return [out, final, y, states, *made] if keep else [out, final]
+
+
+def _recurrent(r: Tensor, v: Tensor, made: list[Tensor], heads: int) -> list[Tensor]:
+    """What `wkv7` takes, [B, T, H, N], of what `triton_keys.prepare` made."""
+    log_decay, key, alpha, beta, *value = made
+    value = value or [v]
+    return [x.unflatten(2, (heads, -1)) for x in (r, log_decay, key, *value, alpha, beta)]
+
+
+def backward(
+    tokens: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
+    cu_seqlens: Tensor | None,
+    kept: list[Tensor],
+    dout: Tensor,
+    dfinal: Tensor,
+) -> list[Tensor]:
+    """Gradients of all tokens, all weights and the initial state."""
+    r, w, k, v, a, g, *residual = tokens
+    w0, a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights
+    y, states, *made = kept
+    inputs = _recurrent(r, v, made, len(r_k))
+    key, value = inputs[2].flatten(2), inputs[3].flatten(2)
+    (dy, dvalue, dg, dbonus), last = triton_finish.gradients(
+        dout, [y, r, key, value, g], [r_k, norm_weight, norm_bias], eps
+    )
+    *later, dstate = recurrence.backward(
+        inputs, states, cu_seqlens, dy.unflatten(2, (len(r_k), -1)), dfinal
+    )
+    later = [dbonus, dvalue, *(x.flatten(2) for x in later)]
+    own = [w0, a0, k_k, k_a, *v0]
+    new, first = triton_keys.gradients([r, w, k, v, a], residual, own, r_k, later)
+    made_of = zip([*first[:4], *last, *first[4:]], weights, strict=True)
+    # A copy each: outputs of an operator share no memory.
+    dweights = [dx.view_as(x).to(x.dtype, copy=True) for dx, x in made_of]
+    return [*new[:5], dg, *new[5:], *dweights, dstate]
+
+
+@torch.library.custom_op("rwkvx::time_mix_step", mutates_args=())
+def time_mix_step(
+    tokens: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> list[Tensor]:
+    """Token by token, without a gradient: output and final state."""
+    return step(tokens[:6], tokens[6:], weights, eps, state, cu_seqlens)
+
+
+@time_mix_step.register_fake
+def _(
+    tokens: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> list[Tensor]:
+    return [torch.empty_like(tokens[3]), torch.empty_like(state)]
+
+
+@torch.library.custom_op("rwkvx::time_mix", mutates_args=())
+def time_mix_forward(
+    tokens: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    keep: bool,
+) -> list[Tensor]:
+    """What `forward` says."""
+    return forward(tokens, weights, eps, state, cu_seqlens, keep)
+
+
+@time_mix_forward.register_fake
+def _(
+    tokens: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    keep: bool,
+) -> list[Tensor]:
+    out, final = torch.empty_like(tokens[5]), torch.empty_like(state)
+    if not keep:
+        return [out, final]
+    heads = tokens[0].unflatten(2, (len(weights[4]), -1))
+    states = recurrence.fake_states(heads, heads, state, cu_seqlens)
+    made = [torch.empty_like(tokens[2]) for _ in range(4 if len(tokens) > 6 else 3)]
+    log_decay = torch.empty_like(tokens[2], dtype=torch.float32)
+    return [out, final, torch.empty_like(tokens[3]), states, log_decay, *made]
+
+
+@torch.library.custom_op("rwkvx::time_mix_backward", mutates_args=())
+def time_mix_backward(
+    tokens: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
+    cu_seqlens: Tensor | None,
+    kept: list[Tensor],
+    dout: Tensor,
+    dfinal: Tensor,
+) -> list[Tensor]:
+    """What `backward` says."""
+    return backward(tokens, weights, eps, cu_seqlens, kept, dout, dfinal)
+
+
+@time_mix_backward.register_fake
+def _(
+    tokens: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
+    cu_seqlens: Tensor | None,
+    kept: list[Tensor],
+    dout: Tensor,
+    dfinal: Tensor,
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in (*tokens, *weights, dfinal)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    tokens, weights, ctx.eps, state, cu_seqlens, _ = inputs
+    ctx.set_materialize_grads(False)  # zeros for what is only kept would cost as much as a pass
+    ctx.counts = len(tokens), len(weights)
+    ctx.save_for_backward(cu_seqlens, output[1], *tokens, *weights, *output[2:])
+
+
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    cu_seqlens, final, *rest = ctx.saved_tensors
+    count, middle = ctx.counts[0], sum(ctx.counts)
+    tokens, weights, kept = rest[:count], rest[count:middle], rest[middle:]
+    dout = torch.zeros_like(tokens[5]) if grads[0] is None else grads[0].contiguous()
+    dfinal = torch.zeros_like(final) if grads[1] is None else grads[1].contiguous()
+    new = time_mix_backward(tokens, weights, ctx.eps, cu_seqlens, kept, dout, dfinal)
+    return new[:count], new[count:middle], None, new[middle], None, None
+
+
+time_mix_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,30 @@
+"""The token shift in plain torch, on any device.
+
+Axes: B batch, T time, C width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def before(x_BTC: Tensor, previous: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The token before each token: [B, T, C]."""
+    if cu_seqlens is None:
+        first = previous.unsqueeze(1)
+        return first if x_BTC.shape[1] == 1 else torch.cat([first, x_BTC[:, :-1]], dim=1)
+    shifted = torch.cat([x_BTC[:, :1], x_BTC[:, :-1]], dim=1)
+    some = cu_seqlens.diff() > 0  # an empty sequence starts where the next one does
+    return shifted.index_copy(1, cu_seqlens[:-1][some], previous[some].unsqueeze(0))
+
+
+def token_shift_reference(
+    x: Tensor, previous: Tensor, mixes: Sequence[Tensor], cu_seqlens: Tensor | None
+) -> list[Tensor]:
+    """As `api.token_shift`."""
+    shifted = before(x, previous, cu_seqlens)
+    if len(mixes) == 1:
+        return [torch.lerp(x, shifted, mixes[0])]
+    stacked = torch.stack(list(mixes))[:, None, None]
+    return list(torch.addcmul(x, shifted - x, stacked).unbind())

@@ -1,0 +1,44 @@
+"""The squared ReLU: plain torch and Triton (on a GPU or interpreted)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rwkvx_kernels.channel_mix import squared_relu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    leaf = x.clone().requires_grad_()
+    y = squared_relu(leaf, impl=impl)
+    torch.manual_seed(1)
+    y.backward(torch.randn(y.shape).to(y))
+    assert leaf.grad is not None
+    return y.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 2049), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_triton_gives_the_same(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    pytest.importorskip("triton", reason="needs triton (the extra gpu)")
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(DEVICE, dtype)
+    for got, expected in zip(run(x, "triton"), run(x.double(), "reference"), strict=True):
+        tolerance = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+        assert got.dtype == dtype
+
+
+def test_operator() -> None:
+    pytest.importorskip("triton", reason="needs triton (the extra gpu)")
+    x = torch.randn(4, 6, device=DEVICE, requires_grad=True)
+    squared_relu(x, impl="triton")  # registers
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.rwkvx.squared_relu, (x,), test_utils=tests)
+
+
+def test_float64_has_no_triton() -> None:
+    pytest.importorskip("triton", reason="needs triton (the extra gpu)")
+    with pytest.raises(ValueError, match="has no float64"):
+        squared_relu(torch.zeros(2, dtype=torch.float64, device=DEVICE), impl="triton")

@@ -1,0 +1,77 @@
+"""The loss without all logits at once is the loss with them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from measure import LargestTensor, assert_as_good
+from torch import Tensor
+
+from rwkvx_kernels.linear import linear_cross_entropy
+
+NAMES = ("loss", "dx", "dweight")
+
+
+def inputs(tokens: int = 37, width: int = 12, vocabulary: int = 50) -> list[Tensor]:
+    torch.manual_seed(0)
+    x, weight = torch.randn(tokens, width), torch.randn(vocabulary, width)
+    return [x, weight, torch.randint(vocabulary, (tokens,)), torch.rand(tokens)]
+
+
+def run(args: list[Tensor], most: int | None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Loss and gradients; with None of plain torch."""
+    leaves = [x.to(dtype).requires_grad_() for x in args[:2]]
+    weights = args[3].to(dtype)
+    if most is None:
+        losses = F.cross_entropy(leaves[0] @ leaves[1].T, args[2], reduction="none")
+        loss = (losses * weights).sum()
+    else:
+        loss = linear_cross_entropy(*leaves, args[2], weights, most)
+    (loss * 3).backward()
+    return [loss.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+@pytest.mark.parametrize("most", [1, 50, 170, 37 * 50 - 1, 37 * 50])
+def test_any_tile_gives_loss_and_gradients(most: int) -> None:
+    args = inputs()
+    exact, reference = run(args, None, torch.float64), run(args, None)
+    assert_as_good(run(args, most), reference, exact, 4.0, NAMES)
+    assert_as_good(run(args, most, torch.float64), exact, exact, 4.0, NAMES)
+
+
+def test_autocast_makes_the_product_narrow() -> None:
+    args = inputs()
+    results = []
+    for most in (10**6, 170):
+        leaves = [x.clone().requires_grad_() for x in args[:2]]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(*leaves, *args[2:], most)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in leaves)
+        results.append([loss.detach(), *(x.grad for x in leaves)])
+    exact = run(args, None, torch.float64)
+    narrow = [x.bfloat16() for x in exact]
+    for result in results:
+        assert_as_good(result, narrow, exact, 4.0, NAMES)
+
+
+def test_memory_is_that_of_a_tile() -> None:
+    args = inputs(tokens=400, width=4, vocabulary=100)
+    leaves = [x.requires_grad_() for x in args[:2]]
+    with LargestTensor() as largest:
+        linear_cross_entropy(*leaves, *args[2:], 1000).backward()
+    assert largest.elements <= 1600  # of x; all logits would be 40,000
+
+
+def test_only_what_is_asked_for_gets_a_gradient() -> None:
+    args = inputs()
+    x = args[0].requires_grad_()
+    linear_cross_entropy(x, *args[1:], 100).backward()
+    assert x.grad is not None
+    assert args[1].grad is None
+
+
+def test_shapes_that_do_not_fit() -> None:
+    x, weight, targets, weights = inputs()
+    with pytest.raises(ValueError, match="targets and weights"):
+        linear_cross_entropy(x, weight, targets[:-1], weights)
