@@ -1,6 +1,7 @@
 """The public chunk attention: checks its arguments, chooses an implementation and calls it."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from rwkvx_kernels.chunk_attention.cache import KeyValueCache
 from rwkvx_kernels.chunk_attention.cpu import attend_cache, attend_sequence, choose_cached
 from rwkvx_kernels.chunk_attention.reference import chunk_attention_reference
 from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl, without_autocast
+from rwkvx_kernels.opaque import opaque
 
 AVAILABLE = ("reference", "cpu", "triton")
 SELECTIONS = ("flat", "coarse_to_fine")
@@ -62,6 +64,12 @@ def chunk_attention(
     impl = _resolve(impl, q, chunk_size, selection)
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"q has {q.shape[1]} tokens, k and v have {k.shape[1]}")
+    if q.numel() == 0:
+        return q
+    if impl == "triton":
+        return _triton(q, k, v, chunk_size, topk, cu_seqlens)
+    if torch.compiler.is_compiling():
+        return _opaque(q, k, v, chunk_size, topk, cu_seqlens, impl, selection)
     if cu_seqlens is not None:
         offsets = check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
         parts = [
@@ -70,14 +78,10 @@ def chunk_attention(
             )
             for a, b in pairwise(offsets)
         ]
-        return torch.cat(parts, dim=1) if parts else q
-    if q.numel() == 0:
-        return q
+        return torch.cat(parts, dim=1)
     coarse = selection == "coarse_to_fine"
     if impl == "cpu":
         return attend_sequence(q, k, v, chunk_size, topk, coarse)
-    if impl == "triton":
-        return _triton(q, k, v, chunk_size, topk)
     return _reference(q, k, v, chunk_size, topk, coarse)
 
 
@@ -111,18 +115,50 @@ def cached_chunk_attention(
     if q.numel() == 0:
         return q
     coarse = selection == "coarse_to_fine"
-    if impl == "cpu":
-        return attend_cache(q, cache, length, topk, coarse)
     if impl == "triton":
         return _cached_triton(q.detach().contiguous(), cache, length, topk)
+    if torch.compiler.is_compiling():
+        tensors = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+        shape = (length, cache.chunk_size, topk)
+        return _opaque_cached(q.detach(), *tensors, *shape, impl, selection)
+    if impl == "cpu":
+        return attend_cache(q, cache, length, topk, coarse)
     return _reference(q, k[:, :length], v[:, :length], cache.chunk_size, topk, coarse)
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int) -> Tensor:
-    from rwkvx_kernels.chunk_attention import triton_ops
+def _fake(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
 
-    args = (x.contiguous() for x in (q, k, v))
-    o: Tensor = triton_ops.chunk_attention(*args, chunk_size, topk)[0]
+
+_opaque = opaque("chunk_attention_plain", _fake)(chunk_attention)
+
+
+@opaque("chunk_attention_cached_plain", _fake)
+def _opaque_cached(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    length: int,
+    chunk_size: int,
+    topk: int,
+    impl: str,
+    selection: str,
+) -> Tensor:
+    cache = KeyValueCache.of(k, v, means, chunk_size, length)
+    return cached_chunk_attention(q, cache, length, topk, impl, selection)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, cu_seqlens: Tensor | None
+) -> Tensor:
+    from rwkvx_kernels.chunk_attention import triton_ops, triton_packed
+
+    args = [x.contiguous() for x in (q, k, v)]
+    if cu_seqlens is None:
+        o: Tensor = triton_ops.chunk_attention(*args, chunk_size, topk)[0]
+    else:
+        o = triton_packed.chunk_attention_packed(*args, cu_seqlens, chunk_size, topk)[0]
     return o
 
 

@@ -37,6 +37,16 @@ class KeyValueCache:
         self.written = 0
         self._tree = empty_tree(self.means_BGCD.flatten(0, 1))
 
+    @classmethod
+    def of(
+        cls, k_BGSD: Tensor, v_BGSD: Tensor, means_BGCD: Tensor, chunk_size: int, written: int
+    ) -> "KeyValueCache":
+        """Around tensors that hold the first `written` tokens."""
+        cache = cls(*means_BGCD.shape[:2], means_BGCD.shape[3], chunk_size, k_BGSD)
+        cache.k_BGSD, cache.v_BGSD, cache.means_BGCD = k_BGSD, v_BGSD, means_BGCD
+        cache.written = written
+        return cache
+
     @property
     def batch(self) -> int:
         """Batch rows."""
@@ -50,18 +60,22 @@ class KeyValueCache:
     def append(self, length: int, k_BTGD: Tensor, v_BTGD: Tensor) -> "KeyValueCache":
         """Write T tokens after the first `length`; returns the cache that holds them all."""
         end = length + k_BTGD.shape[1]
+        cache = self.reserve(length, end)
+        write = _traced_write if torch.compiler.is_compiling() else _write
+        tensors = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD, k_BTGD, v_BTGD)
+        write(*tensors, length, self.chunk_size)
+        return cache
+
+    def reserve(self, length: int, end: int) -> "KeyValueCache":
+        """This cache, or a copy of its first tokens, with the places length ... end - 1 to write to.
+
+        Whoever else continues one of its states writes to a copy from now on.
+        """
         cache = self
         if length < self.written:
             cache = self._copy(length, max(end, self.capacity))
         elif end > self.capacity:
             cache = self._copy(length, max(end, FIRST_CAPACITY, int(GROWTH * self.capacity)))
-        cache.k_BGSD[:, :, length:end] = k_BTGD.transpose(1, 2)
-        cache.v_BGSD[:, :, length:end] = v_BTGD.transpose(1, 2)
-        first, last = length // self.chunk_size, end // self.chunk_size
-        if last > first:
-            done = cache.k_BGSD[:, :, first * self.chunk_size : last * self.chunk_size]
-            done = done.unflatten(2, (last - first, self.chunk_size))
-            cache.means_BGCD[:, :, first:last] = done.to(cache.means_BGCD.dtype).mean(dim=3)
         cache.written = end
         return cache
 
@@ -102,3 +116,30 @@ class KeyValueCache:
                 head = torch.arange(heads, device=index.device)
                 new._tree = self._tree.rows((index[:, None] * heads + head).flatten())
         return new
+
+
+def _write(
+    cached_k: Tensor,
+    cached_v: Tensor,
+    means: Tensor,
+    k: Tensor,
+    v: Tensor,
+    length: int,
+    chunk_size: int,
+) -> None:
+    """k, v [B, T, G, D] into [B, G, S, D] after `length` tokens; the means of completed chunks."""
+    end = length + k.shape[1]
+    cached_k[:, :, length:end] = k.transpose(1, 2)
+    cached_v[:, :, length:end] = v.transpose(1, 2)
+    first, last = length // chunk_size, end // chunk_size
+    if last > first:
+        done = cached_k[:, :, first * chunk_size : last * chunk_size]
+        done = done.unflatten(2, (last - first, chunk_size))
+        means[:, :, first:last] = done.to(means.dtype).mean(dim=3)
+
+
+# For `torch.compile`, which would compile completing a chunk and not completing one each.
+_traced_write = torch.library.custom_op(
+    "rwkvx::chunk_attention_append", _write, mutates_args=("cached_k", "cached_v", "means")
+)
+_traced_write.register_fake(lambda *_: None)

@@ -65,7 +65,8 @@ def time_mix(
     tensors = (r, log_decay, k, v, a, g)
     weights = (k_k, k_a, r_k, norm_weight, norm_bias)
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *weights, state))
-    if impl == "cpu" and not training and r.device.type == "cpu" and r.numel():
+    compiled = r.device.type == "cpu" and not torch.compiler.is_compiling()
+    if impl == "cpu" and not training and compiled and r.numel():
         from rwkvx_kernels.time_mix.cpu_compiled import time_mix_compiled
 
         return time_mix_compiled(*tensors, *weights, eps, state, cu_seqlens)
