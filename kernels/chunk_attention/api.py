@@ -89,7 +89,7 @@ def chunk_attention(
 def cached_chunk_attention(
     q: Tensor,
     cache: KeyValueCache,
-    length: int,
+    length: int | Tensor,
     topk: int,
     impl: str = "auto",
     selection: str = "flat",
@@ -98,7 +98,8 @@ def cached_chunk_attention(
 
     Args:
         q: [B, T, H, D]; the T tokens are already in the cache.
-        length: tokens of the sequence, including those T.
+        length: tokens of the sequence, including those T; or of each sequence, [B] int64, for the
+            Triton kernels and T up to 8: nothing waits for their values, which are not checked.
 
     Returns:
         o [B, T, H, D] in the dtype of `q`.
@@ -110,6 +111,13 @@ def cached_chunk_attention(
     k, v = cache.k_BGSD.transpose(1, 2), cache.v_BGSD.transpose(1, 2)
     _check(q, k, v, cache.chunk_size, topk, selection)
     impl = _resolve(impl, q, cache.chunk_size, selection)
+    if isinstance(length, Tensor):
+        if impl != "triton" or q.shape[1] > FEW_QUERIES:
+            raise NotImplementedError(
+                f'lengths on the device need impl="triton" and at most {FEW_QUERIES} queries, '
+                f'these are {q.shape[1]} for impl="{impl}"'
+            )
+        return _cached_triton(q.detach().contiguous(), cache, length, topk)
     if not q.shape[1] <= length <= cache.written:
         raise ValueError(f"{q.shape[1]} queries at length {length}: cache has {cache.written}")
     if q.numel() == 0:
@@ -162,15 +170,21 @@ def _triton(
     return o
 
 
-def _cached_triton(q: Tensor, cache: KeyValueCache, length: int, topk: int) -> Tensor:
+def has_decode_kernel(q: Tensor, chunk_size: int, selection: str = "flat") -> bool:
+    """Whether `cached_chunk_attention` takes lengths on the device, for queries as q [B, T, H, D]."""
+    return _resolve("auto", q, chunk_size, selection) == "triton"
+
+
+def _cached_triton(q: Tensor, cache: KeyValueCache, length: int | Tensor, topk: int) -> Tensor:
     from rwkvx_kernels.chunk_attention import triton_ops
 
     cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
-    if q.shape[1] > FEW_QUERIES:
+    if isinstance(length, int) and q.shape[1] > FEW_QUERIES:
         o: Tensor = triton_ops.chunk_attention_cached(q, *cached, length, cache.chunk_size, topk)
         return o
-    lengths = torch.full((q.shape[0],), length, device=q.device)
-    o = triton_ops.chunk_attention_decode(q, *cached, lengths, cache.chunk_size, topk)
+    if not isinstance(length, Tensor):
+        length = torch.full((q.shape[0],), length, device=q.device)
+    o = triton_ops.chunk_attention_decode(q, *cached, length, cache.chunk_size, topk)
     return o
 
 

@@ -4,6 +4,8 @@ Axes: B batch, T new tokens, G key/value heads, S capacity in tokens, C capacity
 D head size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,16 @@ class KeyValueCache:
         write(*tensors, length, self.chunk_size)
         return cache
 
+    def append_each(self, lengths_B: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> None:
+        """Write one token after `lengths` tokens of each row, in place, without a look at them.
+
+        By a Triton kernel, into places that were reserved.
+        """
+        from rwkvx_kernels.chunk_attention.triton_append import append_each
+
+        tensors = (self.k_BGSD, self.v_BGSD, self.means_BGCD, k_BTGD, v_BTGD)
+        append_each(*tensors, lengths_B, self.chunk_size)
+
     def reserve(self, length: int, end: int) -> "KeyValueCache":
         """This cache, or a copy of its first tokens, with the places length ... end - 1 to write to.
 
@@ -91,6 +103,18 @@ class KeyValueCache:
         """A new cache of the batch rows `index`, of the same capacity, with the first tokens."""
         return self._copy(length, self.capacity, index)
 
+    @classmethod
+    def joined(
+        cls, rows: Sequence[tuple["KeyValueCache", int]], capacity: int
+    ) -> "KeyValueCache":
+        """A new cache of the first tokens of caches of one row; no place of it is left to others."""
+        heads, _, dim = rows[0][0].k_BGSD.shape[1:]
+        new = cls(len(rows), heads, dim, rows[0][0].chunk_size, rows[0][0].k_BGSD, capacity)
+        for i, (cache, length) in enumerate(rows):
+            new._fill(slice(i, i + 1), cache, length)
+        new.written = new.capacity
+        return new
+
     def bytes_per_token(self) -> float:
         """Memory that one more token of one sequence takes, in bytes."""
         heads, dim = self.k_BGSD.shape[1], self.k_BGSD.shape[3]
@@ -101,21 +125,26 @@ class KeyValueCache:
         batch, heads, _, dim = self.k_BGSD.shape
         rows = batch if index is None else len(index)
         new = KeyValueCache(rows, heads, dim, self.chunk_size, self.k_BGSD, capacity)
-        chunks = length // self.chunk_size
-        for old, fresh, size in (
-            (self.k_BGSD, new.k_BGSD, length),
-            (self.v_BGSD, new.v_BGSD, length),
-            (self.means_BGCD, new.means_BGCD, chunks),
-        ):
-            part = old[:, :, :size]
-            fresh[:, :, :size] = part if index is None else part[index]
+        new._fill(slice(None), self, length, index)
         new.written = length
-        if self._tree.chunks <= chunks:
+        if self._tree.chunks <= length // self.chunk_size:
             new._tree = self._tree
             if index is not None:
                 head = torch.arange(heads, device=index.device)
                 new._tree = self._tree.rows((index[:, None] * heads + head).flatten())
         return new
+
+    def _fill(
+        self, rows: slice, other: "KeyValueCache", length: int, index: Tensor | None = None
+    ) -> None:
+        """The first tokens of these rows from another cache, or from its rows `index`."""
+        for old, fresh, size in (
+            (other.k_BGSD, self.k_BGSD, length),
+            (other.v_BGSD, self.v_BGSD, length),
+            (other.means_BGCD, self.means_BGCD, length // self.chunk_size),
+        ):
+            part = old[:, :, :size]
+            fresh[rows, :, :size] = part if index is None else part[index]
 
 
 def _write(
