@@ -59,9 +59,7 @@ def can_capture(model: Model) -> bool:
     return (
         "rwkv7" not in kinds
         or wkv7.chosen_impl(weight.device, "auto", weight.dtype, sizes) == "triton"
-    ) and (
-        "sparse" not in kinds or has_decode_kernel(queries, config.chunk_size, config.selection)
-    )
+    ) and ("sparse" not in kinds or has_decode_kernel(queries, config.chunk_size, config.selection))
 
 
 class DeviceRows(NamedTuple):

@@ -104,9 +104,7 @@ class KeyValueCache:
         return self._copy(length, self.capacity, index)
 
     @classmethod
-    def joined(
-        cls, rows: Sequence[tuple["KeyValueCache", int]], capacity: int
-    ) -> "KeyValueCache":
+    def joined(cls, rows: Sequence[tuple["KeyValueCache", int]], capacity: int) -> "KeyValueCache":
         """A new cache of the first tokens of caches of one row; no place of it is left to others."""
         heads, _, dim = rows[0][0].k_BGSD.shape[1:]
         new = cls(len(rows), heads, dim, rows[0][0].chunk_size, rows[0][0].k_BGSD, capacity)

@@ -33,8 +33,9 @@ def kind(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def model_of(name: str, kind: str) -> Model:
     config = {**HYBRID.to_dict(), **VARIANTS[name]}
+    config["pattern"] = ("rwkv7", "sparse")
     if kind == "triton":
-        config |= {"head_size": 16, "chunk_size": 16, "pattern": ("rwkv7", "sparse")}
+        config |= {"head_size": 16, "chunk_size": 16}
     return random_model(ModelConfig.from_dict(config), dtype=KINDS[kind])
 
 
@@ -54,10 +55,9 @@ def gradients(call: Any, model: Model, ids: Tensor, **options: Any) -> list[Tens
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", ["plain", "conv_gqa"])
-def test_training(name: str, packed: bool, kind: str) -> None:
+def test_training(packed: bool, kind: str) -> None:
     """The second length is any length: a third compiles nothing."""
-    model = model_of(name, kind)
+    model = model_of("conv_gqa", kind)
     call, counter = compiled(model)
     for tokens in (36, 41, 44):
         ids, options = random_ids(tokens, batch=1 if packed else 2), {}
@@ -73,20 +73,19 @@ def test_training(name: str, packed: bool, kind: str) -> None:
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @torch.no_grad()
-def test_decoding_compiles_a_few_times_at_most(backend: str, kind: str) -> None:
+def test_decoding_compiles_a_few_times_at_most(kind: str) -> None:
     """Past several ends of a chunk and a cache that grows; states are forked on the way."""
     model = model_of("key_conv" if kind == "cpu" else "plain", kind)
-    call, counter = compiled(model, backend)
+    call, counter = compiled(model)
     start = random_ids(30, batch=1)
     state, own = model(start)[1], model(start)[1]
-    for step in range(50 if kind == "cpu" else 20):
+    for step in range(50 if kind == "cpu" else 8):
         token = random_ids(1, batch=1, seed=step)
         expected, state = model(token, state)
         got, own = call(token, own)
         assert error(got, expected) < ALLOWED[kind]
-        if step == 10:
+        if step == 5:
             fork, token = own, random_ids(1, batch=1, seed=99)
             expected, got = model(token, state)[0], call(token, fork)[0]
             assert error(got, expected) < ALLOWED[kind]

@@ -57,8 +57,11 @@ def stepwise(graph: DecodeGraph, ids: Tensor) -> Tensor:
         return torch.cat([graph.step(token) for token in ids.split(1, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("lengths", [(30,), (33, 33), (14, 47), ()], ids=str)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [("plain", (30,)), ("key_conv", (33, 33)), ("key_conv", (14, 47)), ("plain", ())],
+    ids=str,
+)
 def test_steps_equal_ordinary_decoding(name: str, lengths: tuple[int, ...]) -> None:
     """Past three ends of a chunk, from states with and without tokens, rows of unequal length."""
     model = model_of(name)
@@ -77,17 +80,17 @@ def test_states_before_and_after_stay_valid() -> None:
     model = model_of("plain")
     for lengths in ((20, 20), (9, 25)):
         state = prompt(model, *lengths)
-        first, left, right = (random_ids(20, seed=n).to(DEVICE) for n in (1, 2, 3))
+        first, left, right = (random_ids(8, seed=n).to(DEVICE) for n in (1, 2, 3))
         expected = ordinary(model, torch.cat([first, left], 1), state)
-        graph = DecodeGraph(model, state, 40)
+        graph = DecodeGraph(model, state, 16)
         stepwise(graph, first)
         fork = graph.state()
-        assert fork.length == state.length + 20
+        assert fork.length == state.length + 8
         fork_right = ordinary(model, right, fork)
-        assert error(stepwise(graph, left), expected[:, 20:]) < ALLOWED
-        assert error(ordinary(model, left, fork), expected[:, 20:]) < ALLOWED
+        assert error(stepwise(graph, left), expected[:, 8:]) < ALLOWED
+        assert error(ordinary(model, left, fork), expected[:, 8:]) < ALLOWED
         again = ordinary(model, torch.cat([first, right], 1), state)
-        assert error(fork_right, again[:, 20:]) < ALLOWED
+        assert error(fork_right, again[:, 8:]) < ALLOWED
 
 
 def test_memory_is_static() -> None:
