@@ -171,7 +171,7 @@ def _triton(
 
 
 def has_decode_kernel(q: Tensor, chunk_size: int, selection: str = "flat") -> bool:
-    """Whether `cached_chunk_attention` takes lengths on the device, for queries as q [B, T, H, D]."""
+    """Whether `cached_chunk_attention` of q [B, T, H, D] takes lengths on the device."""
     return _resolve("auto", q, chunk_size, selection) == "triton"
 
 

@@ -44,7 +44,8 @@ class KeyValueCache:
         cls, k_BGSD: Tensor, v_BGSD: Tensor, means_BGCD: Tensor, chunk_size: int, written: int
     ) -> "KeyValueCache":
         """Around tensors that hold the first `written` tokens."""
-        cache = cls(*means_BGCD.shape[:2], means_BGCD.shape[3], chunk_size, k_BGSD)
+        batch, heads, _, dim = k_BGSD.shape
+        cache = cls(batch, heads, dim, chunk_size, k_BGSD)
         cache.k_BGSD, cache.v_BGSD, cache.means_BGCD = k_BGSD, v_BGSD, means_BGCD
         cache.written = written
         return cache
@@ -79,7 +80,7 @@ class KeyValueCache:
         append_each(*tensors, lengths_B, self.chunk_size)
 
     def reserve(self, length: int, end: int) -> "KeyValueCache":
-        """This cache, or a copy of its first tokens, with the places length ... end - 1 to write to.
+        """This cache or a copy of its first tokens: places length ... end - 1 may be written to.
 
         Whoever else continues one of its states writes to a copy from now on.
         """
@@ -105,7 +106,7 @@ class KeyValueCache:
 
     @classmethod
     def joined(cls, rows: Sequence[tuple["KeyValueCache", int]], capacity: int) -> "KeyValueCache":
-        """A new cache of the first tokens of caches of one row; no place of it is left to others."""
+        """The first tokens of caches of one row, as one; no place of it is left to others."""
         heads, _, dim = rows[0][0].k_BGSD.shape[1:]
         new = cls(len(rows), heads, dim, rows[0][0].chunk_size, rows[0][0].k_BGSD, capacity)
         for i, (cache, length) in enumerate(rows):
