@@ -12,6 +12,7 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
+HAS_TRITON = find_spec("triton") is not None
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
 
 
@@ -36,7 +37,7 @@ def resolve_impl(
     """
     if impl == "auto":
         # The "cpu" form is plain torch: it is also the fastest that runs on a GPU without Triton.
-        there = device.type == "cuda" and "triton" in available and find_spec("triton")
+        there = device.type == "cuda" and "triton" in available and HAS_TRITON
         return "triton" if there and dtype != torch.float64 else "cpu"
     if impl not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
@@ -53,7 +54,7 @@ def resolve_impl(
 
 
 def _check_triton(device: torch.device) -> None:
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         raise ModuleNotFoundError(
             'impl="triton" needs the package triton: pip install "rwkvx[gpu]"', name="triton"
         )

@@ -176,7 +176,8 @@ class Model(nn.Module):
         """One segment through all blocks: hidden [B, T, C] and the new state."""
         embedded = ids if ids.is_floating_point() else self.emb(ids)
         x, v_first, states = self.ln0(embedded), None, []
-        if cu_seqlens is None and self._one_token.can_read(self, x, state):
+        alone = cu_seqlens is None and not torch.compiler.is_compiling()
+        if alone and self._one_token.can_read(self, x, state):
             return self._one_token.read(self, x, state, keep_cache)
         for block, old in zip(self.blocks, state.blocks, strict=True):
             pieces = self.recurrent_pieces if isinstance(old, Rwkv7State) else 1
@@ -199,7 +200,7 @@ class Model(nn.Module):
             raise InputError(
                 f"ids must be int64 [B, T] with B, T >= 1, got {list(ids.shape)} {ids.dtype}"
             )
-        if ids.device.type == "cpu":
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = (int(x) for x in ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 bad = low if low < 0 else high
@@ -210,14 +211,9 @@ class Model(nn.Module):
         """Check that the state has one row for each sequence, and that `cu_seqlens` fits."""
         rows = ids.shape[0]
         if cu_seqlens is not None:
-            offsets = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
-            rises = all(a <= b for a, b in pairwise(offsets))
-            if rows != 1 or not rises or [0, ids.shape[1]] != [*offsets[:1], *offsets[-1:]]:
-                raise InputError(
-                    f"cu_seqlens must rise from 0 to {ids.shape[1]} beside ids of batch size 1, "
-                    f"got {offsets[:8]} beside ids {list(ids.shape)}"
-                )
-            rows = len(offsets) - 1
+            if not torch.compiler.is_compiling():  # which cannot look at values
+                _check_offsets(ids, cu_seqlens)
+            rows = len(cu_seqlens) - 1
         if state is None:
             return
         kinds = tuple("rwkv7" if isinstance(b, Rwkv7State) else "sparse" for b in state.blocks)
@@ -261,3 +257,13 @@ class Model(nn.Module):
             data = x.detach().cpu().contiguous().view(-1)
             digest.update(memoryview(data.view(torch.uint8).numpy()))
         return digest.hexdigest()
+
+
+def _check_offsets(ids: Tensor, cu_seqlens: Tensor) -> None:
+    offsets = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
+    rises = all(a <= b for a, b in pairwise(offsets))
+    if ids.shape[0] != 1 or not rises or [0, ids.shape[1]] != [*offsets[:1], *offsets[-1:]]:
+        raise InputError(
+            f"cu_seqlens must rise from 0 to {ids.shape[1]} beside ids of batch size 1, "
+            f"got {offsets[:8]} beside ids {list(ids.shape)}"
+        )

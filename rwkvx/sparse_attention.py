@@ -5,8 +5,6 @@ that of "Optimizing Mixture of Block Attention" (arXiv 2511.11571).
 Axes: B batch, T time, C width, H query heads, G key/value heads, N head size, W convolution width.
 """
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor, nn
 
@@ -78,7 +76,7 @@ class SparseAttention(nn.Module):
             k, conv = self._convolve(k, conv, cu_seqlens)
         q, k, v = (z.to(q.dtype).unflatten(-1, (-1, size)) for z in (q, k, v))
         training = torch.is_grad_enabled() and q.requires_grad
-        filled = any(length for _, length in cached)
+        filled = (training or not keep_cache) and any(length for _, length in cached)
         if training and filled:
             raise InputError(
                 "gradients do not flow into a filled attention cache: start from "
@@ -111,6 +109,10 @@ class SparseAttention(nn.Module):
             cached = cached or (self._empty(k, len(k)),)
             sizes, dim = [rows.cache.batch for rows in cached], 0
         else:
+            if torch.compiler.is_compiling():  # lengths are values, which it cannot look at
+                raise InputError(
+                    "packed sequences keep no cache under torch.compile: keep_cache=False"
+                )
             sizes, dim = cu_seqlens.diff().tolist(), 1
             if not cached:
                 cached = tuple(self._empty(k, 1) for _ in sizes)
@@ -129,16 +131,27 @@ class SparseAttention(nn.Module):
         self, k: Tensor, conv: Tensor, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Causal depthwise convolution over time; the last of the W taps is the token itself."""
-        if cu_seqlens is not None:
-            offsets = cu_seqlens.tolist()
-            parts = [
-                self._convolve(k[:, a:b], conv[i : i + 1], None)
-                for i, (a, b) in enumerate(pairwise(offsets))
-            ]
-            return torch.cat([p for p, _ in parts], 1), torch.cat([c for _, c in parts])
-        tokens, width = k.shape[1], self.key_conv.shape[0]
-        padded = torch.cat([conv, k], dim=1)
-        mixed = padded[:, width - 1 :] * self.key_conv[-1]
-        for tap in range(width - 1):
-            mixed = torch.addcmul(mixed, padded[:, tap : tap + tokens], self.key_conv[tap])
-        return mixed, padded[:, tokens:]
+        tokens, before = k.shape[1], conv.shape[1]
+        mixed = k * self.key_conv[-1]
+        if cu_seqlens is None:
+            padded = torch.cat([conv, k], dim=1)
+            for tap in range(before):
+                mixed = torch.addcmul(mixed, padded[:, tap : tap + tokens], self.key_conv[tap])
+            return mixed, padded[:, tokens:]
+        start, length = cu_seqlens[:-1], cu_seqlens.diff()
+        token, row = (
+            torch.arange(tokens, device=k.device),
+            torch.arange(len(length), device=k.device),
+        )
+        owner = torch.searchsorted(cu_seqlens[1:], token, right=True)
+        padded = torch.cat([k[0], conv.flatten(0, 1)])
+
+        def place(at: Tensor, row: Tensor) -> Tensor:
+            """Where the key `at` of a sequence stands in `padded`; before the first: at < 0."""
+            return (start[row] + at).where(at >= 0, tokens + (row + 1) * before + at)
+
+        for tap in range(before):
+            at = place(token - start[owner] - before + tap, owner)
+            mixed = torch.addcmul(mixed, padded[at], self.key_conv[tap])
+        last = length[:, None] + torch.arange(-before, 0, device=k.device)
+        return mixed, padded[place(last, row[:, None])]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rwkvx.decode_graph import one_token_steps
 from rwkvx.errors import InputError
 from rwkvx_evals.interface import (
     LanguageModel,
@@ -243,18 +244,18 @@ class PasskeyRun:
         """Greedy continuation of every row until its number has ended, or the limit is reached."""
         answers = [Answer([]) for _ in range(logits_B1V.shape[0])]
         pending = set(range(len(answers)))
-        for step in range(self.plan.settings.max_new_tokens):
+        limit = self.plan.settings.max_new_tokens
+        read_one = one_token_steps(self.model, state, limit)
+        for step in range(limit):
             row_logits = logits_B1V[:, -1].float()
             finite = torch.isfinite(row_logits).all(dim=-1).tolist()
             chosen = row_logits.argmax(dim=-1)
             for row in sorted(pending):
                 if self._extend(answers[row], int(chosen[row]), finite[row]):
                     pending.discard(row)
-            if not pending or step + 1 == self.plan.settings.max_new_tokens:
+            if not pending or step + 1 == limit:
                 break
-            next_logits, state = self.model(chosen[:, None], state=state, logits="last")
-            assert next_logits is not None
-            logits_B1V = next_logits
+            logits_B1V = read_one(chosen[:, None])
         return answers
 
     def _extend(self, answer: Answer, token: int, finite: bool) -> bool:

@@ -4,6 +4,7 @@ from rwkvx_kernels.chunk_attention.api import (
     cached_chunk_attention,
     chosen_impl,
     chunk_attention,
+    has_decode_kernel,
     selected_chunks,
 )
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
@@ -13,5 +14,6 @@ __all__ = [
     "cached_chunk_attention",
     "chosen_impl",
     "chunk_attention",
+    "has_decode_kernel",
     "selected_chunks",
 ]

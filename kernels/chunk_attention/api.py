@@ -1,6 +1,7 @@
 """The public chunk attention: checks its arguments, chooses an implementation and calls it."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from rwkvx_kernels.chunk_attention.cache import KeyValueCache
 from rwkvx_kernels.chunk_attention.cpu import attend_cache, attend_sequence, choose_cached
 from rwkvx_kernels.chunk_attention.reference import chunk_attention_reference
 from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl, without_autocast
+from rwkvx_kernels.opaque import opaque
 
 AVAILABLE = ("reference", "cpu", "triton")
 SELECTIONS = ("flat", "coarse_to_fine")
@@ -62,6 +64,12 @@ def chunk_attention(
     impl = _resolve(impl, q, chunk_size, selection)
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"q has {q.shape[1]} tokens, k and v have {k.shape[1]}")
+    if q.numel() == 0:
+        return q
+    if impl == "triton":
+        return _triton(q, k, v, chunk_size, topk, cu_seqlens)
+    if torch.compiler.is_compiling():
+        return _opaque(q, k, v, chunk_size, topk, cu_seqlens, impl, selection)
     if cu_seqlens is not None:
         offsets = check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
         parts = [
@@ -70,14 +78,10 @@ def chunk_attention(
             )
             for a, b in pairwise(offsets)
         ]
-        return torch.cat(parts, dim=1) if parts else q
-    if q.numel() == 0:
-        return q
+        return torch.cat(parts, dim=1)
     coarse = selection == "coarse_to_fine"
     if impl == "cpu":
         return attend_sequence(q, k, v, chunk_size, topk, coarse)
-    if impl == "triton":
-        return _triton(q, k, v, chunk_size, topk)
     return _reference(q, k, v, chunk_size, topk, coarse)
 
 
@@ -85,7 +89,7 @@ def chunk_attention(
 def cached_chunk_attention(
     q: Tensor,
     cache: KeyValueCache,
-    length: int,
+    length: int | Tensor,
     topk: int,
     impl: str = "auto",
     selection: str = "flat",
@@ -94,7 +98,8 @@ def cached_chunk_attention(
 
     Args:
         q: [B, T, H, D]; the T tokens are already in the cache.
-        length: tokens of the sequence, including those T.
+        length: tokens of the sequence, including those T; or of each sequence, [B] int64, for the
+            Triton kernels and T up to 8: nothing waits for their values, which are not checked.
 
     Returns:
         o [B, T, H, D] in the dtype of `q`.
@@ -106,35 +111,80 @@ def cached_chunk_attention(
     k, v = cache.k_BGSD.transpose(1, 2), cache.v_BGSD.transpose(1, 2)
     _check(q, k, v, cache.chunk_size, topk, selection)
     impl = _resolve(impl, q, cache.chunk_size, selection)
+    if isinstance(length, Tensor):
+        if impl != "triton" or q.shape[1] > FEW_QUERIES:
+            raise NotImplementedError(
+                f'lengths on the device need impl="triton" and at most {FEW_QUERIES} queries, '
+                f'these are {q.shape[1]} for impl="{impl}"'
+            )
+        return _cached_triton(q.detach().contiguous(), cache, length, topk)
     if not q.shape[1] <= length <= cache.written:
         raise ValueError(f"{q.shape[1]} queries at length {length}: cache has {cache.written}")
     if q.numel() == 0:
         return q
     coarse = selection == "coarse_to_fine"
-    if impl == "cpu":
-        return attend_cache(q, cache, length, topk, coarse)
     if impl == "triton":
         return _cached_triton(q.detach().contiguous(), cache, length, topk)
+    if torch.compiler.is_compiling():
+        tensors = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+        shape = (length, cache.chunk_size, topk)
+        return _opaque_cached(q.detach(), *tensors, *shape, impl, selection)
+    if impl == "cpu":
+        return attend_cache(q, cache, length, topk, coarse)
     return _reference(q, k[:, :length], v[:, :length], cache.chunk_size, topk, coarse)
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int) -> Tensor:
-    from rwkvx_kernels.chunk_attention import triton_ops
+def _fake(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
 
-    args = (x.contiguous() for x in (q, k, v))
-    o: Tensor = triton_ops.chunk_attention(*args, chunk_size, topk)[0]
+
+_opaque = opaque("chunk_attention_plain", _fake)(chunk_attention)
+
+
+@opaque("chunk_attention_cached_plain", _fake)
+def _opaque_cached(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    length: int,
+    chunk_size: int,
+    topk: int,
+    impl: str,
+    selection: str,
+) -> Tensor:
+    cache = KeyValueCache.of(k, v, means, chunk_size, length)
+    return cached_chunk_attention(q, cache, length, topk, impl, selection)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, cu_seqlens: Tensor | None
+) -> Tensor:
+    from rwkvx_kernels.chunk_attention import triton_ops, triton_packed
+
+    args = [x.contiguous() for x in (q, k, v)]
+    if cu_seqlens is None:
+        o: Tensor = triton_ops.chunk_attention(*args, chunk_size, topk)[0]
+    else:
+        o = triton_packed.chunk_attention_packed(*args, cu_seqlens, chunk_size, topk)[0]
     return o
 
 
-def _cached_triton(q: Tensor, cache: KeyValueCache, length: int, topk: int) -> Tensor:
+def has_decode_kernel(q: Tensor, chunk_size: int, selection: str = "flat") -> bool:
+    """Whether `cached_chunk_attention` of q [B, T, H, D] takes lengths on the device."""
+    return _resolve("auto", q, chunk_size, selection) == "triton"
+
+
+def _cached_triton(q: Tensor, cache: KeyValueCache, length: int | Tensor, topk: int) -> Tensor:
     from rwkvx_kernels.chunk_attention import triton_ops
 
     cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
-    if q.shape[1] > FEW_QUERIES:
+    if isinstance(length, int) and q.shape[1] > FEW_QUERIES:
         o: Tensor = triton_ops.chunk_attention_cached(q, *cached, length, cache.chunk_size, topk)
         return o
-    lengths = torch.full((q.shape[0],), length, device=q.device)
-    o = triton_ops.chunk_attention_decode(q, *cached, lengths, cache.chunk_size, topk)
+    if not isinstance(length, Tensor):
+        length = torch.full((q.shape[0],), length, device=q.device)
+    o = triton_ops.chunk_attention_decode(q, *cached, length, cache.chunk_size, topk)
     return o
 
 

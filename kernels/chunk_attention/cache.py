@@ -4,6 +4,8 @@ Axes: B batch, T new tokens, G key/value heads, S capacity in tokens, C capacity
 D head size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,17 @@ class KeyValueCache:
         self.written = 0
         self._tree = empty_tree(self.means_BGCD.flatten(0, 1))
 
+    @classmethod
+    def of(
+        cls, k_BGSD: Tensor, v_BGSD: Tensor, means_BGCD: Tensor, chunk_size: int, written: int
+    ) -> "KeyValueCache":
+        """Around tensors that hold the first `written` tokens."""
+        batch, heads, _, dim = k_BGSD.shape
+        cache = cls(batch, heads, dim, chunk_size, k_BGSD)
+        cache.k_BGSD, cache.v_BGSD, cache.means_BGCD = k_BGSD, v_BGSD, means_BGCD
+        cache.written = written
+        return cache
+
     @property
     def batch(self) -> int:
         """Batch rows."""
@@ -50,18 +63,32 @@ class KeyValueCache:
     def append(self, length: int, k_BTGD: Tensor, v_BTGD: Tensor) -> "KeyValueCache":
         """Write T tokens after the first `length`; returns the cache that holds them all."""
         end = length + k_BTGD.shape[1]
+        cache = self.reserve(length, end)
+        write = _traced_write if torch.compiler.is_compiling() else _write
+        tensors = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD, k_BTGD, v_BTGD)
+        write(*tensors, length, self.chunk_size)
+        return cache
+
+    def append_each(self, lengths_B: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> None:
+        """Write one token after `lengths` tokens of each row, in place, without a look at them.
+
+        By a Triton kernel, into places that were reserved.
+        """
+        from rwkvx_kernels.chunk_attention.triton_append import append_each
+
+        tensors = (self.k_BGSD, self.v_BGSD, self.means_BGCD, k_BTGD, v_BTGD)
+        append_each(*tensors, lengths_B, self.chunk_size)
+
+    def reserve(self, length: int, end: int) -> "KeyValueCache":
+        """This cache or a copy of its first tokens: places length ... end - 1 may be written to.
+
+        Whoever else continues one of its states writes to a copy from now on.
+        """
         cache = self
         if length < self.written:
             cache = self._copy(length, max(end, self.capacity))
         elif end > self.capacity:
             cache = self._copy(length, max(end, FIRST_CAPACITY, int(GROWTH * self.capacity)))
-        cache.k_BGSD[:, :, length:end] = k_BTGD.transpose(1, 2)
-        cache.v_BGSD[:, :, length:end] = v_BTGD.transpose(1, 2)
-        first, last = length // self.chunk_size, end // self.chunk_size
-        if last > first:
-            done = cache.k_BGSD[:, :, first * self.chunk_size : last * self.chunk_size]
-            done = done.unflatten(2, (last - first, self.chunk_size))
-            cache.means_BGCD[:, :, first:last] = done.to(cache.means_BGCD.dtype).mean(dim=3)
         cache.written = end
         return cache
 
@@ -77,6 +104,16 @@ class KeyValueCache:
         """A new cache of the batch rows `index`, of the same capacity, with the first tokens."""
         return self._copy(length, self.capacity, index)
 
+    @classmethod
+    def joined(cls, rows: Sequence[tuple["KeyValueCache", int]], capacity: int) -> "KeyValueCache":
+        """The first tokens of caches of one row, as one; no place of it is left to others."""
+        heads, _, dim = rows[0][0].k_BGSD.shape[1:]
+        new = cls(len(rows), heads, dim, rows[0][0].chunk_size, rows[0][0].k_BGSD, capacity)
+        for i, (cache, length) in enumerate(rows):
+            new._fill(slice(i, i + 1), cache, length)
+        new.written = new.capacity
+        return new
+
     def bytes_per_token(self) -> float:
         """Memory that one more token of one sequence takes, in bytes."""
         heads, dim = self.k_BGSD.shape[1], self.k_BGSD.shape[3]
@@ -87,18 +124,50 @@ class KeyValueCache:
         batch, heads, _, dim = self.k_BGSD.shape
         rows = batch if index is None else len(index)
         new = KeyValueCache(rows, heads, dim, self.chunk_size, self.k_BGSD, capacity)
-        chunks = length // self.chunk_size
-        for old, fresh, size in (
-            (self.k_BGSD, new.k_BGSD, length),
-            (self.v_BGSD, new.v_BGSD, length),
-            (self.means_BGCD, new.means_BGCD, chunks),
-        ):
-            part = old[:, :, :size]
-            fresh[:, :, :size] = part if index is None else part[index]
+        new._fill(slice(None), self, length, index)
         new.written = length
-        if self._tree.chunks <= chunks:
+        if self._tree.chunks <= length // self.chunk_size:
             new._tree = self._tree
             if index is not None:
                 head = torch.arange(heads, device=index.device)
                 new._tree = self._tree.rows((index[:, None] * heads + head).flatten())
         return new
+
+    def _fill(
+        self, rows: slice, other: "KeyValueCache", length: int, index: Tensor | None = None
+    ) -> None:
+        """The first tokens of these rows from another cache, or from its rows `index`."""
+        for old, fresh, size in (
+            (other.k_BGSD, self.k_BGSD, length),
+            (other.v_BGSD, self.v_BGSD, length),
+            (other.means_BGCD, self.means_BGCD, length // self.chunk_size),
+        ):
+            part = old[:, :, :size]
+            fresh[rows, :, :size] = part if index is None else part[index]
+
+
+def _write(
+    cached_k: Tensor,
+    cached_v: Tensor,
+    means: Tensor,
+    k: Tensor,
+    v: Tensor,
+    length: int,
+    chunk_size: int,
+) -> None:
+    """k, v [B, T, G, D] into [B, G, S, D] after `length` tokens; the means of completed chunks."""
+    end = length + k.shape[1]
+    cached_k[:, :, length:end] = k.transpose(1, 2)
+    cached_v[:, :, length:end] = v.transpose(1, 2)
+    first, last = length // chunk_size, end // chunk_size
+    if last > first:
+        done = cached_k[:, :, first * chunk_size : last * chunk_size]
+        done = done.unflatten(2, (last - first, chunk_size))
+        means[:, :, first:last] = done.to(means.dtype).mean(dim=3)
+
+
+# For `torch.compile`, which would compile completing a chunk and not completing one each.
+_traced_write = torch.library.custom_op(
+    "rwkvx::chunk_attention_append", _write, mutates_args=("cached_k", "cached_v", "means")
+)
+_traced_write.register_fake(lambda *_: None)

@@ -33,7 +33,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, means: Tensor, layout: str, chunk: int, topk: int, first: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and chosen chunks of queries at `first` ..., tile by tile."""
-    o, lse, chosen = _fake(q, topk)
+    o, lse, chosen = outputs_like(q, topk)
     for tile in _tiles(q.shape[1], chunk, topk):
         part, at = q[:, tile].contiguous(), first + tile.start
         picked = select(part, means, at, chunk, topk)
@@ -45,7 +45,8 @@ def _attend(
     return o, lse, chosen
 
 
-def _fake(q: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+def outputs_like(q: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty o, log-sum-exp and chosen chunks of the queries."""
     rows = q.shape[:3]
     lse = torch.empty(rows, dtype=torch.float32, device=q.device)
     return torch.empty_like(q), lse, lse.new_empty((*rows, topk - 1), dtype=torch.int32)
@@ -65,7 +66,7 @@ def chunk_attention(
 
 @chunk_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake(q, topk)
+    return outputs_like(q, topk)
 
 
 @torch.library.custom_op("rwkvx::chunk_attention_backward", mutates_args=())

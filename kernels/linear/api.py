@@ -23,7 +23,7 @@ def linear(x: Tensor, weight_OI: Tensor, scale_O: Tensor | None = None) -> Tenso
     """
     if scale_O is not None:
         return _quantized(x, weight_OI, scale_O)
-    if _training(x, weight_OI) or x.device.type != "cpu":
+    if _plain(x, weight_OI):
         return F.linear(x, weight_OI)
     if _one_row(x) and weight_OI.is_contiguous():
         from rwkvx_kernels.linear.cpu_compiled import matrix_times_vector
@@ -36,7 +36,7 @@ def linear(x: Tensor, weight_OI: Tensor, scale_O: Tensor | None = None) -> Tenso
 
 
 def _quantized(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
-    if x.device.type == "cpu" and _one_row(x):
+    if x.device.type == "cpu" and _one_row(x) and not torch.compiler.is_compiling():
         from rwkvx_kernels.linear.cpu_compiled import matrix_times_vector
 
         return matrix_times_vector(weight_OI, x, scale_O)
@@ -48,7 +48,7 @@ def low_rank(x: Tensor, down_IR: Tensor, up_RO: Tensor, activation: str = "none"
 
     One row on a CPU, without gradients, in a compiled loop: one call instead of three.
     """
-    if x.device.type != "cpu" or not _one_row(x) or _training(x, down_IR, up_RO):
+    if not _one_row(x) or _plain(x, down_IR, up_RO):
         hidden = x @ down_IR
         if activation == "tanh":
             hidden = torch.tanh(hidden)
@@ -60,7 +60,10 @@ def low_rank(x: Tensor, down_IR: Tensor, up_RO: Tensor, activation: str = "none"
     return low_rank_of_vector(x, down_IR, up_RO, activation)
 
 
-def _training(*tensors: Tensor) -> bool:
+def _plain(*tensors: Tensor) -> bool:
+    """Whether torch's own products are taken: for gradients, on a GPU, by its compiler."""
+    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return True
     if torch.is_autocast_enabled("cpu"):
         return True
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

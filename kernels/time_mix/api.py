@@ -93,7 +93,8 @@ def time_mix(
         return time_mix_triton(list(tokens), every, eps, state, cu_seqlens, training)
     gated = gates(w, v, a, residual, weights, LOG_DECAY_SCALE)
     inputs = (r, *gated, k, g, *weights[3:], eps, state, cu_seqlens)
-    if impl == "cpu" and not training and r.device.type == "cpu" and r.numel():
+    compiled = r.device.type == "cpu" and not torch.compiler.is_compiling()
+    if impl == "cpu" and not training and compiled and r.numel():
         from rwkvx_kernels.time_mix.cpu_compiled import time_mix_compiled
 
         return time_mix_compiled(*inputs)

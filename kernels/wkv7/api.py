@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl, without_autocast
+from rwkvx_kernels.opaque import opaque
 from rwkvx_kernels.wkv7.cpu import wkv7_cpu
 from rwkvx_kernels.wkv7.reference import wkv7_reference
 
@@ -77,12 +78,13 @@ def wkv7(
     """
     _check(r, log_decay, k, v, alpha, beta)
     impl = chosen_impl(r.device, impl, r.dtype, (r.shape[-1], v.shape[-1]))
-    batch, tokens, heads, key_dim = r.shape
-    lengths = [tokens] * batch
-    if cu_seqlens is not None:
-        offsets = check_cu_seqlens(cu_seqlens, batch, tokens)
-        lengths = [b - a for a, b in pairwise(offsets)]
-    initial_state = _start(r, v, len(lengths), initial_state)
+    tracing = torch.compiler.is_compiling()  # then no value may be looked at
+    if tracing and impl != "triton" and r.numel():
+        return _opaque(r, log_decay, k, v, alpha, beta, initial_state, cu_seqlens, impl)
+    offsets = None
+    if cu_seqlens is not None and not tracing:
+        offsets = check_cu_seqlens(cu_seqlens, r.shape[0], r.shape[1])
+    initial_state = _start(r, v, _sequences(r, cu_seqlens), initial_state)
     if impl == "triton":
         from rwkvx_kernels.wkv7.triton_ops import wkv7_triton  # Triton may be missing
 
@@ -92,12 +94,37 @@ def wkv7(
         initial_state,
     ]
     if impl == "cpu":
+        lengths = [r.shape[1]] * r.shape[0]
+        if offsets is not None:
+            lengths = [b - a for a, b in pairwise(offsets)]
         y, state = wkv7_cpu(*inputs, lengths=lengths)
-    elif cu_seqlens is None:
+    elif offsets is None:
         y, state = wkv7_reference(*inputs)
     else:
         y, state = _one_by_one(inputs, offsets)
     return y.to(v.dtype), state
+
+
+def _fake(
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    state = _start(r, v, _sequences(r, cu_seqlens), initial_state)
+    return v.new_empty(v.shape), state.new_empty(state.shape)
+
+
+_opaque = opaque("wkv7_plain", _fake)(wkv7)
+
+
+def _sequences(r: Tensor, cu_seqlens: Tensor | None) -> int:
+    return r.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
 def _start(r: Tensor, v: Tensor, sequences: int, initial_state: Tensor | None) -> Tensor:
@@ -143,5 +170,7 @@ def _check(r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, alpha: Tensor, be
             raise ValueError(f"{name} is {x.dtype}, but r is {r.dtype}")
         if x.device != r.device:
             raise ValueError(f"{name} is on {x.device}, but r is on {r.device}")
-    if log_decay.device.type == "cpu" and log_decay.numel() and float(log_decay.detach().max()) > 0:
+    if torch.compiler.is_compiling() or log_decay.device.type != "cpu" or not log_decay.numel():
+        return
+    if float(log_decay.detach().max()) > 0:
         raise ValueError("log_decay must be <= 0 (the logarithm of a decay between 0 and 1)")

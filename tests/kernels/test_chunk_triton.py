@@ -169,17 +169,6 @@ def test_results_repeat_bit_for_bit() -> None:
         assert torch.equal(a, b)
 
 
-def test_operators() -> None:
-    q, k, v = (x.requires_grad_() for x in Case(20, 16, 2, heads=1).inputs())
-    torch.library.opcheck(triton_ops.chunk_attention, (q, k, v, 16, 2))
-    cache = KeyValueCache(1, 1, 16, 16, k).append(0, k.detach(), v.detach())
-    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
-    part = q.detach()[:, -2:].contiguous()
-    torch.library.opcheck(triton_ops.chunk_attention_cached, (part, *cached, 20, 16, 2))
-    lengths = torch.tensor([20], device=DEVICE)
-    torch.library.opcheck(triton_ops.chunk_attention_decode, (part, *cached, lengths, 16, 2))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -45,7 +45,7 @@ def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_triton_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rwkvx_kernels.dispatch.find_spec", lambda name: None)
+    monkeypatch.setattr("rwkvx_kernels.dispatch.HAS_TRITON", False)
     assert resolve_impl("auto", CUDA, ("reference", "cpu", "triton")) == "cpu"
     with pytest.raises(ModuleNotFoundError, match=r"pip install .rwkvx\[gpu\]"):
         resolve_impl("triton", CUDA, ("reference", "cpu", "triton"))

@@ -44,9 +44,3 @@ def test_packed(offsets: list[int]) -> None:
     exact = wkv7(*wide, cu_seqlens=cu_seqlens, impl="reference")
     reference = wkv7(*args, state, cu_seqlens=cu_seqlens, impl="reference")
     assert_as_good(wkv7_step(*args, state, cu_seqlens), reference, exact, 4.0, ("y", "state"))
-
-
-def test_operator() -> None:
-    args = inputs(1, 2, 1, torch.float32)
-    torch.library.opcheck(wkv7_step, (*args, None))
-    torch.library.opcheck(wkv7_step, (*args, torch.tensor([0, 2], device=DEVICE)))

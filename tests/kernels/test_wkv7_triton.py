@@ -130,15 +130,6 @@ def test_few_tokens_without_a_gradient_go_step_by_step(monkeypatch: pytest.Monke
         wkv7(*[x.requires_grad_() for x in narrow], impl="triton")
 
 
-def test_operators() -> None:
-    args = [x.float().requires_grad_() for x in inputs(1, 18)]
-    start = state(1).float().requires_grad_()
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    cu_seqlens = torch.tensor([0, 3, 18], device=DEVICE)
-    for *rest, keep in ((start, None, True), (state(2).float(), cu_seqlens, False)):
-        torch.library.opcheck(torch.ops.rwkvx.wkv7_forward, (*args, *rest, keep), test_utils=tests)
-
-
 def test_wrong_types_are_refused() -> None:
     with pytest.raises(ValueError, match=r'impl="triton" has no float64'):
         wkv7(*inputs(1, 1), impl="triton")

@@ -1,5 +1,9 @@
 """Small models whose every parameter matters, and how far apart two results are."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import torch
 from torch import Tensor
 
@@ -57,3 +61,15 @@ def error(x: Tensor, exact: Tensor) -> float:
     assert x.shape == exact.shape
     x, exact = x.detach().double(), exact.detach().double()
     return float((x - exact).norm() / exact.norm())
+
+
+@contextmanager
+def triton_everywhere() -> Iterator[None]:
+    """Here "auto" takes the Triton kernels on any device: without a GPU, interpreted."""
+    api = "rwkvx_kernels.{}.api.resolve_impl"
+    with patch(api.format("wkv7"), _triton), patch(api.format("chunk_attention"), _triton):
+        yield
+
+
+def _triton(*_: object) -> str:
+    return "triton"

@@ -1,0 +1,91 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""One new token for each sequence, put where a length on the device says: nothing waits for it.
+
+Importing this module registers `torch.ops.rwkvx.chunk_attention_append_each`.
+Axes: B sequences, G key/value heads, S tokens, C chunks, D head size. Names: i_ index, p_ pointer,
+b_ block, o_ offset, m_ mask. A program has one head of one sequence.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["capacity", "chunks"])
+def _append_kernel(
+    p_new_k,
+    p_new_v,
+    p_k,
+    p_v,
+    p_means,
+    p_lengths,
+    capacity,
+    chunks,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_n = tl.program_id(0).to(tl.int64)
+    length = tl.load(p_lengths + i_n // G)
+    if length >= capacity:
+        return
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_k = tl.load(p_new_k + i_n * D + o_d, mask=m_d, other=0.0)
+    b_v = tl.load(p_new_v + i_n * D + o_d, mask=m_d, other=0.0)
+    o_x = (i_n * capacity + length) * D + o_d
+    tl.store(p_k + o_x, b_k, mask=m_d)
+    tl.store(p_v + o_x, b_v, mask=m_d)
+    if (length + 1) % CHUNK == 0:
+        # The chunk is complete. Its last key is at hand; what was just stored is not read again.
+        p_chunk = p_k + (i_n * capacity + length + 1 - CHUNK) * D
+        b_sum = b_k.to(tl.float32)
+        for i_s in range(0, CHUNK - 1, BLOCK):
+            o_s = i_s + tl.arange(0, BLOCK)
+            m_x = (o_s < CHUNK - 1)[:, None] & m_d[None, :]
+            b_x = tl.load(p_chunk + o_s[:, None] * D + o_d[None, :], mask=m_x, other=0.0)
+            b_sum += tl.sum(b_x.to(tl.float32), axis=0)
+        tl.store(p_means + (i_n * chunks + length // CHUNK) * D + o_d, b_sum / CHUNK, mask=m_d)
+
+
+@torch.library.custom_op(
+    "rwkvx::chunk_attention_append_each", mutates_args=("cached_k", "cached_v", "means")
+)
+def append_each(
+    cached_k: Tensor,
+    cached_v: Tensor,
+    means: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    chunk_size: int,
+) -> None:
+    """Write k, v [B, 1, G, D] after the first `lengths` [B] int64 tokens of each sequence.
+
+    Args:
+        cached_k, cached_v: [B, G, S, D], contiguous. Beyond S nothing is written.
+        means: [B, G, C, D] float32, contiguous; gets the mean of a chunk that becomes complete.
+    """
+    batch, groups, capacity, dim = cached_k.shape
+    _append_kernel[(batch * groups,)](
+        k.contiguous(),
+        v.contiguous(),
+        cached_k,
+        cached_v,
+        means,
+        lengths,
+        capacity,
+        means.shape[2],
+        G=groups,
+        D=dim,
+        CHUNK=chunk_size,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK=min(64, triton.next_power_of_2(chunk_size)),
+        num_warps=4,
+    )
+
+
+append_each.register_fake(lambda *_: None)
