@@ -8,6 +8,7 @@ from torch import Tensor
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
 from rwkvx_kernels.chunk_attention.cpu import attend_cache, attend_sequence, choose_cached
 from rwkvx_kernels.chunk_attention.reference import chunk_attention_reference
+from rwkvx_kernels.chunk_attention.tree import scored_whole
 from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl, without_autocast
 
 AVAILABLE = ("reference", "cpu", "triton")
@@ -59,7 +60,7 @@ def chunk_attention(
         NotImplementedError: an implementation or selection that is not there yet.
     """
     _check(q, k, v, chunk_size, topk, selection)
-    impl = _resolve(impl, q, chunk_size, selection)
+    impl = _resolve(impl, q, chunk_size)
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"q has {q.shape[1]} tokens, k and v have {k.shape[1]}")
     if cu_seqlens is not None:
@@ -77,7 +78,7 @@ def chunk_attention(
     if impl == "cpu":
         return attend_sequence(q, k, v, chunk_size, topk, coarse)
     if impl == "triton":
-        return _triton(q, k, v, chunk_size, topk)
+        return _triton(q, k, v, chunk_size, topk, coarse)
     return _reference(q, k, v, chunk_size, topk, coarse)
 
 
@@ -105,7 +106,7 @@ def cached_chunk_attention(
     """
     k, v = cache.k_BGSD.transpose(1, 2), cache.v_BGSD.transpose(1, 2)
     _check(q, k, v, cache.chunk_size, topk, selection)
-    impl = _resolve(impl, q, cache.chunk_size, selection)
+    impl = _resolve(impl, q, cache.chunk_size)
     if not q.shape[1] <= length <= cache.written:
         raise ValueError(f"{q.shape[1]} queries at length {length}: cache has {cache.written}")
     if q.numel() == 0:
@@ -114,22 +115,29 @@ def cached_chunk_attention(
     if impl == "cpu":
         return attend_cache(q, cache, length, topk, coarse)
     if impl == "triton":
-        return _cached_triton(q.detach().contiguous(), cache, length, topk)
+        return _cached_triton(q.detach().contiguous(), cache, length, topk, coarse)
     return _reference(q, k[:, :length], v[:, :length], cache.chunk_size, topk, coarse)
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int) -> Tensor:
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, coarse: bool
+) -> Tensor:
     from rwkvx_kernels.chunk_attention import triton_ops
 
     args = (x.contiguous() for x in (q, k, v))
-    o: Tensor = triton_ops.chunk_attention(*args, chunk_size, topk)[0]
+    o: Tensor = triton_ops.chunk_attention(*args, chunk_size, topk, coarse)[0]
     return o
 
 
-def _cached_triton(q: Tensor, cache: KeyValueCache, length: int, topk: int) -> Tensor:
+def _cached_triton(
+    q: Tensor, cache: KeyValueCache, length: int, topk: int, coarse: bool
+) -> Tensor:
     from rwkvx_kernels.chunk_attention import triton_ops
 
-    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+    chunks = length // cache.chunk_size
+    coarse = coarse and chunks > scored_whole(topk)
+    forest = cache.forest(chunks).tensors() if coarse else []
+    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD, forest)
     if q.shape[1] > FEW_QUERIES:
         o: Tensor = triton_ops.chunk_attention_cached(q, *cached, length, cache.chunk_size, topk)
         return o
@@ -154,15 +162,13 @@ def selected_chunks(
     return choose_cached(q, cache, length, topk, selection == "coarse_to_fine")
 
 
-def _resolve(impl: str, q: Tensor, chunk_size: int, selection: str) -> str:
+def _resolve(impl: str, q: Tensor, chunk_size: int) -> str:
     """The implementation for these arguments; "auto" avoids Triton kernels that cannot do it."""
     resolved = chosen_impl(q.device, impl)
     if resolved != "triton":
         return resolved
     lacks = None
-    if selection != "flat":
-        lacks = f'selection="{selection}"'
-    elif chunk_size % CHUNK_MULTIPLE:
+    if chunk_size % CHUNK_MULTIPLE:
         lacks = f"chunks of {chunk_size} tokens: give a multiple of {CHUNK_MULTIPLE}"
     elif q.shape[3] > MOST_DIM:
         lacks = f"heads of {q.shape[3]} channels: {MOST_DIM} at most"

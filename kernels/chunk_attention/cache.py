@@ -7,6 +7,7 @@ D head size.
 import torch
 from torch import Tensor
 
+from rwkvx_kernels.chunk_attention import forest
 from rwkvx_kernels.chunk_attention.tree import ChunkTree, empty_tree, grow_tree
 
 FIRST_CAPACITY = 512
@@ -36,6 +37,8 @@ class KeyValueCache:
         )
         self.written = 0
         self._tree = empty_tree(self.means_BGCD.flatten(0, 1))
+        self._forest: forest.Forest | None = None
+        self._grown = 0  # chunks that the forest was grown to
 
     @property
     def batch(self) -> int:
@@ -73,6 +76,16 @@ class KeyValueCache:
         self._tree = grow_tree(self._tree, means_NCD, chunks)
         return self._tree
 
+    def forest(self, chunks: int) -> forest.Forest:
+        """The forest, grown over at least the first `chunks` chunks."""
+        means_NCD = self.means_BGCD.flatten(0, 1)
+        if self._forest is None:
+            self._forest = forest.room_for(means_NCD)
+        if self._grown < chunks:
+            forest.grow(self._forest, means_NCD, self._grown, chunks)
+            self._grown = chunks
+        return self._forest
+
     def rows(self, length: int, index: Tensor) -> "KeyValueCache":
         """A new cache of the batch rows `index`, of the same capacity, with the first tokens."""
         return self._copy(length, self.capacity, index)
@@ -96,9 +109,13 @@ class KeyValueCache:
             part = old[:, :, :size]
             fresh[:, :, :size] = part if index is None else part[index]
         new.written = length
+        groups = None
+        if index is not None:
+            head = torch.arange(heads, device=index.device)
+            groups = (index[:, None] * heads + head).flatten()
         if self._tree.chunks <= chunks:
-            new._tree = self._tree
-            if index is not None:
-                head = torch.arange(heads, device=index.device)
-                new._tree = self._tree.rows((index[:, None] * heads + head).flatten())
+            new._tree = self._tree if groups is None else self._tree.rows(groups)
+        if self._forest is not None:
+            new._grown = min(self._grown, chunks)
+            new._forest = self._forest.copy(new._grown, new.means_BGCD.flatten(0, 1), groups)
         return new
