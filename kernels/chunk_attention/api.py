@@ -119,9 +119,7 @@ def cached_chunk_attention(
     return _reference(q, k[:, :length], v[:, :length], cache.chunk_size, topk, coarse)
 
 
-def _triton(
-    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, coarse: bool
-) -> Tensor:
+def _triton(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, coarse: bool) -> Tensor:
     from rwkvx_kernels.chunk_attention import triton_ops
 
     args = (x.contiguous() for x in (q, k, v))
@@ -129,9 +127,7 @@ def _triton(
     return o
 
 
-def _cached_triton(
-    q: Tensor, cache: KeyValueCache, length: int, topk: int, coarse: bool
-) -> Tensor:
+def _cached_triton(q: Tensor, cache: KeyValueCache, length: int, topk: int, coarse: bool) -> Tensor:
     from rwkvx_kernels.chunk_attention import triton_ops
 
     chunks = length // cache.chunk_size

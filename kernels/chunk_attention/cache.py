@@ -7,7 +7,7 @@ D head size.
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.chunk_attention import forest
+from rwkvx_kernels.chunk_attention.forest import Forest, grow, room_for
 from rwkvx_kernels.chunk_attention.tree import ChunkTree, empty_tree, grow_tree
 
 FIRST_CAPACITY = 512
@@ -37,7 +37,7 @@ class KeyValueCache:
         )
         self.written = 0
         self._tree = empty_tree(self.means_BGCD.flatten(0, 1))
-        self._forest: forest.Forest | None = None
+        self._forest: Forest | None = None
         self._grown = 0  # chunks that the forest was grown to
 
     @property
@@ -76,13 +76,13 @@ class KeyValueCache:
         self._tree = grow_tree(self._tree, means_NCD, chunks)
         return self._tree
 
-    def forest(self, chunks: int) -> forest.Forest:
+    def forest(self, chunks: int) -> Forest:
         """The forest, grown over at least the first `chunks` chunks."""
         means_NCD = self.means_BGCD.flatten(0, 1)
         if self._forest is None:
-            self._forest = forest.room_for(means_NCD)
+            self._forest = room_for(means_NCD)
         if self._grown < chunks:
-            forest.grow(self._forest, means_NCD, self._grown, chunks)
+            grow(self._forest, means_NCD, self._grown, chunks)
             self._grown = chunks
         return self._forest
 

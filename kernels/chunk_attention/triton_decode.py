@@ -48,11 +48,11 @@ def _score_kernel(
     past = (tl.load(p_lengths + i_b) - tokens + i_t) // CHUNK
     P = tree_size(past, LEVELS, RUN, WHOLE)
     top = first_level(P, LEVELS, FANOUT, DENSE)
-    root = tl.where(LEVEL < top, P // FANOUT ** (LEVEL + 1) * FANOUT, 0)
+    root = tl.where(top > LEVEL, P // FANOUT ** (LEVEL + 1) * FANOUT, 0)
     stop = past
     if LEVEL > 0:
-        stop = tl.where(LEVEL > top, 0, P // FANOUT**LEVEL)
-    children = tl.where(LEVEL < top, WIDTH * FANOUT, 0)
+        stop = tl.where(top < LEVEL, 0, P // FANOUT**LEVEL)
+    children = tl.where(top > LEVEL, WIDTH * FANOUT, 0)
     candidates = children + stop - root
     o_d = tl.arange(0, BLOCK_D)
     b_q = tl.load(p_q + i_row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.chunk_attention.triton_backward import backward
 from rwkvx_kernels.chunk_attention.forest import forest_of
+from rwkvx_kernels.chunk_attention.triton_backward import backward
 from rwkvx_kernels.chunk_attention.triton_decode import decode
 from rwkvx_kernels.chunk_attention.triton_descent import descend
 from rwkvx_kernels.chunk_attention.triton_forward import forward, shape_of

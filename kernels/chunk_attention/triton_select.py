@@ -80,7 +80,7 @@ def first_level(P, LEVELS: tl.constexpr, FANOUT: tl.constexpr, DENSE: tl.constex
     """Where the descent starts: the lowest level of few nodes, or else the highest; 0 if P is."""
     level = (P > 0).to(tl.int32)
     for i in tl.static_range(1, LEVELS):
-        level += ((P // FANOUT**i > DENSE) & (P >= FANOUT ** (i + 1))).to(tl.int32)
+        level += ((P // FANOUT**i > DENSE) & (FANOUT ** (i + 1) <= P)).to(tl.int32)
     return level
 
 
@@ -134,8 +134,8 @@ def _best_kernel(
     b_best = tl.full((BLOCK_Q, K), LOWEST, tl.int64)
     root = start * 0
     if WIDTH > 0:
-        children = tl.where(LEVEL < top, WIDTH * FANOUT, 0)
-        root = tl.where(LEVEL < top, P // FANOUT ** (LEVEL + 1) * FANOUT, 0)
+        children = tl.where(top > LEVEL, WIDTH * FANOUT, 0)
+        root = tl.where(top > LEVEL, P // FANOUT ** (LEVEL + 1) * FANOUT, 0)
         for i_c in range(0, children, BLOCK_C):
             o_c = i_c + tl.arange(0, BLOCK_C)
             m_c = m_t[:, None] & (o_c < children)[None, :]
@@ -149,7 +149,7 @@ def _best_kernel(
         stop = (tl.minimum(start + BLOCK_Q, first + tokens) - 1) // CHUNK
     else:
         # Nothing above where the descent starts.
-        stop = tl.where(LEVEL > top, 0, P // FANOUT**LEVEL)
+        stop = tl.where(top < LEVEL, 0, P // FANOUT**LEVEL)
         b_stop = o_t * 0 + stop
     for i_c in range(root, stop, BLOCK_C):
         o_c = i_c + tl.arange(0, BLOCK_C)

@@ -148,7 +148,7 @@ def test_cached(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_decoding_sequences_of_unequal_length() -> None:
     q, k, v = Case(100, 16, 3, heads=2, batch=3).inputs()
     cache = KeyValueCache(3, 1, 16, 16, k).append(0, k, v)
-    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD, [])
     lengths = [100, 7, 49]
     part = torch.cat([q[i : i + 1, n - 2 : n] for i, n in enumerate(lengths)])
     got = triton_ops.chunk_attention_decode(
@@ -171,9 +171,9 @@ def test_results_repeat_bit_for_bit() -> None:
 
 def test_operators() -> None:
     q, k, v = (x.requires_grad_() for x in Case(20, 16, 2, heads=1).inputs())
-    torch.library.opcheck(triton_ops.chunk_attention, (q, k, v, 16, 2))
+    torch.library.opcheck(triton_ops.chunk_attention, (q, k, v, 16, 2, False))
     cache = KeyValueCache(1, 1, 16, 16, k).append(0, k.detach(), v.detach())
-    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD, [])
     part = q.detach()[:, -2:].contiguous()
     torch.library.opcheck(triton_ops.chunk_attention_cached, (part, *cached, 20, 16, 2))
     lengths = torch.tensor([20], device=DEVICE)
@@ -184,7 +184,6 @@ def test_operators() -> None:
     ("options", "message"),
     [
         ({"chunk_size": 24}, "multiple of 16"),
-        ({"selection": "coarse_to_fine"}, "selection"),
         ({"dtype": torch.float64}, "float64"),
     ],
 )
