@@ -9,6 +9,7 @@ from torch import Tensor
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
 from rwkvx_kernels.chunk_attention.cpu import attend_cache, attend_sequence, choose_cached
 from rwkvx_kernels.chunk_attention.reference import chunk_attention_reference
+from rwkvx_kernels.chunk_attention.tree import scored_whole
 from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl, without_autocast
 from rwkvx_kernels.opaque import opaque
 
@@ -61,13 +62,13 @@ def chunk_attention(
         NotImplementedError: an implementation or selection that is not there yet.
     """
     _check(q, k, v, chunk_size, topk, selection)
-    impl = _resolve(impl, q, chunk_size, selection)
+    impl = _resolve(impl, q, chunk_size)
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"q has {q.shape[1]} tokens, k and v have {k.shape[1]}")
     if q.numel() == 0:
         return q
     if impl == "triton":
-        return _triton(q, k, v, chunk_size, topk, cu_seqlens)
+        return _triton(q, k, v, chunk_size, topk, cu_seqlens, selection == "coarse_to_fine")
     if torch.compiler.is_compiling():
         return _opaque(q, k, v, chunk_size, topk, cu_seqlens, impl, selection)
     if cu_seqlens is not None:
@@ -110,21 +111,21 @@ def cached_chunk_attention(
     """
     k, v = cache.k_BGSD.transpose(1, 2), cache.v_BGSD.transpose(1, 2)
     _check(q, k, v, cache.chunk_size, topk, selection)
-    impl = _resolve(impl, q, cache.chunk_size, selection)
+    impl = _resolve(impl, q, cache.chunk_size)
     if isinstance(length, Tensor):
-        if impl != "triton" or q.shape[1] > FEW_QUERIES:
+        if impl != "triton" or q.shape[1] > FEW_QUERIES or selection != "flat":
             raise NotImplementedError(
-                f'lengths on the device need impl="triton" and at most {FEW_QUERIES} queries, '
-                f'these are {q.shape[1]} for impl="{impl}"'
+                f'lengths on the device need impl="triton", flat selection and at most '
+                f'{FEW_QUERIES} queries, these are {q.shape[1]} for impl="{impl}", "{selection}"'
             )
-        return _cached_triton(q.detach().contiguous(), cache, length, topk)
+        return _cached_triton(q.detach().contiguous(), cache, length, topk, False)
     if not q.shape[1] <= length <= cache.written:
         raise ValueError(f"{q.shape[1]} queries at length {length}: cache has {cache.written}")
     if q.numel() == 0:
         return q
     coarse = selection == "coarse_to_fine"
     if impl == "triton":
-        return _cached_triton(q.detach().contiguous(), cache, length, topk)
+        return _cached_triton(q.detach().contiguous(), cache, length, topk, coarse)
     if torch.compiler.is_compiling():
         tensors = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
         shape = (length, cache.chunk_size, topk)
@@ -158,27 +159,40 @@ def _opaque_cached(
 
 
 def _triton(
-    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    topk: int,
+    cu_seqlens: Tensor | None,
+    coarse: bool,
 ) -> Tensor:
     from rwkvx_kernels.chunk_attention import triton_ops, triton_packed
 
     args = [x.contiguous() for x in (q, k, v)]
     if cu_seqlens is None:
-        o: Tensor = triton_ops.chunk_attention(*args, chunk_size, topk)[0]
+        o: Tensor = triton_ops.chunk_attention(*args, chunk_size, topk, coarse)[0]
     else:
-        o = triton_packed.chunk_attention_packed(*args, cu_seqlens, chunk_size, topk)[0]
+        sizes = (chunk_size, topk, coarse)
+        o = triton_packed.chunk_attention_packed(*args, cu_seqlens, *sizes)[0]
     return o
 
 
 def has_decode_kernel(q: Tensor, chunk_size: int, selection: str = "flat") -> bool:
     """Whether `cached_chunk_attention` of q [B, T, H, D] takes lengths on the device."""
-    return _resolve("auto", q, chunk_size, selection) == "triton"
+    return selection == "flat" and _resolve("auto", q, chunk_size) == "triton"
 
 
-def _cached_triton(q: Tensor, cache: KeyValueCache, length: int | Tensor, topk: int) -> Tensor:
+def _cached_triton(
+    q: Tensor, cache: KeyValueCache, length: int | Tensor, topk: int, coarse: bool
+) -> Tensor:
     from rwkvx_kernels.chunk_attention import triton_ops
 
-    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+    forest: list[Tensor] = []
+    if coarse and isinstance(length, int):
+        chunks = length // cache.chunk_size
+        forest = cache.forest(chunks).tensors() if chunks > scored_whole(topk) else []
+    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD, forest)
     if isinstance(length, int) and q.shape[1] > FEW_QUERIES:
         o: Tensor = triton_ops.chunk_attention_cached(q, *cached, length, cache.chunk_size, topk)
         return o
@@ -204,15 +218,13 @@ def selected_chunks(
     return choose_cached(q, cache, length, topk, selection == "coarse_to_fine")
 
 
-def _resolve(impl: str, q: Tensor, chunk_size: int, selection: str) -> str:
+def _resolve(impl: str, q: Tensor, chunk_size: int) -> str:
     """The implementation for these arguments; "auto" avoids Triton kernels that cannot do it."""
     resolved = chosen_impl(q.device, impl)
     if resolved != "triton":
         return resolved
     lacks = None
-    if selection != "flat":
-        lacks = f'selection="{selection}"'
-    elif chunk_size % CHUNK_MULTIPLE:
+    if chunk_size % CHUNK_MULTIPLE:
         lacks = f"chunks of {chunk_size} tokens: give a multiple of {CHUNK_MULTIPLE}"
     elif q.shape[3] > MOST_DIM:
         lacks = f"heads of {q.shape[3]} channels: {MOST_DIM} at most"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rwkvx_kernels.chunk_attention.forest import Forest, grow, room_for
 from rwkvx_kernels.chunk_attention.tree import ChunkTree, empty_tree, grow_tree
 
 FIRST_CAPACITY = 512
@@ -38,6 +39,8 @@ class KeyValueCache:
         )
         self.written = 0
         self._tree = empty_tree(self.means_BGCD.flatten(0, 1))
+        self._forest: Forest | None = None
+        self._grown = 0  # chunks that the forest was grown to
 
     @classmethod
     def of(
@@ -100,6 +103,16 @@ class KeyValueCache:
         self._tree = grow_tree(self._tree, means_NCD, chunks)
         return self._tree
 
+    def forest(self, chunks: int) -> Forest:
+        """The forest, grown over at least the first `chunks` chunks."""
+        means_NCD = self.means_BGCD.flatten(0, 1)
+        if self._forest is None:
+            self._forest = room_for(means_NCD)
+        if self._grown < chunks:
+            grow(self._forest, means_NCD, self._grown, chunks)
+            self._grown = chunks
+        return self._forest
+
     def rows(self, length: int, index: Tensor) -> "KeyValueCache":
         """A new cache of the batch rows `index`, of the same capacity, with the first tokens."""
         return self._copy(length, self.capacity, index)
@@ -126,11 +139,15 @@ class KeyValueCache:
         new = KeyValueCache(rows, heads, dim, self.chunk_size, self.k_BGSD, capacity)
         new._fill(slice(None), self, length, index)
         new.written = length
-        if self._tree.chunks <= length // self.chunk_size:
-            new._tree = self._tree
-            if index is not None:
-                head = torch.arange(heads, device=index.device)
-                new._tree = self._tree.rows((index[:, None] * heads + head).flatten())
+        groups, chunks = None, length // self.chunk_size
+        if index is not None:
+            head = torch.arange(heads, device=index.device)
+            groups = (index[:, None] * heads + head).flatten()
+        if self._tree.chunks <= chunks:
+            new._tree = self._tree if groups is None else self._tree.rows(groups)
+        if self._forest is not None:
+            new._grown = min(self._grown, chunks)
+            new._forest = self._forest.copy(new._grown, new.means_BGCD.flatten(0, 1), groups)
         return new
 
     def _fill(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.cpu_select import select_chunks
-from rwkvx_kernels.chunk_attention.tree import FANOUT, RUN, ChunkTree, beam_widths
+from rwkvx_kernels.chunk_attention.tree import RUN, ChunkTree, beam_widths, scored_whole
 
 TreeOf = Callable[[int], ChunkTree]
 
@@ -39,7 +39,7 @@ def select(
         chunks = (offset + start) // chunk_size // RUN * RUN
         stop = min(tokens, (chunks + RUN) * chunk_size - offset)
         part = q_NTRD[:, start:stop]
-        if chunks <= FANOUT * beam_widths(topk)[0]:
+        if chunks <= scored_whole(topk):
             chosen.append(select_chunks(part, means_NCD, offset + start, chunk_size, topk))
         else:
             arguments = (offset + start, chunk_size, topk)

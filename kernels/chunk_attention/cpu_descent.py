@@ -155,7 +155,9 @@ def _children(q, kept, width, blocks, columns, laid_out, table, pairs, scores):
             continue
         mine = pairs[stops[node] : stops[node + 1]]
         if laid_out:
-            _score_pairs(q, mine, width, array_at(blocks[node], (columns, FANOUT), table), scores, 0)
+            _score_pairs(
+                q, mine, width, array_at(blocks[node], (columns, FANOUT), table), scores, 0
+            )
         else:
             block = array_at(blocks[node], (FANOUT, columns), table)
             _meet(q, mine, width, block, table, scores, 0)

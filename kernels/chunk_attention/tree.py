@@ -31,6 +31,20 @@ def beam_widths(topk: int) -> tuple[int, int]:
     return max(24, 3 * (topk - 1)), max(32, 4 * (topk - 1))
 
 
+def scored_whole(topk: int) -> int:
+    """Up to so many chunks in whole runs are scored one by one: those of a query's nodes are as
+    many."""
+    return FANOUT * beam_widths(topk)[0]
+
+
+def first_level(chunks: int) -> int:
+    """Where the descent of a tree over so many chunks starts; 0 if it has no level of nodes."""
+    level = 0
+    while chunks >= FANOUT and (level == 0 or chunks > DENSE_NODES):
+        chunks, level = chunks // FANOUT, level + 1
+    return level
+
+
 class ChunkTree(NamedTuple):
     """The tree over the first P chunks, P a multiple of `RUN`.
 
@@ -54,8 +68,7 @@ class ChunkTree(NamedTuple):
     @property
     def first_level(self) -> int:
         """Where the descent starts: the lowest level of few nodes, or else the highest."""
-        few = (n for n, x in enumerate(self.boxes, 1) if x.shape[1] <= DENSE_NODES)
-        return next(few, len(self.boxes))
+        return first_level(self.chunks)
 
     def rows(self, index: Tensor) -> "ChunkTree":
         """The groups `index` alone."""
@@ -119,7 +132,7 @@ def grow_tree(tree: ChunkTree, means_NCD: Tensor, chunks: int) -> ChunkTree:
             leaves.append(run)
     for start, stop, size in regions:
         for first in range(max(start, kept), stop, size):
-            order = _order_by_likeness(means_NCD[:, first : first + size], size) + first
+            order = order_by_likeness(means_NCD[:, first : first + size], size) + first
             orders.append(order)
             members = _in_order(means_NCD, order).unflatten(1, (-1, FANOUT))
             leaves.append(members.transpose(2, 3).contiguous())
@@ -129,7 +142,7 @@ def grow_tree(tree: ChunkTree, means_NCD: Tensor, chunks: int) -> ChunkTree:
     while size <= chunks:
         old = tree.boxes[level - 1][:, : kept // size] if level <= len(tree.boxes) else None
         first = 0 if old is None else old.shape[1] * size
-        new = _boxes(means_NCD, order_NP[:, first : chunks // size * size], size)
+        new = boxes_of(means_NCD, order_NP[:, first : chunks // size * size], size)
         boxes.append(new if old is None else torch.cat([old, new], dim=1))
         size, level = size * FANOUT, level + 1
     return ChunkTree(order_NP, tuple(boxes), tuple(leaves))
@@ -148,7 +161,7 @@ def _regions(chunks: int) -> Iterator[tuple[int, int, int]]:
         start, size = stop, size // GROWTH
 
 
-def _order_by_likeness(means_NCD: Tensor, run: int) -> Tensor:
+def order_by_likeness(means_NCD: Tensor, run: int) -> Tensor:
     """Order within each run of `run` chunks such that every node's chunks are alike: [N, C].
 
     A part is halved at the median along its direction of largest variance (power iteration),
@@ -178,7 +191,7 @@ def _in_order(means_NCD: Tensor, order_NP: Tensor) -> Tensor:
     return means_NCD.gather(1, order_NP.unsqueeze(-1).expand(-1, -1, means_NCD.shape[-1]))
 
 
-def _boxes(means_NCD: Tensor, order_NP: Tensor, size: int) -> Tensor:
+def boxes_of(means_NCD: Tensor, order_NP: Tensor, size: int) -> Tensor:
     """Of nodes of `size` consecutive chunks of `order_NP`: [N, P / size, 2 D].
 
     The box around a node's chunk means bounds the score of each of them from above, but in many

@@ -10,51 +10,112 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvx_kernels.chunk_attention.triton_select import LOWEST, pack
+from rwkvx_kernels.chunk_attention import tree
+from rwkvx_kernels.chunk_attention.triton_select import (
+    LOWEST,
+    first_level,
+    keep_best,
+    pack,
+    run_of,
+    tree_constants,
+    tree_size,
+    unpack,
+)
 
 # Chunks that one program scores; a cache of a million tokens in chunks of 128 makes 16 programs.
 SPLIT = 512
 LEAST_BLOCK = 64
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity", "splits"])
+@triton.jit(do_not_specialize=["tokens", "members", "parents", "groups", "chunks", "splits"])
 def _score_kernel(
-    p_q,
-    p_means,
-    p_lengths,
+    p_q, p_table, p_order, p_kept, p_lengths, p_best,
+    tokens, members, parents, groups, chunks, splits,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    CHUNK: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr,
+    RUNS: tl.constexpr, LEVELS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constexpr,
+    FANOUT: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, K: tl.constexpr,
+    LOWEST: tl.constexpr,
+):  # fmt: skip
+    """The best K candidates of one split for one row, packed with their scores.
+
+    The candidates of a row are the children of the entries it kept, then members without parent.
+    """
+    i_row, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_b, i_t, i_h = i_row // H // tokens, i_row // H % tokens, i_row % H
+    i_n = i_b * G + i_h // (H // G)
+    past = (tl.load(p_lengths + i_b) - tokens + i_t) // CHUNK
+    P = tree_size(past, LEVELS, RUN, WHOLE)
+    top = first_level(P, LEVELS, FANOUT, DENSE)
+    root = tl.where(top > LEVEL, P // FANOUT ** (LEVEL + 1) * FANOUT, 0)
+    stop = past
+    if LEVEL > 0:
+        stop = tl.where(top < LEVEL, 0, P // FANOUT**LEVEL)
+    children = tl.where(top > LEVEL, WIDTH * FANOUT, 0)
+    candidates = children + stop - root
+    o_d = tl.arange(0, BLOCK_D)
+    b_q = tl.load(p_q + i_row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
+    b_best = tl.full((1, K), LOWEST, tl.int64)
+    begin = i_split * SPLIT
+    for i_c in range(begin, tl.minimum(begin + SPLIT, candidates), BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        m_c = o_c < candidates
+        o_member = o_c - children + root
+        o_run = run_of(o_member * FANOUT**LEVEL, P, RUNS, RUN, GROWTH)
+        if WIDTH > 0:
+            m_child = o_c < children
+            b_parent = tl.load(p_kept + i_row * WIDTH + o_c // FANOUT, mask=m_child, other=0)
+            m_c &= b_parent >= 0
+            o_run = tl.where(m_child, b_parent // parents, o_run)
+            o_member = tl.where(
+                m_child, b_parent % parents * FANOUT + (o_c % FANOUT).to(tl.int32), o_member
+            )
+        o_place = (o_run.to(tl.int64) * groups + i_n) * members + o_member
+        o_entry = o_run * members + o_member
+        if LEVEL == 0:
+            o_entry = o_member
+            if WIDTH > 0:
+                p_chunk = p_order + (o_run.to(tl.int64) * groups + i_n) * chunks + o_member
+                b_chunk = tl.load(p_chunk, mask=m_c & m_child, other=0)
+                o_entry = tl.where(m_child, b_chunk, o_member)
+            o_place = i_n * members + o_entry
+        m_x = m_c[:, None] & (o_d < D)[None, :]
+        if LEVEL == 0:
+            p_x = p_table + o_place[:, None] * D + o_d[None, :]
+            b_product = tl.load(p_x, mask=m_x, other=0.0) * b_q
+        else:
+            p_x = p_table + o_place[:, None] * (2 * D) + o_d[None, :]
+            b_product = tl.load(p_x, mask=m_x, other=0.0) * tl.maximum(b_q, 0.0)
+            b_product += tl.load(p_x + D, mask=m_x, other=0.0) * tl.minimum(b_q, 0.0)
+        b_score = tl.sum(b_product, axis=1)[None, :]
+        b_packed = pack(b_score, o_entry.to(tl.int32), m_c[None, :], LOWEST)
+        b_best = keep_best(b_best, b_packed, K)
+    o_best = (i_row * splits + i_split) * K + tl.arange(0, K)
+    tl.store(p_best + o_best[None, :], b_best)
+
+
+@triton.jit(do_not_specialize=["candidates"])
+def _merge_kernel(
     p_best,
-    tokens,
-    capacity,
-    splits,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    p_entries,
+    candidates,
+    SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    SPLIT: tl.constexpr,
     K: tl.constexpr,
     LOWEST: tl.constexpr,
 ):
-    """The best K chunks of one split for one row, packed with their scores."""
-    i_row, i_split = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    i_b, i_t, i_h = i_row // H // tokens, i_row // H % tokens, i_row % H
-    past = (tl.load(p_lengths + i_b) - tokens + i_t) // CHUNK
-    o_d = tl.arange(0, BLOCK_D)
-    b_q = tl.load(p_q + i_row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    p_means += (i_b * G + i_h // (H // G)) * capacity * D
+    """The best of all splits of a row, unpacked."""
+    i_row = tl.program_id(0).to(tl.int64)
     b_best = tl.full((1, K), LOWEST, tl.int64)
-    begin = i_split * SPLIT
-    for i_c in range(begin, tl.minimum(begin + SPLIT, past), BLOCK_C):
+    for i_c in range(0, candidates, BLOCK_C):
         o_c = i_c + tl.arange(0, BLOCK_C)
-        m_mean = (o_c < past)[:, None] & (o_d < D)[None, :]
-        p_tile = p_means + o_c.to(tl.int64)[:, None] * D + o_d[None, :]
-        b_score = tl.sum(tl.load(p_tile, mask=m_mean, other=0.0) * b_q[None, :], axis=1)
-        b_packed = pack(b_score[None, :], o_c.to(tl.int32), (o_c < past)[None, :], LOWEST)
-        b_new = tl.topk(b_packed, K)
-        b_best = tl.topk(tl.reshape(tl.join(b_best, b_new), (1, 2 * K)), K)
-    o_best = (i_row * splits + i_split) * K + tl.arange(0, K)
-    tl.store(p_best + o_best[None, :], b_best)
+        p_tile = p_best + i_row * candidates + o_c
+        b_packed = tl.load(p_tile, mask=o_c < candidates, other=LOWEST)[None, :]
+        b_best = keep_best(b_best, b_packed, K)
+    o_k = K - 1 - tl.arange(0, K)  # the best come last
+    p_out = (p_entries + i_row * SLOTS + o_k)[None, :]
+    tl.store(p_out, unpack(b_best, LOWEST), mask=(o_k < SLOTS)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -80,7 +141,7 @@ def _part_kernel(
     BLOCK: tl.constexpr,
 ):
     """One chunk of one row, the own chunk in the last slot: output and binary log-sum-exp."""
-    i_row, i_slot = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    i_row, i_slot = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_b, i_t, i_h = i_row // H // tokens, i_row // H % tokens, i_row % H
     position = tl.load(p_lengths + i_b) - tokens + i_t
     i_chunk = position // CHUNK
@@ -136,45 +197,94 @@ def _join_kernel(
     tl.store(p_o + i_row * D + o_d, b_o.to(p_o.dtype.element_ty), mask=o_d < D)
 
 
+def _most_candidates(members: int, forest: list[Tensor], level: int, topk: int) -> int:
+    """How many candidates a row can have at a level of so many members."""
+    if not forest or level == tree.first_level(forest[0].shape[2]):
+        return members
+    if level == 0:  # the tail beside the children, or all of few chunks
+        return tree.scored_whole(topk) + tree.RUN
+    return max(tree.DENSE_NODES, tree.FANOUT * (tree.beam_widths(topk)[1] + 1))
+
+
+def _best(
+    q: Tensor,
+    table: Tensor,
+    forest: list[Tensor],
+    level: int,
+    kept: Tensor | None,
+    lengths: Tensor,
+    sizes: dict[str, int],
+    topk: int,
+) -> Tensor:
+    """As `triton_select.best_members`, by row: [B·T·H, width]."""
+    batch, tokens, heads, _ = q.shape
+    rows, members = batch * tokens * heads, table.shape[2]
+    slots = tree.beam_widths(topk)[level > 1] if level else topk - 1
+    keep = max(2, triton.next_power_of_2(slots))
+    splits = triton.cdiv(_most_candidates(members, forest, level, topk), SPLIT)
+    best = torch.empty((rows, splits * keep), dtype=torch.int64, device=q.device)
+    _score_kernel[(rows, splits)](
+        q,
+        table,
+        forest[0] if forest else None,
+        kept,
+        lengths,
+        best,
+        tokens,
+        members,
+        forest[level + 1].shape[2] if kept is not None else 1,
+        batch * sizes["G"],
+        forest[0].shape[2] if forest else 1,
+        splits,
+        **sizes,
+        **tree_constants(forest, topk),
+        LEVEL=level,
+        WIDTH=0 if kept is None else kept.shape[1],
+        BLOCK_C=max(LEAST_BLOCK, keep),
+        SPLIT=SPLIT,
+        K=keep,
+        LOWEST=LOWEST,
+        num_warps=4,
+    )
+    entries = torch.empty((rows, slots), dtype=torch.int32, device=q.device)
+    block = max(LEAST_BLOCK, keep)
+    _merge_kernel[(rows,)](
+        best, entries, splits * keep, SLOTS=slots, BLOCK_C=block, K=keep, LOWEST=LOWEST
+    )
+    return entries
+
+
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, means: Tensor, lengths: Tensor, chunk_size: int, topk: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    forest: list[Tensor],
+    lengths: Tensor,
+    chunk_size: int,
+    topk: int,
 ) -> Tensor:
     """o [B, T, H, D] of the last T tokens of each sequence; no gradient.
 
     Args:
         q: [B, T, H, D], contiguous. k, v: [B, G, S, D] with room for S tokens.
         means: [B, G, C, D] float32, contiguous, of every completed chunk.
+        forest: tensors of the forest over them, with room for C chunks; [] for flat selection.
         lengths: [B] int64, tokens of each sequence, the T new ones included.
     """
     batch, tokens, heads, dim = q.shape
     groups, rows, slots = k.shape[1], batch * tokens * heads, topk - 1
     sizes = {"H": heads, "G": groups, "D": dim, "CHUNK": chunk_size}
     sizes["BLOCK_D"] = max(16, triton.next_power_of_2(dim))
-    keep = max(2, triton.next_power_of_2(slots))
-    chosen = torch.empty((rows, slots), dtype=torch.int32, device=q.device)
+    chosen = None
     if slots:
-        splits = triton.cdiv(means.shape[2], SPLIT)
-        best = torch.empty((rows, splits * keep), dtype=torch.int64, device=q.device)
-        _score_kernel[(splits, rows)](
-            q,
-            means,
-            lengths,
-            best,
-            tokens,
-            means.shape[2],
-            splits,
-            **sizes,
-            BLOCK_C=max(LEAST_BLOCK, keep),
-            SPLIT=SPLIT,
-            K=keep,
-            LOWEST=LOWEST,
-            num_warps=4,
-        )
-        best = best.topk(slots, dim=1).values
-        chosen = (0x7FFFFFFF - (best & 0x7FFFFFFF)).masked_fill_(best == LOWEST, -1).int()
+        top = tree.first_level(means.shape[2]) if forest else 0
+        for level in range(top, -1, -1):
+            table = forest[level] if level else means
+            chosen = _best(q, table, forest, level, chosen, lengths, sizes, topk)
     part = torch.empty((rows, topk, dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((rows, topk), dtype=torch.float32, device=q.device)
-    _part_kernel[(topk, rows)](
+    _part_kernel[(rows, topk)](
         q,
         k,
         v,

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkvx_kernels.chunk_attention.forest import forest_of
 from rwkvx_kernels.chunk_attention.triton_backward import backward
 from rwkvx_kernels.chunk_attention.triton_decode import decode
+from rwkvx_kernels.chunk_attention.triton_descent import descend
 from rwkvx_kernels.chunk_attention.triton_forward import forward, shape_of
 from rwkvx_kernels.chunk_attention.triton_pairs import blocks_of, lists_of
-from rwkvx_kernels.chunk_attention.triton_select import select
 
 # Queries of a tile are at least so many: fewer would leave a GPU idle.
 LEAST_TILE = 4096
@@ -30,13 +31,21 @@ def _tiles(tokens: int, chunk_size: int, topk: int) -> Iterator[slice]:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, means: Tensor, layout: str, chunk: int, topk: int, first: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    forest: list[Tensor],
+    layout: str,
+    chunk: int,
+    topk: int,
+    first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and chosen chunks of queries at `first` ..., tile by tile."""
     o, lse, chosen = outputs_like(q, topk)
     for tile in _tiles(q.shape[1], chunk, topk):
         part, at = q[:, tile].contiguous(), first + tile.start
-        picked = select(part, means, at, chunk, topk)
+        picked = descend(part, means, forest, at, chunk, topk)
         shape = shape_of(part, k, layout, chunk, topk, at)
         lists = lists_of(picked, shape.groups, shape.chunks)
         blocks = blocks_of(lists, shape.tile)
@@ -54,18 +63,21 @@ def outputs_like(q: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("rwkvx::chunk_attention", mutates_args=())
 def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int
+    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, coarse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, binary log-sum-exp [B, T, H], chosen chunks [B, T, H, topk - 1]; all contiguous."""
     batch, tokens, groups, dim = k.shape
     chunks = tokens // chunk_size
     whole = k[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size))
     means = whole.mean(dim=2, dtype=torch.float32).transpose(1, 2).contiguous()
-    return _attend(q, k, v, means, "bsgd", chunk_size, topk, 0)
+    forest = forest_of(means.flatten(0, 1), topk) if coarse else []
+    return _attend(q, k, v, means, forest, "bsgd", chunk_size, topk, 0)
 
 
 @chunk_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, coarse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return outputs_like(q, topk)
 
 
@@ -116,14 +128,14 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, ctx.chunk_size, ctx.topk = inputs
+    q, k, v, ctx.chunk_size, ctx.topk, _ = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(output[1], output[2])
 
 
 def _gradients(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     grads = chunk_attention_backward(do.contiguous(), *ctx.saved_tensors, ctx.chunk_size, ctx.topk)
-    return (*grads, None, None)
+    return (*grads, None, None, None)
 
 
 chunk_attention.register_autograd(_gradients, setup_context=_save)
@@ -131,16 +143,33 @@ chunk_attention.register_autograd(_gradients, setup_context=_save)
 
 @torch.library.custom_op("rwkvx::chunk_attention_cached", mutates_args=())
 def chunk_attention_cached(
-    q: Tensor, k: Tensor, v: Tensor, means: Tensor, length: int, chunk_size: int, topk: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    forest: list[Tensor],
+    length: int,
+    chunk_size: int,
+    topk: int,
 ) -> Tensor:
-    """The last T of `length` cached tokens: k, v [B, G, S, D], means [B, G, C, D]; no gradient."""
+    """The last T of `length` cached tokens: k, v [B, G, S, D], means [B, G, C, D]; no gradient.
+
+    forest: tensors over the chunks before the last token's (forest.py); [] for flat selection.
+    """
     first = length - q.shape[1]
-    return _attend(q, k, v, means, "bgsd", chunk_size, topk, first)[0]
+    return _attend(q, k, v, means, forest, "bgsd", chunk_size, topk, first)[0]
 
 
 @chunk_attention_cached.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, means: Tensor, length: int, chunk_size: int, topk: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    forest: list[Tensor],
+    length: int,
+    chunk_size: int,
+    topk: int,
 ) -> Tensor:
     return torch.empty_like(q)
 
@@ -151,12 +180,13 @@ def chunk_attention_decode(
     k: Tensor,
     v: Tensor,
     means: Tensor,
+    forest: list[Tensor],
     lengths: Tensor,
     chunk_size: int,
     topk: int,
 ) -> Tensor:
     """As `chunk_attention_cached` for few queries, each sequence of a length of its own [B]."""
-    return decode(q, k, v, means, lengths, chunk_size, topk)
+    return decode(q, k, v, means, forest, lengths, chunk_size, topk)
 
 
 @chunk_attention_decode.register_fake
@@ -165,6 +195,7 @@ def _(
     k: Tensor,
     v: Tensor,
     means: Tensor,
+    forest: list[Tensor],
     lengths: Tensor,
     chunk_size: int,
     topk: int,

@@ -27,18 +27,18 @@ def _parts(cu_seqlens: Tensor, *tensors: Tensor) -> list[list[Tensor]]:
 
 @torch.library.custom_op("rwkvx::chunk_attention_packed", mutates_args=())
 def chunk_attention_packed(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, chunk_size: int, topk: int
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, chunk_size: int, topk: int, coarse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, log-sum-exp and chosen chunks, these counted from the start of each sequence."""
     parts = _parts(cu_seqlens, q, k, v)
-    done = [chunk_attention(*part, chunk_size, topk) for part in parts]
+    done = [chunk_attention(*part, chunk_size, topk, coarse) for part in parts]
     o, lse, chosen = (torch.cat(x, dim=1) for x in zip(*done, strict=True))
     return o, lse, chosen
 
 
 @chunk_attention_packed.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, chunk_size: int, topk: int
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, chunk_size: int, topk: int, coarse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return outputs_like(q, topk)
 
@@ -86,8 +86,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _gradients(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    grads = chunk_attention_packed_backward(do.contiguous(), *ctx.saved_tensors, *ctx.sizes)
-    return (*grads, None, None, None)
+    grads = chunk_attention_packed_backward(do.contiguous(), *ctx.saved_tensors, *ctx.sizes[:2])
+    return (*grads, None, None, None, None)
 
 
 chunk_attention_packed.register_autograd(_gradients, setup_context=_save)

@@ -40,12 +40,14 @@ class Blocks(NamedTuple):
 def lists_of(chosen: Tensor, groups: int, chunks: int) -> Lists:
     """Turn chosen [B, T, H, slots] (-1: none) around, for `chunks` chunks of each of G heads."""
     batch, _, heads, _ = chosen.shape
-    b = torch.arange(batch, device=chosen.device).view(-1, 1, 1, 1)
-    g = (torch.arange(heads, device=chosen.device) // (heads // groups)).view(-1, 1)
     total = batch * groups * chunks
+    # Sorting takes a pass for each byte of a number.
+    narrow = torch.int32 if total < 2**31 else torch.int64
+    b = torch.arange(batch, device=chosen.device, dtype=narrow).view(-1, 1, 1, 1)
+    g = (torch.arange(heads, device=chosen.device, dtype=narrow) // (heads // groups)).view(-1, 1)
     number = ((b * groups + g) * chunks + chosen).masked_fill(chosen < 0, total)
     number, order = number.flatten().sort(stable=True)
-    every = torch.arange(total + 1, device=chosen.device)
+    every = torch.arange(total + 1, device=chosen.device, dtype=narrow)
     return Lists(order, torch.searchsorted(number, every))
 
 

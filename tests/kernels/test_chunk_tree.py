@@ -36,7 +36,7 @@ def inputs(tokens: int, batch: int = 1, seed: int = 0, dim: int = 6) -> tuple[Te
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few nodes are kept and two levels descended, so that small trees are pruned at each."""
-    for module in (cpu_coarse, reference):
+    for module in (cpu_coarse, reference, tree):
         monkeypatch.setattr(module, "beam_widths", lambda topk: (4, 2))
     monkeypatch.setattr(tree, "DENSE_NODES", 8)
 

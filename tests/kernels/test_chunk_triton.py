@@ -148,7 +148,7 @@ def test_cached(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_decoding_sequences_of_unequal_length() -> None:
     q, k, v = Case(100, 16, 3, heads=2, batch=3).inputs()
     cache = KeyValueCache(3, 1, 16, 16, k).append(0, k, v)
-    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD, [])
     lengths = [100, 7, 49]
     part = torch.cat([q[i : i + 1, n - 2 : n] for i, n in enumerate(lengths)])
     got = triton_ops.chunk_attention_decode(
@@ -173,7 +173,6 @@ def test_results_repeat_bit_for_bit() -> None:
     ("options", "message"),
     [
         ({"chunk_size": 24}, "multiple of 16"),
-        ({"selection": "coarse_to_fine"}, "selection"),
         ({"dtype": torch.float64}, "float64"),
     ],
 )

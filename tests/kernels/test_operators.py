@@ -56,8 +56,8 @@ def attended(cu_seqlens: Tensor | None = None) -> tuple[Any, ...]:
     """do, q, k, v, o, log-sum-exp, chosen chunks."""
     args = rows(3)
     if cu_seqlens is None:
-        return (*rows(1), *args, *torch.ops.rwkvx.chunk_attention(*args, CHUNK, TOPK))
-    made = torch.ops.rwkvx.chunk_attention_packed(*args, cu_seqlens, CHUNK, TOPK)
+        return (*rows(1), *args, *torch.ops.rwkvx.chunk_attention(*args, CHUNK, TOPK, False))
+    made = torch.ops.rwkvx.chunk_attention_packed(*args, cu_seqlens, CHUNK, TOPK, False)
     return (*rows(1), *args, *made, cu_seqlens)
 
 
@@ -78,12 +78,14 @@ CALLS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "wkv7_plain_backward": lambda: [
         ([*rows(1), normal(1, 1, DIM, DIM)], *wkv7(), None, "cpu"),
     ],
-    "chunk_attention": lambda: [(*rows(3, grad=True), CHUNK, TOPK)],
+    "chunk_attention": lambda: [(*rows(3, grad=True), CHUNK, TOPK, x) for x in (False, True)],
     "chunk_attention_backward": lambda: [(*attended(), CHUNK, TOPK)],
-    "chunk_attention_packed": lambda: [(*rows(3, grad=True), whole(0, 0, 1, TOKENS), CHUNK, TOPK)],
+    "chunk_attention_packed": lambda: [
+        (*rows(3, grad=True), whole(0, 0, 1, TOKENS), CHUNK, TOPK, False)
+    ],
     "chunk_attention_packed_backward": lambda: [(*attended(whole(0, 1, TOKENS)), CHUNK, TOPK)],
-    "chunk_attention_cached": lambda: [(*rows(1, 2), *cache(), 20, CHUNK, TOPK)],
-    "chunk_attention_decode": lambda: [(*rows(1, 2), *cache(), whole(20), CHUNK, TOPK)],
+    "chunk_attention_cached": lambda: [(*rows(1, 2), *cache(), [], 20, CHUNK, TOPK)],
+    "chunk_attention_decode": lambda: [(*rows(1, 2), *cache(), [], whole(20), CHUNK, TOPK)],
     "chunk_attention_append": lambda: [(*cache(), *rows(2, 3), 14, CHUNK)],
     "chunk_attention_append_each": lambda: [(*cache(), *rows(2, 1), whole(15), CHUNK)],
     "chunk_attention_plain": lambda: [

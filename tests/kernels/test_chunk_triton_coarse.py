@@ -1,0 +1,251 @@
+"""Coarse-to-fine selection in Triton, on a GPU or in its interpreter, against the reference.
+
+Axes: B batch, T time, H query heads, G key/value heads, D head size, C chunks.
+"""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from measure import LargestTensor, assert_as_good, relative_error
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs triton (the extra gpu)")
+
+from rwkvx_kernels.chunk_attention import (
+    KeyValueCache,
+    api,
+    cached_chunk_attention,
+    chunk_attention,
+    cpu_coarse,
+    forest,
+    reference,
+    tree,
+    triton_decode,
+    triton_descent,
+    triton_ops,
+)
+from rwkvx_kernels.chunk_attention.triton_descent import descend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COARSE = "coarse_to_fine"
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few nodes are kept and two levels descended, so that small trees are pruned at each."""
+    for module in (cpu_coarse, reference, tree):
+        monkeypatch.setattr(module, "beam_widths", lambda topk: (4, 2))
+    monkeypatch.setattr(tree, "DENSE_NODES", 8)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of 32 chunks, of which a query keeps one node: pruned after 64 chunks."""
+    for module in (cpu_coarse, reference, tree):
+        monkeypatch.setattr(module, "beam_widths", lambda topk: (1, 1))
+        monkeypatch.setattr(module, "RUN", 32)
+
+
+def inputs(
+    tokens: int, heads: int = 4, groups: int = 2, dim: int = 12, batch: int = 1
+) -> list[Tensor]:
+    torch.manual_seed(tokens)
+    q = torch.randn(batch, tokens, heads, dim)
+    k, v = (torch.randn(batch, tokens, groups, dim) for _ in range(2))
+    return [x.to(DEVICE) for x in (q, k, v)]
+
+
+def sets_of(chosen: Tensor, chunks: int) -> Tensor:
+    """Chosen [B, T, H, slots] as booleans [B, H, T, C]; no chunk stands twice."""
+    assert int(chosen.max()) < chunks
+    places = chosen.long().masked_fill(chosen < 0, chunks).transpose(1, 2)
+    count = places.new_zeros((*places.shape[:3], chunks + 1))
+    count = count.scatter_add(-1, places, torch.ones_like(places))[..., :-1]
+    assert int(count.max()) <= 1
+    return count > 0
+
+
+def wide_forest(means_BGCD: Tensor, chunks: int) -> list[Tensor]:
+    """Grown in float64, so that it has the same runs as the reference's trees in float64."""
+    means = means_BGCD.flatten(0, 1).double()
+    grown = forest.room_for(means)
+    forest.grow(grown, means, 0, chunks)
+    order, *boxes = grown.tensors()
+    return [order, *(x.float() for x in boxes)]
+
+
+def check_choice(tokens: int, queries: int, topk: int, **sizes: int) -> None:
+    """Chunks of one token each: their means are the keys."""
+    q, k, _ = inputs(tokens, **sizes)
+    means = k.transpose(1, 2).contiguous()
+    part = q[:, -queries:].contiguous()
+    chosen = descend(part, means, wide_forest(means, tokens), tokens - queries, 1, topk)
+    got = sets_of(chosen, tokens)
+    flat, expected = (
+        reference.select_chunks(part.double(), k.double(), 1, topk, coarse)
+        for coarse in (False, True)
+    )
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, flat)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_choice() -> None:
+    """Behind 508 chunks: the trees of 256 and then of 512; runs of two lengths behind 1,280."""
+    check_choice(518, 10, 2)
+    check_choice(1300, 3, 9, heads=2, groups=2, batch=2, dim=20)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_choice_by_two_levels() -> None:
+    """1,024 + 256 · 3 chunks: two nodes of the upper level, and nodes without parent."""
+    check_choice(1793, 3, 4)
+    check_choice(2900, 3, 4, heads=1, groups=1)
+
+
+def test_choice_with_the_usual_beam() -> None:
+    check_choice(1800, 5, 8, heads=1, groups=1, dim=40)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_tiles_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are held for 64 queries at once, whatever stands before them."""
+    monkeypatch.setattr(triton_descent, "TILE_SCORES", 1)
+    check_choice(560, 66, 3, heads=1, groups=1, dim=4)
+    q, k, _ = inputs(1100, heads=1, groups=1, dim=4)
+    means = k.transpose(1, 2).contiguous()
+    trees = forest.forest_of(means[0], 3)
+    with LargestTensor() as largest:
+        descend(q[:, -70:].contiguous(), means, trees, 1030, 1, 3)
+    assert largest.elements <= 64 * 4 * tree.FANOUT * 4 < 70 * 1100  # at times counted in bytes
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("cuts", [[700], [256, 300, 1023, 1025, 1800], list(range(0, 1801, 100))])
+def test_growing_is_building(cuts: list[int]) -> None:
+    """In pieces, with copies of less and of more room, and for every tree that it stands for."""
+    torch.manual_seed(0)
+    means = torch.randn(2, 1800, 5).double()
+    whole = forest.room_for(means)
+    forest.grow(whole, means, 0, 1800)
+    room, grown = forest.room_for(means[:, : max(cuts[0], 256)]), 0
+    for chunks in [*cuts, 1800]:
+        room = room.copy(grown, means[:, : max(chunks, 256)], torch.tensor([0, 1]))
+        forest.grow(room, means, grown, chunks)
+        grown = chunks
+    for length in (256, 1024, 1280, 1792):
+        built = tree.trees_of(means)(length)
+        for kept in (whole, room):
+            start = 0
+            for i, run in reversed(list(enumerate(forest.run_lengths(length)))):
+                stop = length // run * run
+                assert torch.equal(kept.order_SNC[i, :, start:stop], built.order_NP[:, start:stop])
+                for level, boxes in enumerate(built.boxes, 1):
+                    nodes = slice(start // tree.FANOUT**level, stop // tree.FANOUT**level)
+                    assert torch.allclose(kept.boxes[level - 1][i][:, nodes], boxes[:, nodes])
+                start = stop
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(("chunk", "heads", "dim"), [(16, 2, 24), (32, 1, 16)])
+def test_outputs_and_gradients(chunk: int, heads: int, dim: int) -> None:
+    args = inputs(chunk * 66 + 5, heads, 1, dim)
+    results = []
+    for impl, dtype in (("triton", None), ("reference", None), ("reference", torch.float64)):
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in args]
+        o = chunk_attention(*leaves, chunk, 2, impl=impl, selection=COARSE)
+        torch.manual_seed(9)
+        (o * torch.randn(o.shape).to(o)).sum().backward()
+        results.append([o.detach(), *(x.grad for x in leaves)])
+    assert_as_good(*results, 4.0, ("o", "dq", "dk", "dv"))
+    flat = chunk_attention(*args, chunk, 2, impl="reference")
+    assert relative_error(results[0][0][:, chunk * 64 :], flat[:, chunk * 64 :]) > 1e-3
+
+
+@pytest.mark.usefixtures("tiny")
+def test_pieces_and_forks() -> None:
+    """Read in pieces, long ones and single tokens, into a cache that grows; and from a fork."""
+    q, k, v = inputs(16 * 100 + 3, 2, 1, 16)
+    end = q.shape[1]
+    exact = chunk_attention(
+        *(x.double() for x in (q, k, v)), 16, 2, impl="reference", selection=COARSE
+    )
+    cache = KeyValueCache(1, 1, 16, 16, k, 1030).append(0, k[:, :1030], v[:, :1030])
+    cuts = [1030, 1033, 1060, 1550, 1551, end]
+    for _ in range(2):
+        for a, b in pairwise(cuts):
+            cache = cache.append(a, k[:, a:b], v[:, a:b])
+            part = q[:, max(a, b - 20) : b]  # the others are as good as these
+            got = cached_chunk_attention(part, cache, b, 2, "triton", COARSE)
+            assert relative_error(got, exact[:, b - part.shape[1] : b]) < 1e-6
+        cuts = [1590, end]  # a fork: what stands there is written by the first
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("split", [64, 512])
+def test_decoding_sequences_of_unequal_length(split: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind two levels, one, two runs, none; chunks behind the lengths are another's."""
+    monkeypatch.setattr(triton_decode, "SPLIT", split)
+    monkeypatch.setattr(triton_decode, "LEAST_BLOCK", 32)
+    q, k, v = inputs(4 * 1400, 2, 1, 12, batch=5)
+    cache = KeyValueCache(5, 1, 12, 4, k).append(0, k, v)
+    means = cache.means_BGCD
+    cached = (cache.k_BGSD, cache.v_BGSD, means, wide_forest(means, 1400))
+    lengths = [4 * 1400, 4 * 1027 + 1, 4 * 600 - 1, 4 * 256 + 1, 9]
+    part = torch.cat([q[i : i + 1, n - 2 : n] for i, n in enumerate(lengths)])
+    got = triton_ops.chunk_attention_decode(
+        part, *cached, torch.tensor(lengths, device=DEVICE), 4, 3
+    )
+    for i, n in enumerate(lengths):
+        wide = [q[i : i + 1, n - 2 : n], k[i : i + 1, :n], v[i : i + 1, :n]]
+        exact, flat = (
+            reference.chunk_attention_reference(*(x.double() for x in wide), 4, 3, coarse)
+            for coarse in (True, False)
+        )
+        assert relative_error(got[i : i + 1], exact) < 1e-6
+        assert i > 2 or relative_error(exact, flat) > 1e-3
+
+
+@pytest.mark.usefixtures("narrow")
+def test_choice_repeats_and_ignores_neighbours() -> None:
+    """Queries alone choose what they choose among others, and again."""
+    q, k, _ = inputs(600, heads=2, groups=1)
+    means = k.transpose(1, 2).contiguous()
+    trees = forest.forest_of(means[0], 4)
+    whole, again = (descend(q[:, -9:].contiguous(), means, trees, 591, 1, 4) for _ in range(2))
+    assert torch.equal(whole, again)
+    part = descend(q[:, -6:-4].contiguous(), means, trees, 594, 1, 4)
+    assert torch.equal(part, whole[:, -6:-4])
+
+
+@pytest.mark.usefixtures("narrow")
+def test_not_a_number_chooses_something() -> None:
+    q, k, _ = inputs(600, heads=1, groups=1)
+    q[0, -3] = torch.nan
+    means = k.transpose(1, 2).contiguous()
+    trees = forest.forest_of(means[0], 4)
+    chosen = descend(q[:, -5:].contiguous(), means, trees, 595, 1, 4)
+    assert bool(((chosen >= 0) & (chosen < 600)).all())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_operators() -> None:
+    q, k, v = inputs(16 * 65 + 3, 1, 1, 16)
+    few = [x[:, :20].contiguous().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(triton_ops.chunk_attention, (*few, 16, 2, True))
+    cache = KeyValueCache(1, 1, 16, 16, k).append(0, k, v)
+    trees = cache.forest(65).tensors()
+    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD, trees)
+    part, length = q[:, -2:].contiguous(), q.shape[1]
+    torch.library.opcheck(triton_ops.chunk_attention_cached, (part, *cached, length, 16, 2))
+    lengths = torch.tensor([length], device=DEVICE)
+    torch.library.opcheck(triton_ops.chunk_attention_decode, (part, *cached, lengths, 16, 2))
+
+
+def test_auto_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "chosen_impl", lambda device, impl="auto": "triton")
+    called = []
+    monkeypatch.setattr(api, "_triton", lambda q, *args: called.append(args[-1]) or q)
+    chunk_attention(*inputs(40), 16, 2, selection=COARSE)
+    assert called == [True]
