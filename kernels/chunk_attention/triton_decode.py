@@ -145,8 +145,9 @@ def _part_kernel(
     i_b, i_t, i_h = i_row // H // tokens, i_row // H % tokens, i_row % H
     position = tl.load(p_lengths + i_b) - tokens + i_t
     i_chunk = position // CHUNK
-    if i_slot < SLOTS:
-        i_chunk = tl.load(p_chosen + i_row * SLOTS + i_slot).to(tl.int64)
+    if SLOTS > 0:  # without slots there is no list
+        if i_slot < SLOTS:
+            i_chunk = tl.load(p_chosen + i_row * SLOTS + i_slot).to(tl.int64)
     o_part = i_row * (SLOTS + 1) + i_slot
     if i_chunk < 0:
         tl.store(p_lse + o_part, float("-inf"))
@@ -244,7 +245,7 @@ def _best(
         SPLIT=SPLIT,
         K=keep,
         LOWEST=LOWEST,
-        num_warps=4,
+        num_warps=4 if keep <= 64 else 8,
     )
     entries = torch.empty((rows, slots), dtype=torch.int32, device=q.device)
     block = max(LEAST_BLOCK, keep)

@@ -19,6 +19,7 @@ from rwkvx_kernels.chunk_attention.triton_pairs import blocks_of, lists_of
 from rwkvx_kernels.chunk_attention.triton_select import (
     best_members,
     exact_products,
+    score_columns,
     scores_of,
     select,
 )
@@ -47,10 +48,7 @@ def _children_kernel(
     o_pair += tl.arange(0, BLOCK)
     m_pair = o_pair < tl.load(p_offsets + i_list + 1)
     o_pair = tl.load(p_pairs + o_pair, mask=m_pair, other=0)
-    o_c, o_d = tl.arange(0, FANOUT), tl.arange(0, BLOCK_D)
-    m_q = m_pair[:, None] & (o_d < D)[None, :]
-    p_rows = p_q + (o_pair // WIDTH)[:, None] * D + o_d[None, :]
-    b_q = tl.load(p_rows, mask=m_q, other=0.0).to(tl.float32)
+    o_c = tl.arange(0, FANOUT)
     i_n, i_entry = i_list // (RUNS * parents), i_list % (RUNS * parents)
     i_run, o_in = i_entry // parents, i_entry % parents * FANOUT + o_c
     if LEVEL == 0:
@@ -58,7 +56,8 @@ def _children_kernel(
         o_place = i_n * members + tl.load(p_chunk)
     else:
         o_place = ((i_run * groups + i_n) * members + o_in) * 2
-    b_score = scores_of(b_q, p_table + o_place * D, o_c >= 0, o_d, LEVEL, D, PRECISION)
+    p_rows, p_x = p_q + o_pair // WIDTH * D, p_table + o_place * D
+    b_score = scores_of(p_rows, m_pair, p_x, o_c >= 0, LEVEL, D, BLOCK_D, PRECISION)
     tl.store(p_scores + o_pair[:, None] * FANOUT + o_c[None, :], b_score, mask=m_pair[:, None])
 
 
@@ -91,7 +90,7 @@ def _score_children(
         WIDTH=width,
         RUNS=runs,
         FANOUT=tree.FANOUT,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_D=score_columns(dim),
         BLOCK=BLOCK,
         PRECISION=exact_products(q),
         num_warps=4,

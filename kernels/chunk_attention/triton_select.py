@@ -28,6 +28,11 @@ def exact_products(q: Tensor) -> str:
     return "tf32x3" if device_kind(q.device).backend == "cuda" else "ieee"
 
 
+def score_columns(dim: int) -> int:
+    """Columns that a product takes at a time: those of large heads in pieces."""
+    return 32 if dim > 64 else max(16, triton.next_power_of_2(dim))
+
+
 def tree_constants(forest: list[Tensor], topk: int) -> dict[str, int]:
     """Compile-time constants of the trees in `forest` (forest.py); all are empty if it is []."""
     return {
@@ -95,17 +100,28 @@ def run_of(o_chunk, P, RUNS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constex
 
 @triton.jit
 def scores_of(
-    b_q, p_rows, m_rows, o_d, LEVEL: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Products with chunk means, or with the best corners of boxes (`tree.box_queries`)."""
-    m_x = m_rows[None, :] & (o_d < D)[:, None]
-    p_x = p_rows[None, :] + o_d[:, None]
-    b_x = tl.load(p_x, mask=m_x, other=0.0)
-    if LEVEL == 0:
-        return tl.dot(b_q, b_x, input_precision=PRECISION)
-    b_low = tl.load(p_x + D, mask=m_x, other=0.0)
-    b_score = tl.dot(tl.maximum(b_q, 0.0), b_x, input_precision=PRECISION)
-    return tl.dot(tl.minimum(b_q, 0.0), b_low, b_score, input_precision=PRECISION)
+    p_q, m_q, p_x, m_x,
+    LEVEL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of rows with chunk means, or with the best corners of boxes (`tree.box_queries`).
+
+    `BLOCK_D` columns at a time: exact products of float32 fill the registers with more.
+    """
+    b_score = tl.zeros((p_q.shape[0], p_x.shape[0]), tl.float32)
+    for i_d in range(0, D, BLOCK_D):
+        o_d = i_d + tl.arange(0, BLOCK_D)
+        m_row = m_q[:, None] & (o_d < D)[None, :]
+        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_row, other=0.0).to(tl.float32)
+        m_column = m_x[None, :] & (o_d < D)[:, None]
+        p_column = p_x[None, :] + o_d[:, None]
+        b_x = tl.load(p_column, mask=m_column, other=0.0)
+        if LEVEL == 0:
+            b_score = tl.dot(b_q, b_x, b_score, input_precision=PRECISION)
+        else:
+            b_score = tl.dot(tl.maximum(b_q, 0.0), b_x, b_score, input_precision=PRECISION)
+            b_low = tl.load(p_column + D, mask=m_column, other=0.0)
+            b_score = tl.dot(tl.minimum(b_q, 0.0), b_low, b_score, input_precision=PRECISION)
+    return b_score
 
 
 @triton.jit(do_not_specialize=["first", "tokens", "members", "parents", "groups", "chunks"])
@@ -123,11 +139,9 @@ def _best_kernel(
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     start = (first // BLOCK_Q + tl.program_id(0)) * BLOCK_Q
     o_t = start + tl.arange(0, BLOCK_Q) - first
-    o_d, o_k = tl.arange(0, BLOCK_D), tl.arange(0, K)
+    o_k = tl.arange(0, K)
     m_t = (o_t >= 0) & (o_t < tokens)
     o_row = (i_b * tokens + o_t) * H + i_h
-    m_q = m_t[:, None] & (o_d < D)[None, :]
-    b_q = tl.load(p_q + o_row[:, None] * D + o_d[None, :], mask=m_q, other=0.0).to(tl.float32)
     i_n = i_b * G + i_h // (H // G)
     P = tree_size(start // CHUNK, LEVELS, RUN, WHOLE)
     top = first_level(P, LEVELS, FANOUT, DENSE)
@@ -157,7 +171,8 @@ def _best_kernel(
         if LEVEL > 0:
             o_run = run_of(o_c * FANOUT**LEVEL, P, RUNS, RUN, GROWTH)
             o_place = ((o_run.to(tl.int64) * groups + i_n) * members + o_c) * 2
-        b_score = scores_of(b_q, p_table + o_place * D, o_c < stop, o_d, LEVEL, D, PRECISION)
+        p_x = p_table + o_place * D
+        b_score = scores_of(p_q + o_row * D, m_t, p_x, o_c < stop, LEVEL, D, BLOCK_D, PRECISION)
         m_c = o_c[None, :] < b_stop[:, None]
         b_packed = pack(b_score, WIDTH * FANOUT + o_c - root, m_c, LOWEST)
         b_best = keep_best(b_best, b_packed, K)
@@ -238,13 +253,14 @@ def best_members(
         LEVEL=level,
         WIDTH=0 if kept is None else kept.shape[3],
         **tree_constants(forest, topk),
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_D=score_columns(dim),
         BLOCK_Q=block_q,
         BLOCK_C=max(64, keep),
         K=keep,
         PRECISION=exact_products(q),
         LOWEST=LOWEST,
         num_warps=4 if dim <= 64 else 8,
+        num_stages=1 if keep > 64 else 2 if level else 3,  # a box is two rows
     )
     return best
 

@@ -17,7 +17,6 @@ from rwkvx_kernels.chunk_attention import (
     cached_chunk_attention,
     chunk_attention,
     reference,
-    selected_chunks,
     triton_backward,
     triton_decode,
     triton_ops,
@@ -181,42 +180,3 @@ def test_what_there_is_not_is_said(options: dict, message: str) -> None:
     q, k, v = Case(40, 16, 2).inputs(dtype)
     with pytest.raises(NotImplementedError, match=message):
         chunk_attention(q, k, v, **{"chunk_size": 16, "topk": 2, "impl": "triton", **options})
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [70_000, 300_001])
-def test_real_sizes(tokens: int) -> None:
-    """Past token 65,536, in the dtype of use; float64 on a sample of queries."""
-    case = Case(tokens, 128, 8, heads=4, groups=2, dim=64)
-    q, k, v = case.inputs(torch.bfloat16)
-    o = chunk_attention(q, k, v, 128, 8, impl="triton")
-    cache = KeyValueCache(1, 2, 64, 128, k, tokens).append(0, k, v)
-    for length in (65_537, tokens):
-        part = q[:, length - 64 : length]
-        expected = cached_chunk_attention(part.float(), _wide(cache), length, 8, impl="cpu")
-        assert relative_error(o[:, length - 64 : length], expected) < 1e-2
-        step = cached_chunk_attention(part[:, -1:], cache, length, 8, impl="triton")
-        assert relative_error(step, expected[:, -1:]) < 1e-2
-    assert (selected_chunks(q[:, -1:].float(), _wide(cache), tokens, 8) >= 0).all()
-
-
-def _wide(cache: KeyValueCache) -> KeyValueCache:
-    wide = KeyValueCache(1, 2, 64, 128, cache.k_BGSD.float(), cache.written)
-    return wide.append(
-        0, *(x[:, :, : cache.written].transpose(1, 2).float() for x in (cache.k_BGSD, cache.v_BGSD))
-    )
-
-
-@pytest.mark.gpu
-def test_more_elements_than_31_bits() -> None:
-    """q has 2^31 elements and more: the last queries are attended as if they were alone."""
-    tokens, heads, dim = (1 << 21) + 4096, 16, 64
-    draw = torch.Generator(DEVICE).manual_seed(0)
-    q, k, v = (
-        torch.randn(1, tokens, heads, dim, device=DEVICE, dtype=torch.bfloat16, generator=draw)
-        for _ in range(3)
-    )
-    o = chunk_attention(q, k, v, 2048, 3, impl="triton")
-    cache = KeyValueCache(1, heads, dim, 2048, k, tokens).append(0, k, v)
-    step = cached_chunk_attention(q[:, -1:], cache, tokens, 3, impl="triton")
-    assert relative_error(step, o[:, -1:]) < 1e-2

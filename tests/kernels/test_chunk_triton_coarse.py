@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from choices import check_choice, inputs, wide_forest
 from measure import LargestTensor, assert_as_good, relative_error
-from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton (the extra gpu)")
 
@@ -45,49 +45,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (cpu_coarse, reference, tree):
         monkeypatch.setattr(module, "beam_widths", lambda topk: (1, 1))
         monkeypatch.setattr(module, "RUN", 32)
-
-
-def inputs(
-    tokens: int, heads: int = 4, groups: int = 2, dim: int = 12, batch: int = 1
-) -> list[Tensor]:
-    torch.manual_seed(tokens)
-    q = torch.randn(batch, tokens, heads, dim)
-    k, v = (torch.randn(batch, tokens, groups, dim) for _ in range(2))
-    return [x.to(DEVICE) for x in (q, k, v)]
-
-
-def sets_of(chosen: Tensor, chunks: int) -> Tensor:
-    """Chosen [B, T, H, slots] as booleans [B, H, T, C]; no chunk stands twice."""
-    assert int(chosen.max()) < chunks
-    places = chosen.long().masked_fill(chosen < 0, chunks).transpose(1, 2)
-    count = places.new_zeros((*places.shape[:3], chunks + 1))
-    count = count.scatter_add(-1, places, torch.ones_like(places))[..., :-1]
-    assert int(count.max()) <= 1
-    return count > 0
-
-
-def wide_forest(means_BGCD: Tensor, chunks: int) -> list[Tensor]:
-    """Grown in float64, so that it has the same runs as the reference's trees in float64."""
-    means = means_BGCD.flatten(0, 1).double()
-    grown = forest.room_for(means)
-    forest.grow(grown, means, 0, chunks)
-    order, *boxes = grown.tensors()
-    return [order, *(x.float() for x in boxes)]
-
-
-def check_choice(tokens: int, queries: int, topk: int, **sizes: int) -> None:
-    """Chunks of one token each: their means are the keys."""
-    q, k, _ = inputs(tokens, **sizes)
-    means = k.transpose(1, 2).contiguous()
-    part = q[:, -queries:].contiguous()
-    chosen = descend(part, means, wide_forest(means, tokens), tokens - queries, 1, topk)
-    got = sets_of(chosen, tokens)
-    flat, expected = (
-        reference.select_chunks(part.double(), k.double(), 1, topk, coarse)
-        for coarse in (False, True)
-    )
-    assert torch.equal(got, expected)
-    assert not torch.equal(got, flat)
 
 
 @pytest.mark.usefixtures("narrow")
