@@ -45,11 +45,11 @@ class Attention(nn.Module):
         past, tokens = 0, x.shape[1]
         if cache is not None:
             past, end = cache.length, cache.length + tokens
+            if past and tokens > 1:
+                raise ValueError("after the first call a dense Transformer reads token by token")
             cache.keys[block][:, :, past:end], cache.values[block][:, :, past:end] = k, v
             if past:
                 k, v = cache.keys[block][:, :, :end], cache.values[block][:, :, :end]
-        if past and tokens > 1:
-            raise ValueError("after the first call a dense Transformer reads token by token")
         y = F.scaled_dot_product_attention(q, k, v, is_causal=not past)
         return self.output(y.transpose(1, 2).flatten(-2))
 
