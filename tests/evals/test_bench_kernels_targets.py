@@ -145,7 +145,7 @@ def test_report_and_pictures(tmp_path: Path) -> None:
         "| chunk attention forward: flash-attn | 131,072 | left out | out of memory |",
         "| hybrid | 32 |",
         "| dense Transformer | 16 |",
-        "![microseconds per token by length](models.png)",
+        "![time per token by length](models.png)",
     ):
         assert text in report, text
     for name, chosen in pictures(rows_).items():

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def draw(rows: list[Row], results: dict[str, Any], path: Path) -> None:
-    """Microseconds per token by length as a PNG, a panel for each family of the measured rows.
+    """Time per token by length as a PNG, a panel for each family of the measured rows.
 
     Lines are medians, bands reach from the smallest to the largest.
     """
@@ -38,7 +38,6 @@ def draw(rows: list[Row], results: dict[str, Any], path: Path) -> None:
         _panel(axes, sorted(found, key=lambda row: row["tokens"]))
         axes.set_title(family, loc="left", fontsize=10.5)
         axes.set_xlabel("tokens")
-        axes.set_ylabel("microseconds per token")
     machine = results["machine"]
     figure.suptitle(
         f"{machine['gpu'] or 'no GPU: ' + machine['cpu']}, torch {machine['torch']}, triton "
@@ -50,21 +49,25 @@ def draw(rows: list[Row], results: dict[str, Any], path: Path) -> None:
 def _panel(axes: Any, rows: list[Row]) -> None:
     names = dict.fromkeys(name for row in rows for name in row["seconds"])
     peers = iter(STYLES)
-    floor = [(r["tokens"], [max(r["floor_seconds"].values()) / r["units"]]) for r in rows]
-    _line(axes, floor, FLOOR, "floor")
-    for name in names:
-        points = [
-            (r["tokens"], [x / r["units"] for x in r["seconds"][name]])
-            for r in rows
-            if name in r["seconds"]
-        ]
-        _line(axes, points, OWN if name == OURS else next(peers), _label(name))
+    slow = any(median(r["seconds"][OURS]) > 1e-6 * r["units"] for r in rows)
+    scale, unit = (1e6, "microseconds") if slow else (1e9, "nanoseconds")
+    axes.set_ylabel(f"{unit} per token")
+    labels: list[tuple[int, float]] = []
+    for name in ("floor", *names):
+        points = []
+        for r in rows:
+            floor = [max(r["floor_seconds"].values())]
+            seconds = floor if name == "floor" else r["seconds"].get(name)
+            if seconds:
+                points.append((r["tokens"], [scale * x / r["units"] for x in seconds]))
+        style = {"floor": FLOOR, OURS: OWN}.get(name) or next(peers)
+        _line(axes, points, style, "rwkvx" if name == OURS else name, labels)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(FixedLocator([row["tokens"] for row in rows]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length_label(round(x))))
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.4g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _number(y)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(which="major", color="#dddddd", linewidth=0.8)
@@ -76,32 +79,31 @@ def _panel(axes: Any, rows: list[Row]) -> None:
     )
 
 
-def _label(name: str) -> str:
-    return "rwkvx" if name == OURS else name
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _line(
-    axes: Any, points: list[tuple[int, list[float]]], style: tuple[str, str, str], label: str
+    axes: Any,
+    points: list[tuple[int, list[float]]],
+    style: tuple[str, str, str],
+    name: str,
+    labels: list[tuple[int, float]],
 ) -> None:
+    """Draws points, and the last one's number where it covers none of `labels`."""
     colour, marker, kind = style
     tokens = [n for n, _ in points]
-    micro = [[1e6 * x for x in values] for _, values in points]
-    middle = [median(values) for values in micro]
+    middle = [median(values) for _, values in points]
     axes.plot(
-        tokens,
-        middle,
-        kind,
-        marker=marker,
-        color=colour,
-        label=label,
-        linewidth=1.8,
-        markersize=5.5,
+        tokens, middle, kind, marker=marker, color=colour, label=name, linewidth=1.8, markersize=5.5
     )
-    axes.fill_between(
-        tokens, [min(v) for v in micro], [max(v) for v in micro], color=colour, alpha=0.18,
-        linewidth=0,
-    )  # fmt: skip
+    low, high = ([f(values) for _, values in points] for f in (min, max))
+    axes.fill_between(tokens, low, high, color=colour, alpha=0.18, linewidth=0)
+    last = (tokens[-1], middle[-1])
+    if any(n == last[0] and 0.8 < x / last[1] < 1.25 for n, x in labels):
+        return
+    labels.append(last)
     axes.annotate(
-        f"{middle[-1]:,.3g}", (tokens[-1], middle[-1]), textcoords="offset points", xytext=(6, 0),
-        va="center", fontsize=8, color=colour,
+        _number(last[1]), last, textcoords="offset points", xytext=(6, 0), va="center", fontsize=8,
+        color=colour,
     )  # fmt: skip

@@ -19,10 +19,10 @@ def render(results: dict[str, Any]) -> str:
     measured = kernels + whole
     parts = [_head(results), _summary(results["summary"])]
     if kernels:
-        parts += ["## Kernels", "![microseconds per token by length](kernels.png)"]
+        parts += ["## Kernels", "![time per token by length](kernels.png)"]
         parts.append(_kernels(kernels))
     if whole:
-        parts += ["## Whole models", "![microseconds per token by length](models.png)"]
+        parts += ["## Whole models", "![time per token by length](models.png)"]
         parts.append(_models(whole, results["energy"]))
     others = [row for row in results["cases"] if row["status"] != "measured"]
     if others or any(row["left_out"] for row in measured):
