@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ SHAPE = {
     "topk": 3,
     "tokenizer": "bytes",
 }
+DESCENT = "rwkvx_kernels.chunk_attention.triton_descent"
 CACHED = [
     *(wkv7._error, wkv7._exact, chunk_attention._error, chunk_attention._exact),
     *(chunk_attention._part_error, models._prefill_error, models._decode_error, models._exact),
@@ -70,6 +72,10 @@ def test_chunk_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = cases_of(chunk_attention, tokens)
     for family in chunk_attention.PLANS:
         case = cases[family, tokens]
+        if family == chunk_attention.FINE and find_spec(DESCENT) is None:
+            with pytest.raises(NotImplementedError, match="flat only"):
+                check(case)
+            continue
         errors, left_out = check(case)
         # In float32; selection counts what was chosen otherwise.
         assert errors[OURS] < 1e-6
@@ -90,7 +96,9 @@ def test_chunk_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_choice_and_wrong_attention_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="needs triton (the extra gpu)")
     choose = chunk_attention._choose
-    monkeypatch.setattr(chunk_attention, "_choose", lambda q, k: choose(-q, k))
+    monkeypatch.setattr(
+        chunk_attention, "_choose", lambda family, q, means: choose(family, -q, means)
+    )
     cases = cases_of(chunk_attention, 40)
     for family in (chunk_attention.FLAT, chunk_attention.PART):
         assert cases[family, 40].errors[OURS]() > 0.05

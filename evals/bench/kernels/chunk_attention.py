@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -20,16 +21,19 @@ HEADS, SIZE, CHUNK, TOPK = 16, 64, 128, 8
 FORWARD, BOTH = "chunk attention forward", "chunk attention forward + backward"
 COARSE = "chunk attention forward, coarse to fine"
 PART = "chunk attention, choice given"
-FLAT = "chunk selection"
+FLAT, FINE = "chunk selection", "chunk selection, coarse to fine"
 PLANS: dict[str, Plan] = {
     FORWARD: {131072: 1, 8192: 1, 524288: 1, 65536: 3, 2**20: 3},
     BOTH: {131072: 1, 8192: 1, 524288: 1, 65536: 3},
     PART: {131072: 1, 8192: 4, 65536: 4, 2**20: 4},
     COARSE: {65536: 1, 2**20: 1, 131072: 4},
     FLAT: {131072: 2, 65536: 4, 2**20: 4},
+    FINE: {131072: 2, 65536: 4, 2**20: 3},
 }
 PEERS_UNTIL = 131072  # tokens: dense attention takes seconds beyond
 CHECKED_TOKENS = 4096  # float64 with full score matrices
+# Chunks that coarse-to-fine selection scores for a query, in the children of 24 nodes.
+FINE_SCORED = 24 * 32
 # Rounding of bfloat16 once in the weights and once in the result.
 TOLERANCE = 1e-2
 
@@ -39,7 +43,7 @@ def cases(device: str, lengths: tuple[int, ...]) -> list[Case]:
     found = []
     for family, plan in PLANS.items():
         for tokens, importance in planned(plan, lengths).items():
-            if family in (PART, FLAT):
+            if family in (PART, FLAT, FINE):
                 found.append(_part_case(family, device, tokens, importance))
             else:
                 found.append(_whole_case(family, device, tokens, importance))
@@ -76,15 +80,21 @@ def _part_case(family: str, device: str, tokens: int, importance: int) -> Case:
         family=family,
         tokens=tokens,
         bytes=4 * one + choice if attention else one + choice + 4 * one // CHUNK,
-        flops=(4 if attention else 2 / CHUNK)
-        * (HEADS * SIZE)
-        * (keys_attended(tokens) if attention else keys_before(tokens)),
+        flops=_part_flops(family, tokens),
         subjects=partial(_part_subjects, family, device, tokens),
         errors={OURS: partial(_part_error, family, device)},
         tolerance=TOLERANCE,
         importance=importance,
         cost=4 + tokens / 2**17,
     )
+
+
+def _part_flops(family: str, tokens: int) -> float:
+    """Of selection: a product for each chunk that is scored."""
+    if family == PART:
+        return 4 * HEADS * SIZE * keys_attended(tokens)
+    scored = keys_before(tokens) / CHUNK
+    return 2 * HEADS * SIZE * (scored if family == FLAT else min(scored, tokens * FINE_SCORED))
 
 
 def keys_attended(tokens: int) -> int:
@@ -169,20 +179,30 @@ def _means(k: Tensor) -> Tensor:
     return whole.mean(dim=2, dtype=torch.float32).transpose(1, 2).contiguous()
 
 
-def _choose(q: Tensor, k: Tensor) -> Tensor:
+def _choose(family: str, q: Tensor, means: Tensor) -> Tensor:
+    """[B, T, H, K]; coarse to fine with the making of its tree, from which all queries profit."""
     from rwkvx_kernels.chunk_attention.triton_select import select
 
-    return select(q, _means(k), 0, CHUNK, TOPK)
+    if family != FINE:
+        return select(q, means, 0, CHUNK, TOPK)
+    try:
+        descent = import_module("rwkvx_kernels.chunk_attention.triton_descent")
+        forest = import_module("rwkvx_kernels.chunk_attention.forest")
+    except ModuleNotFoundError as error:
+        raise NotImplementedError("Triton kernels select flat only") from error
+    trees = forest.forest_of(means.flatten(0, 1), TOPK)
+    chosen: Tensor = descent.descend(q, means, trees, 0, CHUNK, TOPK)
+    return chosen
 
 
 def _part_subjects(family: str, device: str, tokens: int) -> dict[str, Call]:
     from rwkvx_kernels.chunk_attention.triton_ops import attend_chosen
-    from rwkvx_kernels.chunk_attention.triton_select import select
 
     q, k, v = _inputs(device, tokens)
-    if family == FLAT:
-        return {OURS: partial(select, q, _means(k), 0, CHUNK, TOPK)}
-    return {OURS: partial(attend_chosen, q, k, v, _choose(q, k), CHUNK, TOPK)}
+    means = _means(k)
+    if family != PART:
+        return {OURS: partial(_choose, family, q, means)}
+    return {OURS: partial(attend_chosen, q, k, v, _choose(family, q, means), CHUNK, TOPK)}
 
 
 @cache
@@ -192,7 +212,7 @@ def _part_error(family: str, device: str) -> float:
     from rwkvx_kernels.chunk_attention.triton_ops import attend_chosen
 
     q, k, v = _inputs(device, CHECKED_TOKENS)
-    chosen = _choose(q, k)
+    chosen = _choose(family, q, _means(k))
     if family == PART:
         return relative_error(
             [attend_chosen(q, k, v, chosen, CHUNK, TOPK)], _exact(device, False, "flat", TOPK)
