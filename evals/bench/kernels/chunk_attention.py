@@ -162,8 +162,10 @@ def _error(device: str, backward: bool, selection: str, name: str) -> float:
 @cache
 def _exact(device: str, backward: bool, selection: str, topk: int) -> tuple[Tensor, ...]:
     wide = [x.double().requires_grad_(backward) for x in _inputs(device, CHECKED_TOKENS)]
-    shape = {"chunk_size": CHUNK, "topk": topk, "selection": selection}
-    return _results(partial(chunk_attention, impl="reference", **shape), wide, backward)
+    exactly = partial(
+        chunk_attention, chunk_size=CHUNK, topk=topk, impl="reference", selection=selection
+    )
+    return _results(exactly, wide, backward)
 
 
 def _results(

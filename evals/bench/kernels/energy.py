@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -93,7 +94,7 @@ def open_meter(device: str, nvml: Any = None) -> tuple[EnergyMeter | None, str]:
         return None, "no GPU"
     try:
         if nvml is None:
-            import pynvml as nvml
+            nvml = import_module("pynvml")
         nvml.nvmlInit()
         meter = EnergyMeter(nvml, nvml.nvmlDeviceGetHandleByUUID(_uuid(device)))
     except ModuleNotFoundError:

@@ -27,8 +27,8 @@ PLANS: dict[str, Plan] = {
 PREFILL_PEERS_UNTIL = 131072  # tokens: 35 times as long at a million
 STEPS = 32  # tokens of one timing of decoding
 CHECKED_TOKENS = 512
-# Sixteen blocks in bfloat16 with random weights.
-TOLERANCE = 0.1
+# Sixteen blocks of random weights in bfloat16: plain torch errs by 0.009 to 0.017.
+TOLERANCE = 0.05
 PIECE = 65536  # tokens of random keys made at once
 
 
@@ -55,7 +55,7 @@ def _prefill_case(device: str, tokens: int, importance: int, names: list[str]) -
         errors={name: partial(_prefill_error, device, name) for name in names},
         tolerance=TOLERANCE,
         importance=importance,
-        cost=8 + tokens / 2**14 * len(names),
+        cost=8 + tokens / 2**15 * len(names),
         energy=True,
     )
 

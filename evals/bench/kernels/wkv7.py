@@ -83,12 +83,16 @@ def _implementations(tokens: int) -> dict[str, Implementation]:
     return found
 
 
-def _ours(*args: Tensor) -> Tensor:
-    return wkv7(*args)[0]
-
-
-def _exactly(*args: Tensor) -> Tensor:
-    return wkv7(*args, impl="reference")[0]
+def _ours(
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    impl: str = "auto",
+) -> Tensor:
+    return wkv7(r, log_decay, k, v, alpha, beta, impl=impl)[0]
 
 
 def _fla(*args: Tensor, **options: float) -> Tensor:
@@ -122,7 +126,8 @@ def _error(device: str, backward: bool, name: str) -> float:
 @cache
 def _exact(device: str, backward: bool) -> tuple[Tensor, ...]:
     wide = [x.detach().double() for x in _inputs(device, CHECKED_TOKENS, False)]
-    return _results(_exactly, [x.requires_grad_(backward) for x in wide], backward)
+    exactly = partial(_ours, impl="reference")
+    return _results(exactly, [x.requires_grad_(backward) for x in wide], backward)
 
 
 def _results(
