@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -26,10 +27,13 @@ PLANS: dict[str, Plan] = {
 }
 PREFILL_PEERS_UNTIL = 131072  # tokens: 35 times as long at a million
 STEPS = 32  # tokens of one timing of decoding
+ROOM = 32768  # tokens that are decoded at most, all timings and the energy together
 CHECKED_TOKENS = 512
 # Sixteen blocks of random weights in bfloat16: plain torch errs by 0.009 to 0.017.
 TOLERANCE = 0.05
 PIECE = 65536  # tokens of random keys made at once
+
+Step = Callable[[Tensor], Tensor]  # ids [1, 1] -> logits [1, 1, V]
 
 
 def cases(device: str, lengths: tuple[int, ...]) -> list[Case]:
@@ -82,55 +86,37 @@ def _decode_case(device: str, tokens: int, importance: int, names: list[str]) ->
     )
 
 
-class Decoder:
-    """Token by token from a state on, again and again from the same one.
+def stepper(model: rwkvx.Model, state: ModelState) -> Step:
+    """Reads on from a state, token by token, from call to call.
 
-    The one place to put a faster way of decoding.
+    By a CUDA graph where the package has one: the one place that chooses how to decode.
     """
+    try:
+        graphs = import_module("rwkvx.decode_graph")
+    except ModuleNotFoundError:
+        pass
+    else:
+        made: Step = graphs.one_token_steps(model, state, ROOM)
+        return made
 
-    def __init__(self, model: rwkvx.Model, state: ModelState) -> None:
-        self._model, self._first, self._state = model, state, state
+    def step(ids: Tensor) -> Tensor:
+        nonlocal state
+        logits, state = model(ids, state, logits="last")
+        return _some(logits)
 
-    def restart(self) -> None:
-        """Back to the first state; what was appended to its caches since is forgotten."""
-        for block in self._first.blocks:
-            for cached, length in block.cached if isinstance(block, SparseState) else ():
-                cached.written = length
-        self._state = self._first
-
-    def step(self, ids: Tensor) -> Tensor:
-        """ids [1, 1] -> logits [1, 1, V]."""
-        logits, self._state = self._model(ids, self._state, logits="last")
-        assert logits is not None
-        return logits
-
-
-class DenseDecoder:
-    """The same of a dense Transformer."""
-
-    def __init__(self, model: Transformer, cache: Cache) -> None:
-        self._model, self._cache, self._length = model, cache, cache.length
-
-    def restart(self) -> None:
-        """Back to the first length."""
-        self._cache.length = self._length
-
-    def step(self, ids: Tensor) -> Tensor:
-        """ids [1, 1] -> logits [1, 1, V]."""
-        logits: Tensor = self._model(ids, self._cache)
-        return logits
+    return step
 
 
 @torch.inference_mode()
-def filled_state(model: rwkvx.Model, tokens: int, room: int) -> ModelState:
-    """A state with random numbers in the place of `tokens` tokens, and room for more."""
+def filled_state(model: rwkvx.Model, tokens: int) -> ModelState:
+    """A state with random numbers in the place of `tokens` tokens, and room for `ROOM` more."""
     generator = torch.Generator(model.device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         made = torch.empty(shape, device=model.device, dtype=model.dtype)
         return made.normal_(generator=generator)
 
-    state = model.fresh_state(1, tokens + room)
+    state = model.fresh_state(1, tokens + ROOM)
     blocks = []
     for block in state.blocks:
         if isinstance(block, SparseState):
@@ -207,27 +193,27 @@ def _prefill_subjects(device: str, tokens: int, names: list[str]) -> dict[str, C
 
 def _decode_subjects(device: str, tokens: int, names: list[str]) -> dict[str, Call]:
     ids = _ids(device, 1)
-    decoders: dict[str, Decoder | DenseDecoder] = {}
+    steps: dict[str, Step] = {}
 
     @torch.inference_mode()
     def decode(name: str) -> Tensor:
         # Made at the first call: where there is no memory for one, the others are still measured.
-        if name not in decoders:
-            decoders[name] = _decoder(device, name, tokens)
-        decoders[name].restart()
+        if name not in steps:
+            steps[name] = _step_after(device, name, tokens)
         for _ in range(STEPS):
-            logits = decoders[name].step(ids)
+            logits = steps[name](ids)
         return logits
 
     return {name: partial(decode, name) for name in names}
 
 
-def _decoder(device: str, name: str, tokens: int) -> Decoder | DenseDecoder:
+def _step_after(device: str, name: str, tokens: int) -> Step:
+    """Decoding after so many tokens of random keys and values."""
     if name == OURS:
-        return Decoder(_hybrid(device), filled_state(_hybrid(device), tokens, STEPS))
-    held = Cache(_dense(device), tokens + STEPS)
+        return stepper(_hybrid(device), filled_state(_hybrid(device), tokens))
+    held = Cache(_dense(device), tokens + ROOM)
     held.fill(tokens)
-    return DenseDecoder(_dense(device), held)
+    return partial(_dense(device), cache=held)
 
 
 @cache
@@ -240,21 +226,18 @@ def _prefill_error(device: str, name: str) -> float:
 @cache
 @torch.inference_mode()
 def _decode_error(device: str, name: str) -> float:
-    """Of the last of some tokens that were decoded after a prefill, twice over."""
+    """Of the last of some tokens that were decoded after a prefill."""
     before, after = _ids(device, CHECKED_TOKENS).split((CHECKED_TOKENS - 4, 4), dim=1)
-    decoder: Decoder | DenseDecoder
     if name == OURS:
         model = _hybrid(device)
         state = model(before, model.fresh_state(1, CHECKED_TOKENS), logits="none")[1]
-        decoder = Decoder(model, state)
+        step = stepper(model, state)
     else:
         held = Cache(_dense(device), CHECKED_TOKENS)
         _dense(device)(before, held)
-        decoder = DenseDecoder(_dense(device), held)
-    for _ in range(2):
-        decoder.restart()
-        for one in after.split(1, dim=1):
-            logits = decoder.step(one)
+        step = partial(_dense(device), cache=held)
+    for one in after.split(1, dim=1):
+        logits = step(one)
     return relative_error([logits], [_exact(device, name)])
 
 

@@ -157,7 +157,8 @@ def _models(rows: list[Row], energy: str) -> str:
     note = (
         "Prefill reads so many tokens at once; decoding goes on, token by token, from a context "
         "of so many (random keys and values in the place of a text). The dense Transformer has "
-        "the width, depth, heads and feed-forward of the hybrid. Energy is that of the whole GPU, "
+        "the width, depth, heads and feed-forward of the hybrid; it decodes "
+        "without a CUDA graph. Energy is that of the whole GPU, "
         f"idle power included ({energy})."
     )
     return f"{_table(header, cells)}\n\n{note}"
