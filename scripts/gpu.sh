@@ -35,7 +35,7 @@ step() {
     shift 2
     echo "--- $name"
     timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$logs/$name.txt" || status="${PIPESTATUS[0]}"
-    last="$(grep -v '^ *$' "$logs/$name.txt" | tail -n 1 | tr '|' '/' | sed "s#$RWKVX_ROOT/##g")"
+    last="$(awk 'NF { x = $0 } END { print x }' "$logs/$name.txt" | tr '|' '/' | sed "s#$RWKVX_ROOT/##g")"
     printf '| %s | %s | %s | %s |\n' "$name" "$status" "$((SECONDS - began))" "$last" >>"$checks"
     [ "$status" = 0 ] || failed=1
 }
