@@ -11,12 +11,23 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# Read when the first matrix product starts: without it deterministic ones are refused.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none."""
-    if torch.cuda.is_available():
-        return
+    """Tests marked `gpu` are skipped where there is none.
+
+    The others of a module that names a DEVICE run kernels at small shapes, wherever they are: they
+    are marked `small`, and where there is a GPU `gpu` as well.
+    """
+    there = torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu"):
+        real = item.get_closest_marker("gpu") is not None
+        if real and not there:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if not real and hasattr(getattr(item, "module", None), "DEVICE"):
+            item.add_marker("small")
+            if there:
+                item.add_marker("gpu")

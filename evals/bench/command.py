@@ -165,19 +165,34 @@ def load_command(model: str, formats: str, out: Path | None) -> None:
 
 
 @bench_command.command("kernels")
-@click.option("--family", "families", multiple=True, help="Only these kernels, such as wkv7.")
-@click.option("--lengths", default="4k,16k,64k", show_default=True, help="Tokens; 1k = 1024.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench-kernels"))
-def kernels_command(families: tuple[str, ...], lengths: str, out: Path) -> None:
-    """Kernels on a GPU: ceilings, correctness, then times beside floors and other packages.
+@click.option("--family", "families", multiple=True, help="Only these: see the examples.")
+@click.option("--lengths", help="Tokens, such as 16k,128k; default: a plan of each family.")
+@click.option(
+    "--budget",
+    type=click.IntRange(min=1),
+    default=420,
+    show_default=True,
+    help="Seconds. Cases come in order of importance; those that no longer fit are left out.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/bench-kernels"), show_default=True
+)
+def kernels_command(families: tuple[str, ...], lengths: str | None, budget: int, out: Path) -> None:
+    """Kernels and whole models on a GPU: ceilings, correctness, then times beside floors and peers.
 
-    The machine's own copy and matrix product come first; every kernel is compared with float64
-    before it is timed. fla-core is measured too where it is installed. Takes minutes.
+    The machine's own copy and matrix product come first; everything is compared with float64
+    before it is timed. Peers: torch's dense attention, a dense Transformer of the same size, and
+    where they are installed fla-core and flash-attn; energy where nvidia-ml-py is. A case that
+    fails or does not fit into memory is recorded, and the others go on. Writes results.json after
+    each case, then report.md with the summary, and pictures. The exit status is not 0 if something
+    was computed wrong.
 
     \b
     Examples:
       rwkvx bench kernels
+      rwkvx bench kernels --out docs/results/kernels
       rwkvx bench kernels --family wkv7 --lengths 16k
+      rwkvx bench kernels --family chunk_attention --family models --budget 200
     """
     from rwkvx_evals.bench.kernels.run import FAMILIES, run
     from rwkvx_evals.passkey.plan import parse_lengths
@@ -185,8 +200,12 @@ def kernels_command(families: tuple[str, ...], lengths: str, out: Path) -> None:
     for family in families:
         if family not in FAMILIES:
             raise InputError(f"no kernels {family!r}: choose of {', '.join(FAMILIES)}")
-    run(families or tuple(FAMILIES), parse_lengths(lengths), out, say=click.echo)
-    click.echo(f"report: {out / 'report.md'}   picture: {out / 'kernels.png'}")
+    chosen = () if lengths is None else parse_lengths(lengths)
+    results = run(families or tuple(FAMILIES), chosen, out, seconds=budget, say=click.echo)
+    click.echo(f"report: {out / 'report.md'}   pictures: {out / '*.png'}")
+    wrong = [row for row in results["cases"] if row["status"] == "wrong"]
+    if wrong:
+        raise InputError("computed wrong: " + ", ".join(sorted({r["family"] for r in wrong})))
 
 
 def summary(results: Results) -> str:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ def commit() -> str | None:
         return None
     name = _git(root, "rev-parse", "HEAD")
     return f"{name}+" if name and _git(root, "status", "--porcelain", "-uno") else name
+
+
+def installed(package: str) -> str | None:
+    """Version of a distribution, None where it is not installed.
+
+    Importing proves less: several distributions install a folder `flash_attn`.
+    """
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _git(root: Path, *arguments: str) -> str | None:

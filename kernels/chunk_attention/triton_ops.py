@@ -46,12 +46,29 @@ def _attend(
     for tile in _tiles(q.shape[1], chunk, topk):
         part, at = q[:, tile].contiguous(), first + tile.start
         picked = descend(part, means, forest, at, chunk, topk)
-        shape = shape_of(part, k, layout, chunk, topk, at)
-        lists = lists_of(picked, shape.groups, shape.chunks)
-        blocks = blocks_of(lists, shape.tile)
-        o[:, tile], lse[:, tile] = forward(part, k, v, picked, lists, blocks, shape)
+        o[:, tile], lse[:, tile] = _attend_tile(part, k, v, picked, layout, chunk, topk, at)
         chosen[:, tile] = picked
     return o, lse, chosen
+
+
+def _attend_tile(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, layout: str, chunk: int, topk: int, first: int
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of queries at `first` ... whose chunks are chosen."""
+    shape = shape_of(q, k, layout, chunk, topk, first)
+    lists = lists_of(chosen, shape.groups, shape.chunks)
+    return forward(q, k, v, chosen, lists, blocks_of(lists, shape.tile), shape)
+
+
+def attend_chosen(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, chunk_size: int, topk: int
+) -> Tensor:
+    """`chunk_attention` without its selection, to measure the two apart: o [B, T, H, D]."""
+    o = torch.empty_like(q)
+    for tile in _tiles(q.shape[1], chunk_size, topk):
+        part, picked = q[:, tile].contiguous(), chosen[:, tile].contiguous()
+        o[:, tile] = _attend_tile(part, k, v, picked, "bsgd", chunk_size, topk, tile.start)[0]
+    return o
 
 
 def outputs_like(q: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:

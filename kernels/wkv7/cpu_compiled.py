@@ -110,7 +110,7 @@ def step(s, decay, beta, k, r, after, u, v, y, u_next):
 
 @loop
 def step_turned(turned, decay, beta, k, r, after, u, v, y, u_next):
-    """As `step`, of S^T [K, V]: sums run along its rows, and no vector is summed across its lanes."""
+    """As `step`, of S^T [K, V]: sums run along its rows, never across lanes."""
     for i in range(0, len(y), LANES):
         _step_lanes(turned, decay, beta, k, r, after, u, v, y, u_next, i)  # type: ignore[call-arg]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,17 +11,29 @@ from typing import Any
 import torch
 
 from rwkvx.errors import InputError
-from rwkvx_evals.bench.kernels import wkv7
-from rwkvx_evals.bench.kernels.case import Call, Case
-from rwkvx_evals.bench.kernels.report import draw, render
-from rwkvx_evals.bench.machine import describe
+from rwkvx_evals.bench.kernels import chunk_attention, models, wkv7
+from rwkvx_evals.bench.kernels.budget import Budget, ordered
+from rwkvx_evals.bench.kernels.case import OURS, Case
+from rwkvx_evals.bench.kernels.energy import EnergyMeter, open_meter
+from rwkvx_evals.bench.kernels.plot import draw
+from rwkvx_evals.bench.kernels.report import line, pictures, render
+from rwkvx_evals.bench.kernels.stopwatch import by_turns, free, peak_bytes, reason
+from rwkvx_evals.bench.kernels.targets import summary
+from rwkvx_evals.bench.machine import describe, installed
+from rwkvx_evals.bench.timing import ratio
 from rwkvx_evals.files import write_atomically, write_json, write_text
 
-# Modules with a function `cases(device, lengths)`.
-FAMILIES = {"wkv7": wkv7}
-LENGTHS = (4096, 16384, 65536)
-SECONDS = 0.5  # spent on timing one subject of one case
-REPEATS = (5, 50)  # at least and at most
+# Modules with a function `cases(device, lengths)`; of equal importance, the first come first.
+FAMILIES = {"chunk_attention": chunk_attention, "models": models, "wkv7": wkv7}
+SECONDS = 1.0  # spent on timing all subjects of a case
+ENERGY_SECONDS = 2.0  # spent on the energy of one subject
+COPY, PRODUCT = "copy, GB/s", "bfloat16 matrix product, TFLOP/s"
+
+Row = dict[str, Any]
+
+
+class WrongResult(Exception):
+    """Ours errs more than its tolerance."""
 
 
 def run(
@@ -30,60 +41,125 @@ def run(
     lengths: tuple[int, ...],
     out: Path,
     device: str = "cuda",
+    seconds: float = 420,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measures, and writes results.json (after every case), kernels.png and report.md into `out`.
+    """Measures for about `seconds`, and writes results.json (after every case), report.md and
+    pictures into `out`.
 
-    Raises InputError where there is no GPU, and for a kernel that computes something wrong.
+    lengths: of every family; empty: its own. A case that fails or computes something wrong is
+    recorded, and the others go on.
+
+    Raises InputError where there is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("rwkvx bench kernels measures kernels on a GPU, and torch sees none here")
+    budget, began = Budget(seconds), time.monotonic()
+    meter, energy = open_meter(device)
     results: dict[str, Any] = {
         "benchmark": "kernels",
         "complete": False,
         "machine": describe() | _gpu(device),
-        "ceilings": ceilings(device),
+        "energy": energy,
+        "budget_seconds": seconds,
+        "ceilings": {},
         "cases": [],
     }
     write_json(out / "results.json", results)  # a folder that cannot be written is said at once
+    results["ceilings"] = ceilings(device)
     for name, value in results["ceilings"].items():
-        say(f"ceiling: {name} {value:.4g}")
-    for family in families:
-        for case in FAMILIES[family].cases(device, lengths):
-            row = measure(case, results["ceilings"], device)
-            results["cases"].append(row)
-            write_json(out / "results.json", results)
-            say(line(row))
+        say(f"ceiling: {name} {value:,.4g}")
+    cases = ordered(c for family in families for c in FAMILIES[family].cases(device, lengths))
+    stopped: str | None = None
+    for number, case in enumerate(cases, 1):
+        row = {"family": case.family, "tokens": case.tokens, "status": "left out"}
+        lacks = stopped or budget.lacks(case)
+        if lacks is None:
+            row |= attempt(case, results["ceilings"], device, meter)
+            stopped = _still_works(device)
+        else:
+            row["reason"] = lacks
+        results["cases"].append(row)
+        write_json(out / "results.json", results)
+        say(f"[{number}/{len(cases)}, {max(0, budget.left()):.0f} s left] {line(row)}")
+    results |= {"summary": summary(results["cases"]), "seconds": time.monotonic() - began}
     results["complete"] = True
     write_json(out / "results.json", results)
-    write_atomically(out / "kernels.png", lambda path: draw(results, path))
+    for name, rows in pictures(results["cases"]).items():
+        write_atomically(out / f"{name}.png", lambda path, rows=rows: draw(rows, results, path))  # type: ignore[misc]
     write_text(out / "report.md", render(results))
     return results
 
 
-def measure(case: Case, ceilings: dict[str, float], device: str) -> dict[str, Any]:
-    """Errors first, then seconds of every subject; the floor is that of bytes."""
-    errors = case.errors()
-    if not errors["ours"] <= case.tolerance:
-        raise InputError(
-            f"{case.family} computes something wrong on this machine: relative error "
-            f"{errors['ours']:.1e}, at most {case.tolerance:.1e} was expected; nothing was timed"
-        )
-    subjects = case.subjects()
-    seconds = {name: seconds_of(call, device) for name, call in subjects.items()}
-    floor = case.bytes / (1e9 * ceilings["copy, GB/s"])
+def attempt(case: Case, ceilings: dict[str, float], device: str, meter: EnergyMeter | None) -> Row:
+    """The row of a case, with its status: measured, wrong, failed, or not there."""
+    began = time.monotonic()
+    try:
+        row = {"status": "measured"} | measure(case, ceilings, device, meter)
+    except WrongResult as error:
+        row = {"status": "wrong", "reason": str(error)}
+    except NotImplementedError as error:
+        row = {"status": "not there", "reason": str(error)}
+    except Exception as error:  # whatever a driver, a compiler or another package raises
+        row = {"status": "failed", "reason": reason(error)}
+    return row | {"took_seconds": time.monotonic() - began}
+
+
+def measure(case: Case, ceilings: dict[str, float], device: str, meter: EnergyMeter | None) -> Row:
+    """Errors first, then seconds of every subject by turns, memory and energy.
+
+    Raises WrongResult for an error of ours above its tolerance, and whatever ours raises; what
+    another subject raises is recorded.
+    """
+    errors, left_out = check(case)
+    subjects = {name: x for name, x in case.subjects().items() if name in errors}
+    seconds, others = by_turns(subjects, device, SECONDS)
+    left_out |= others
+    floors = {
+        "bytes": case.bytes / (1e9 * ceilings[COPY]),
+        "products": case.flops / (1e12 * ceilings[PRODUCT]),
+    }
+    units = case.units or case.tokens
+    peak = peak_bytes(subjects[OURS], device)
+    extra = None if peak is None else peak - case.outputs_bytes
+    held = case.inputs_bytes + case.outputs_bytes
+    joules = {}
+    if case.energy and meter is not None:
+        for name in seconds:
+            joules[name] = meter.joules_of(subjects[name], ENERGY_SECONDS, device) / units
     return {
-        "family": case.family,
-        "tokens": case.tokens,
+        "units": units,
         "bytes": case.bytes,
         "flops": case.flops,
         "errors": errors,
+        "tolerance": case.tolerance,
         "seconds": seconds,
-        "floor_seconds": floor,
-        "times_floor": seconds["ours"] / floor,
-        "peak_bytes": _peak(subjects["ours"], device),
-        "faster_than": {n: s / seconds["ours"] for n, s in seconds.items() if n != "ours"},
+        "left_out": left_out,
+        "floor_seconds": floors,
+        "times_floor": median(seconds[OURS]) / max(floors.values()),
+        "faster_than": {n: ratio(x, seconds[OURS]) for n, x in seconds.items() if n != OURS},
+        "extra_bytes": extra,
+        "over_inputs_and_outputs": extra / held if held and extra is not None else None,
+        "joules_per_token": joules,
     }
+
+
+def check(case: Case) -> tuple[dict[str, float], dict[str, str]]:
+    """Errors against float64 by name, and why those of others could not be had."""
+    errors, left_out = {}, {}
+    for name, error in case.errors.items():
+        try:
+            errors[name] = error()
+        except Exception as problem:
+            if name == OURS:
+                raise
+            left_out[name] = reason(problem)
+    if not errors[OURS] <= case.tolerance:
+        raise WrongResult(
+            f"relative error {errors[OURS]:.1e}, at most {case.tolerance:.1e} was expected; "
+            "not timed"
+        )
+    return errors, left_out
 
 
 def ceilings(device: str) -> dict[str, float]:
@@ -91,64 +167,25 @@ def ceilings(device: str) -> dict[str, float]:
     size, side = (2**30, 8192) if device == "cuda" else (2**22, 256)
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copying = seconds_of(lambda: target.copy_(source), device)
     a = torch.randn(side, side, device=device).bfloat16()
-    multiplying = seconds_of(lambda: a @ a, device)
-    return {
-        "copy, GB/s": 2e-9 * size / copying,
-        "bfloat16 matrix product, TFLOP/s": 2e-12 * side**3 / multiplying,
+    calls = {COPY: lambda: target.copy_(source), PRODUCT: lambda: a @ a}
+    taken = {
+        name: median(by_turns({OURS: x}, device, SECONDS)[0][OURS]) for name, x in calls.items()
     }
+    return {COPY: 2e-9 * size / taken[COPY], PRODUCT: 2e-12 * side**3 / taken[PRODUCT]}
 
 
-def seconds_of(call: Call, device: str) -> float:
-    """Median seconds of a call, after calls that compile and warm up."""
-    for _ in range(2):
-        call()
-    once = _seconds(call, device)
-    repeats = max(REPEATS[0], min(REPEATS[1], int(SECONDS / max(once, 1e-6))))
-    return median(_seconds(call, device) for _ in range(repeats))
-
-
-def _seconds(call: Call, device: str) -> float:
-    if device != "cuda":
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3
-
-
-def _peak(call: Call, device: str) -> int | None:
-    """Bytes beyond what was there before the call."""
-    if device != "cuda":
-        return None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    return int(torch.cuda.max_memory_allocated() - before)
+def _still_works(device: str) -> str | None:
+    """Frees memory after a case; why nothing can follow where the GPU has given up."""
+    try:
+        free(device)
+    except RuntimeError as error:
+        return f"the GPU stopped working before: {reason(error)}"
+    return None
 
 
 def _gpu(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device == "cuda" else None
-    versions = {package: _version(package) for package in ("triton", "fla-core")}
+    packages = ("triton", "fla-core", "flash-attn", "nvidia-ml-py")
+    versions = {package: installed(package) for package in packages}
     return {"gpu": name, "cuda": torch.version.cuda, "hip": torch.version.hip, **versions}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row for the terminal."""
-    peers = "".join(f", {x:.2f} times as fast as {name}" for name, x in row["faster_than"].items())
-    return (
-        f"{row['family']:28} {row['tokens']:>9} tokens: {1e3 * row['seconds']['ours']:9.3f} ms, "
-        f"{row['times_floor']:.1f} times its floor, error {row['errors']['ours']:.1e}{peers}"
-    )

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkvx_evals.bench.kernels.case import Call, Case
+from rwkvx_evals.bench.kernels.case import OURS, Call, Case, Plan, planned
+from rwkvx_evals.bench.kernels.error import backward_of, relative_error
+from rwkvx_evals.bench.machine import installed
 from rwkvx_kernels.wkv7 import wkv7
 
+FORWARD, BOTH = "wkv7 forward", "wkv7 forward + backward"
+FLA, FLA_BOUNDED = "fla chunk_rwkv7", "fla chunk_rwkv7, lower_bound"
+LEAST_LOG_DECAY = -0.6066
 HEADS, SIZE = 16, 64
+PLANS: dict[str, Plan] = {
+    FORWARD: {65536: 1, 2**20: 1, 16384: 3},
+    BOTH: {16384: 1, 65536: 2},
+}
+PEERS_UNTIL = 65536  # tokens
 CHECKED_TOKENS = 512  # the recurrence in float64 takes its time
 # Rounding of inputs' own dtype, bfloat16, once in the result and once on the way.
 TOLERANCE = 1e-2
+
+Implementation = Callable[..., Tensor]
 
 
 def cases(device: str, lengths: tuple[int, ...]) -> list[Case]:
@@ -25,17 +36,22 @@ def cases(device: str, lengths: tuple[int, ...]) -> list[Case]:
     # r, k, v, alpha, beta and y of 2 bytes, log_decay of 4; backward: dy and all gradients too.
     forward = HEADS * SIZE * (6 * 2 + 4)
     found = []
-    for tokens in lengths:
-        for backward in (False, True):
+    for family, plan in PLANS.items():
+        backward = family == BOTH
+        for tokens, importance in planned(plan, lengths).items():
+            names = list(_implementations(tokens))
             found.append(
                 Case(
-                    family="wkv7 forward + backward" if backward else "wkv7 forward",
+                    family=family,
                     tokens=tokens,
                     bytes=tokens * forward * (3 if backward else 1),
                     flops=tokens * HEADS * SIZE * SIZE * (27 if backward else 9),
                     subjects=partial(_subjects, device, tokens, backward),
-                    errors=partial(_errors, device, backward),
+                    errors={name: partial(_error, device, backward, name) for name in names},
                     tolerance=TOLERANCE,
+                    importance=importance,
+                    # fla tries many shapes of each kernel when it meets it first.
+                    cost=8 + tokens / 2**18 + (60 if FLA in names and importance == 1 else 0),
                 )
             )
     return found
@@ -44,74 +60,78 @@ def cases(device: str, lengths: tuple[int, ...]) -> list[Case]:
 def _inputs(device: str, tokens: int, backward: bool) -> list[Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     shape = (1, tokens, HEADS, SIZE)
-    r, decay, k, v, kk, gate = (
-        torch.randn(shape, generator=generator, device=device) for _ in range(6)
-    )
-    kk = F.normalize(kk, dim=-1)
-    values = [r, -0.6065 * decay.sigmoid(), k, v, -kk, kk * gate.sigmoid()]
-    narrow = [x if i == 1 else x.bfloat16() for i, x in enumerate(values)]
-    return [x.requires_grad_(backward) for x in narrow]
+
+    def normal() -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def narrow(x: Tensor) -> Tensor:
+        return x.bfloat16()
+
+    # One after the other: at a million tokens a float32 tensor has 4 GiB.
+    kk = F.normalize(normal(), dim=-1)
+    alpha, beta = narrow(-kk), narrow(kk * normal().sigmoid_())
+    del kk
+    log_decay = normal().sigmoid_().mul_(-0.6065)
+    found = [narrow(normal()), log_decay, narrow(normal()), narrow(normal()), alpha, beta]
+    return [x.requires_grad_(backward) for x in found]
 
 
-def _implementations() -> dict[str, Callable[..., Tensor]]:
-    found: dict[str, Callable[..., Tensor]] = {"ours": _ours}
-    if find_spec("fla") is not None:
-        found["fla chunk_rwkv7"] = _fla()
+def _implementations(tokens: int) -> dict[str, Implementation]:
+    found: dict[str, Implementation] = {OURS: _ours}
+    if installed("fla-core") and tokens <= PEERS_UNTIL:
+        found |= {FLA: _fla, FLA_BOUNDED: partial(_fla, lower_bound=LEAST_LOG_DECAY)}
     return found
 
 
 def _ours(
-    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    impl: str = "auto",
 ) -> Tensor:
-    return wkv7(r, log_decay, k, v, alpha, beta)[0]
+    return wkv7(r, log_decay, k, v, alpha, beta, impl=impl)[0]
 
 
-def _exact(
-    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor
-) -> Tensor:
-    return wkv7(r, log_decay, k, v, alpha, beta, impl="reference")[0]
-
-
-@cache
-def _fla() -> Callable[..., Tensor]:
+def _fla(*args: Tensor, **options: float) -> Tensor:
+    """With `lower_bound`, which newer versions have, it may use more of the matrix units."""
     from fla.ops.rwkv7 import chunk_rwkv7
 
-    def call(*args: Tensor) -> Tensor:
-        named: dict[str, Any] = dict(zip(("r", "w", "k", "v", "a", "b"), args, strict=True))
-        y: Tensor = chunk_rwkv7(**named, scale=1.0, output_final_state=True)[0]
-        return y
-
-    return call
+    named: dict[str, Any] = dict(zip(("r", "w", "k", "v", "a", "b"), args, strict=True))
+    y: Tensor = chunk_rwkv7(**named, scale=1.0, output_final_state=True, **options)[0]
+    return y
 
 
 def _subjects(device: str, tokens: int, backward: bool) -> dict[str, Call]:
     inputs = _inputs(device, tokens, backward)
     dy = torch.randn_like(inputs[3])
 
-    def call(implementation: Callable[..., Tensor]) -> object:
-        if not backward:
-            return implementation(*inputs)
-        return torch.autograd.grad(implementation(*inputs), inputs, dy)
+    def call(implementation: Implementation) -> object:
+        y = implementation(*inputs)
+        return torch.autograd.grad(y, inputs, dy) if backward else y
 
-    return {name: partial(call, x) for name, x in _implementations().items()}
+    return {name: partial(call, x) for name, x in _implementations(tokens).items()}
 
 
-def _errors(device: str, backward: bool) -> dict[str, float]:
+@cache
+def _error(device: str, backward: bool, name: str) -> float:
     """The largest error of the output, or of all gradients, each relative to its own size."""
-    inputs = _inputs(device, CHECKED_TOKENS, True)
+    implementation = _implementations(CHECKED_TOKENS)[name]
+    inputs = _inputs(device, CHECKED_TOKENS, backward)
+    return relative_error(_results(implementation, inputs, backward), _exact(device, backward))
 
-    def results(implementation: Callable[..., Tensor], args: list[Tensor]) -> tuple[Tensor, ...]:
-        y = implementation(*args)
-        generator = torch.Generator(device).manual_seed(1)
-        dy = torch.randn(y.shape, generator=generator, device=device).to(y.dtype)
-        return torch.autograd.grad(y, args, dy) if backward else (y.detach(),)
 
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    exact = results(_exact, wide)
-    return {
-        name: max(
-            float((a.double() - b).norm() / b.norm())
-            for a, b in zip(results(x, inputs), exact, strict=True)
-        )
-        for name, x in _implementations().items()
-    }
+@cache
+def _exact(device: str, backward: bool) -> tuple[Tensor, ...]:
+    wide = [x.detach().double() for x in _inputs(device, CHECKED_TOKENS, False)]
+    exactly = partial(_ours, impl="reference")
+    return _results(exactly, [x.requires_grad_(backward) for x in wide], backward)
+
+
+def _results(
+    implementation: Implementation, inputs: list[Tensor], backward: bool
+) -> tuple[Tensor, ...]:
+    y = implementation(*inputs)
+    return backward_of(y, inputs) if backward else (y,)
