@@ -5,16 +5,15 @@ becomes an operator of torch here, for the compiler alone: called eagerly it is 
 """
 
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def opaque(name: str, fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def opaque(name: str, fake: Callable[..., R]) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Make the operator `rwkvx::name` of a function of tensors and plain values; differentiable.
 
     The backward pass is the operator `rwkvx::name_backward`, which keeps the arguments and runs the
@@ -24,7 +23,7 @@ def opaque(name: str, fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callab
         fake: says what comes out: empty contiguous tensors of the same shapes and dtypes.
     """
 
-    def wrap(function: Callable[P, R]) -> Callable[P, R]:
+    def wrap(function: Callable[..., R]) -> Callable[..., R]:
         schema = torch.library.infer_schema(function, mutates_args=())
         operator = torch.library.custom_op(
             f"rwkvx::{name}",

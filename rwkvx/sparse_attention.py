@@ -110,9 +110,7 @@ class SparseAttention(nn.Module):
             sizes, dim = [rows.cache.batch for rows in cached], 0
         else:
             if torch.compiler.is_compiling():  # lengths are values, which it cannot look at
-                raise InputError(
-                    "packed sequences keep no cache under torch.compile: keep_cache=False"
-                )
+                raise InputError("compiled, packed sequences keep no cache: keep_cache=False")
             sizes, dim = cu_seqlens.diff().tolist(), 1
             if not cached:
                 cached = tuple(self._empty(k, 1) for _ in sizes)
@@ -139,10 +137,7 @@ class SparseAttention(nn.Module):
                 mixed = torch.addcmul(mixed, padded[:, tap : tap + tokens], self.key_conv[tap])
             return mixed, padded[:, tokens:]
         start, length = cu_seqlens[:-1], cu_seqlens.diff()
-        token, row = (
-            torch.arange(tokens, device=k.device),
-            torch.arange(len(length), device=k.device),
-        )
+        token, row = (torch.arange(n, device=k.device) for n in (tokens, len(length)))
         owner = torch.searchsorted(cu_seqlens[1:], token, right=True)
         padded = torch.cat([k[0], conv.flatten(0, 1)])
 

@@ -89,14 +89,11 @@ def wkv7(
         from rwkvx_kernels.wkv7.triton_ops import wkv7_triton  # Triton may be missing
 
         return wkv7_triton(r, log_decay, k, v, alpha, beta, initial_state, cu_seqlens)
-    inputs = [
-        *(x.to(initial_state.dtype) for x in (r, log_decay, k, v, alpha, beta)),
-        initial_state,
-    ]
+    dtype = initial_state.dtype
+    inputs = [*(x.to(dtype) for x in (r, log_decay, k, v, alpha, beta)), initial_state]
     if impl == "cpu":
-        lengths = [r.shape[1]] * r.shape[0]
-        if offsets is not None:
-            lengths = [b - a for a, b in pairwise(offsets)]
+        whole = [r.shape[1]] * r.shape[0]
+        lengths = whole if offsets is None else [b - a for a, b in pairwise(offsets)]
         y, state = wkv7_cpu(*inputs, lengths=lengths)
     elif offsets is None:
         y, state = wkv7_reference(*inputs)

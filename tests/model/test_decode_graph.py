@@ -76,7 +76,7 @@ def test_steps_equal_ordinary_decoding(name: str, lengths: tuple[int, ...]) -> N
 
 
 def test_states_before_and_after_stay_valid() -> None:
-    """The prompt's state goes on elsewhere; one taken on the way is a fork, with rows of its own."""
+    """The prompt's state goes on elsewhere; one taken on the way is a fork."""
     model = model_of("plain")
     for lengths in ((20, 20), (9, 25)):
         state = prompt(model, *lengths)
