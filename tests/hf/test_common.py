@@ -253,8 +253,8 @@ def test_adapters_through_transformers_own_interface(tmp_path: object) -> None:
     peft = pytest.importorskip("peft")
     try:
         check_peft_version(MIN_PEFT_VERSION)
-    except ValueError as error:  # transformers may ask for one that is not out yet
-        pytest.skip(str(error))
+    except ValueError as reason:  # transformers may ask for one that is not out yet
+        pytest.skip(str(reason))
     hf = adapter(torch.float32)
     before = hf(IDS).logits.detach()
     hf.add_adapter(peft.LoraConfig(r=4, target_modules=LORA, init_lora_weights=False))
