@@ -1,4 +1,4 @@
-"""Smaller items of transformers' lists (`docs/hf_tests.md`): loading, training switches, stopping."""
+"""Smaller items of transformers' lists (`docs/hf_tests.md`): loading, switches, stopping."""
 
 from pathlib import Path
 
@@ -45,18 +45,26 @@ def test_the_config_names_every_size() -> None:
     assert config.width == 64
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_frozen_weights_with_inputs_that_ask_for_gradients(
-    hf: RwkvxForCausalLM, reentrant: bool
-) -> None:
+def test_frozen_weights_with_inputs_that_ask_for_gradients(hf: RwkvxForCausalLM) -> None:
     """What PEFT does before training with checkpoints: the embeddings pass gradients on."""
     hf.requires_grad_(False).train()
     hf.enable_input_require_grads()
-    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    assert hf.is_gradient_checkpointing
     assert hf(IDS).logits.requires_grad
     hf.disable_input_require_grads()
     assert not hf(IDS).logits.requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_either_kind_of_checkpoint_may_be_asked_for(hf: RwkvxForCausalLM, reentrant: bool) -> None:
+    """Ours is of the kind that is not reentrant, and leaves the gradients as they are."""
+    hf.train()(IDS, labels=IDS).loss.backward()
+    expected = [p.grad.clone() for p in hf.parameters()]
+    hf.zero_grad()
+    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert hf.is_gradient_checkpointing
+    hf(IDS, labels=IDS).loss.backward()
+    for p, gradient in zip(hf.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5)
     hf.gradient_checkpointing_disable()
     assert not hf.is_gradient_checkpointing
 
