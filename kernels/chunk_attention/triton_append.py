@@ -51,10 +51,7 @@ def _append_kernel(
         tl.store(p_means + (i_n * chunks + length // CHUNK) * D + o_d, b_sum / CHUNK, mask=m_d)
 
 
-@torch.library.custom_op(
-    "rwkvx::chunk_attention_append_each", mutates_args=("cached_k", "cached_v", "means")
-)
-def append_each(
+def append(
     cached_k: Tensor,
     cached_v: Tensor,
     means: Tensor,
@@ -88,4 +85,7 @@ def append_each(
     )
 
 
+append_each = torch.library.custom_op(
+    "rwkvx::chunk_attention_append_each", append, mutates_args=("cached_k", "cached_v", "means")
+)
 append_each.register_fake(lambda *_: None)

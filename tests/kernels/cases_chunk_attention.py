@@ -5,7 +5,7 @@ from ahead_of_time import Case
 
 from rwkvx_kernels.chunk_attention.forest import room_for
 from rwkvx_kernels.chunk_attention.tree import DENSE_NODES, FANOUT
-from rwkvx_kernels.chunk_attention.triton_append import append_each
+from rwkvx_kernels.chunk_attention.triton_append import append
 from rwkvx_kernels.chunk_attention.triton_backward import backward
 from rwkvx_kernels.chunk_attention.triton_decode import decode
 from rwkvx_kernels.chunk_attention.triton_descent import descend
@@ -37,7 +37,7 @@ def case(dtype: str, chunk: int, topk: int, dim: int, heads: int, groups: int) -
         backward(q, k, v, do, lse, lse, chosen, lists, blocks, shape)
         cached = (k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous())
         lengths = empty(1, dtype=torch.int64)
-        append_each(*cached, means, k[:, :1], v[:, :1], lengths, chunk)
+        append(*cached, means, k[:, :1], v[:, :1], lengths, chunk)
         decode(q[:, :1].contiguous(), *cached, means, [], lengths, chunk, topk)
         means = empty(1, groups, MANY, dim, dtype=torch.float32)
         forest = room_for(means[0]).tensors()
