@@ -71,12 +71,11 @@ def cpu_command(
 
     Ours, the model's matrix products alone (the floor; for decoding: reading its weights once)
     and the package rwkv-x on the same weights take turns in one process; logits are compared
-    before anything is timed. Leave the machine alone meanwhile, and set OMP_WAIT_POLICY=passive
-    before the start: threads that wait by spinning disturb the others.
+    before anything is timed. Leave the machine alone meanwhile.
 
     \b
     Examples:
-      OMP_WAIT_POLICY=passive rwkvx bench cpu
+      rwkvx bench cpu
       rwkvx bench cpu --lengths none --long 16k,64k
       rwkvx bench cpu --model passkey-tiny --lengths none --long 16k,256k --memory 1m
       rwkvx bench cpu --model passkey-tiny --selection coarse_to_fine --lengths none --long 64k,1m

@@ -48,11 +48,6 @@ def warnings(machine: dict[str, Any]) -> list[str]:
             f"the machine was not idle (load {average:.1f} over the minute before): "
             "times are too long and ratios less certain"
         )
-    if machine["environment"].get("OMP_WAIT_POLICY", "").lower() != "passive":
-        found.append(
-            "OMP_WAIT_POLICY was not passive: threads that wait by spinning slow down whatever "
-            "else runs (set it before the start of the command)"
-        )
     return found
 
 

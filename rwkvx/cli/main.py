@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import click
 
 from rwkvx import __version__
-from rwkvx.cli.allocator import keep_freed_memory
 from rwkvx.cli.lazy import LazyGroup, explain_missing_module
+from rwkvx.cli.process import keep_freed_memory, wait_briefly
 from rwkvx.errors import InputError
 
 __all__ = ["cli", "main"]
@@ -67,6 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
     is a bug and keeps its traceback. ``RWKVX_DEBUG=1`` keeps every traceback.
     """
     keep_freed_memory()
+    wait_briefly()
     if os.environ.get("RWKVX_DEBUG") == "1":
         sys.exit(cli.main(args=args, prog_name="rwkvx", standalone_mode=False))
     try:
