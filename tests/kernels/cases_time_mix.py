@@ -1,4 +1,4 @@
-"""What `ahead_of_time.py` compiles of the time mix: types, head sizes, with and without residual."""
+"""What `ahead_of_time.py` compiles of the time mix: types, head sizes, value residual or none."""
 
 import torch
 from ahead_of_time import Case

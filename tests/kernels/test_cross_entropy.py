@@ -19,7 +19,7 @@ def inputs(tokens: int = 37, width: int = 12, vocabulary: int = 50) -> list[Tens
 
 def run(args: list[Tensor], most: int | None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Loss and gradients; with None of plain torch."""
-    leaves = [x.to(dtype).requires_grad_() for x in args[:2]]
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in args[:2]]
     weights = args[3].to(dtype)
     if most is None:
         losses = F.cross_entropy(leaves[0] @ leaves[1].T, args[2], reduction="none")
