@@ -73,8 +73,7 @@ def time_mix(
     if r.dim() != 3 or any(x.shape != r.shape for x in tokens):
         shapes = [list(x.shape) for x in tokens]
         raise ValueError(f"r, w, k, v, a, g must be of one shape [B, T, C], got {shapes}")
-    _check(weights, state, r.shape[-1], residual is not None)
-    size = weights.r_k.shape[1]
+    size = _check(weights, state, r.shape[-1], residual is not None)
     impl = chosen_impl(r.device, impl, r.dtype, (size, size))
     every = weights.tensors()
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *every, state))
@@ -94,7 +93,8 @@ def time_mix(
     return time_mix_reference(*inputs, "reference" if impl == "reference" else "auto")
 
 
-def _check(weights: TimeMixWeights, state: Tensor, width: int, residual: bool) -> None:
+def _check(weights: TimeMixWeights, state: Tensor, width: int, residual: bool) -> int:
+    """The size of a head."""
     heads, size = weights.r_k.shape
     if heads * size != width or state.shape[1:] != (heads, size, size):
         raise ValueError(
@@ -102,3 +102,4 @@ def _check(weights: TimeMixWeights, state: Tensor, width: int, residual: bool) -
         )
     if residual != (weights.v0 is not None):
         raise ValueError("a value residual needs v0, and v0 a value residual")
+    return size
