@@ -73,14 +73,7 @@ def time_mix(
     if r.dim() != 3 or any(x.shape != r.shape for x in tokens):
         shapes = [list(x.shape) for x in tokens]
         raise ValueError(f"r, w, k, v, a, g must be of one shape [B, T, C], got {shapes}")
-    heads, size = weights.r_k.shape
-    if heads * size != r.shape[-1] or state.shape[1:] != (heads, size, size):
-        raise ValueError(
-            f"r_k {list(weights.r_k.shape)} and state {list(state.shape)} do not fit "
-            f"C = {r.shape[-1]}"
-        )
-    if (residual is None) != (weights.v0 is None):
-        raise ValueError("a value residual needs v0, and v0 a value residual")
+    size = _check(weights, state, r.shape[-1], residual is not None)
     impl = chosen_impl(r.device, impl, r.dtype, (size, size))
     every = weights.tensors()
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *every, state))
@@ -99,3 +92,15 @@ def time_mix(
 
         return time_mix_compiled(*inputs)
     return time_mix_reference(*inputs, "reference" if impl == "reference" else "auto")
+
+
+def _check(weights: TimeMixWeights, state: Tensor, width: int, residual: bool) -> int:
+    """The size of a head."""
+    heads, size = weights.r_k.shape
+    if heads * size != width or state.shape[1:] != (heads, size, size):
+        raise ValueError(
+            f"r_k {[heads, size]} and state {list(state.shape)} do not fit C = {width}"
+        )
+    if residual != (weights.v0 is not None):
+        raise ValueError("a value residual needs v0, and v0 a value residual")
+    return size

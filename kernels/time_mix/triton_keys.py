@@ -143,12 +143,8 @@ def prepare(
     count = k.shape[0] * k.shape[1]
     if k.numel():
         _forward_kernel[(triton.cdiv(count, constants["ROWS"]) * heads,)](
-            *tokens,
-            *residual or (None, None),
-            *_with(weights, 5),
-            *_with(new, 5),
-            count,
-            **constants,
+            *tokens, *residual or (None, None), *_with(weights, 5),
+            *_with(new, 5), count, **constants,
         )  # fmt: skip
     return new
 

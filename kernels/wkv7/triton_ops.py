@@ -36,8 +36,8 @@ def wkv7_triton(
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, H, V] and the final state, differentiable in every floating argument.
 
-    For the backward pass the inputs are kept, and 4·K·V/32 bytes per token and head (4·K·V/16 for
-    float32 and for heads of more than 64 channels).
+    For the backward pass the inputs are kept, and the states before chunks of 32 tokens (16 for
+    float32 and for heads of more than 64 channels): 2·K·V bytes each for bfloat16, else 4·K·V.
     """
     tensors = [x.contiguous() for x in (r, log_decay, k, v, alpha, beta, state)]
     training = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
