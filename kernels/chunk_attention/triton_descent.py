@@ -117,12 +117,14 @@ def descend(
         part = q[:, start : start + step].contiguous()
         chunks = (first + start + part.shape[1] - 1) // chunk_size // tree.RUN * tree.RUN
         top = tree.first_level(chunks) if chunks > tree.scored_whole(topk) else 0
-        kept = scores = None
+        kept: Tensor | None = None
+        scores: Tensor | None = None
         for level in range(top, -1, -1):
             table = forest[level] if level else means
             if kept is not None:
                 scores = _score_children(part, table, forest, level, kept)
             place = (level, kept, scores, first + start, chunk_size, topk)
             kept = best_members(part, table, forest, *place)
+        assert kept is not None
         chosen[:, start : start + step] = kept
     return chosen
