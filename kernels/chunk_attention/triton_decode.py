@@ -145,7 +145,8 @@ def _part_kernel(
     i_b, i_t, i_h = i_row // H // tokens, i_row // H % tokens, i_row % H
     position = tl.load(p_lengths + i_b) - tokens + i_t
     i_chunk = position // CHUNK
-    if SLOTS > 0:  # noqa: SIM102  (decided when compiled: without slots there is no list)
+    # Without slots there is no list: a load from it would not compile.
+    if SLOTS > 0:  # noqa: SIM102
         if i_slot < SLOTS:
             i_chunk = tl.load(p_chosen + i_row * SLOTS + i_slot).to(tl.int64)
     o_part = i_row * (SLOTS + 1) + i_slot

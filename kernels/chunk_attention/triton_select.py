@@ -231,6 +231,8 @@ def best_members(
     groups, chunks = (table.shape[1], table.shape[2]) if not level else (0, 0)
     if forest:
         groups, chunks = forest[0].shape[1] // batch, forest[0].shape[2]
+    # Long lists and what is read of children fill the registers; a box is two rows.
+    stages = 3 if not forest else 2 if level and keep <= 64 else 1
     tiles = (first + tokens - 1) // block_q - first // block_q + 1
     _best_kernel[(tiles, batch * heads)](
         q,
@@ -260,7 +262,7 @@ def best_members(
         PRECISION=exact_products(q),
         LOWEST=LOWEST,
         num_warps=4 if dim <= 64 else 8,
-        num_stages=1 if keep > 64 else 2 if level else 3,  # a box is two rows
+        num_stages=stages,
     )
     return best
 
