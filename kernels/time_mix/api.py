@@ -47,8 +47,7 @@ def time_mix(
 ) -> tuple[Tensor, Tensor]:
     """Between the projections of RWKV-7's time mix (arXiv 2503.14456, eq. 4-20), differentiable.
 
-    Decay, gates and value residual, key normalisation, removal and replacement keys, the recurrence
-    of `wkv7`, group norm, bonus and gate.
+    Decay, gates, value residual, keys, the recurrence of `wkv7`, group norm, bonus and gate.
 
     Args:
         r, w, k, v, a, g: [B, T, C], C = H·N, of one dtype; w and a before their bias and
