@@ -61,6 +61,26 @@ def attended(cu_seqlens: Tensor | None = None) -> tuple[Any, ...]:
     return (*rows(1), *args, *made, cu_seqlens)
 
 
+def mixed(grad: bool = False) -> tuple[Any, ...]:
+    """Tokens, weights, eps, state and offsets of a time mix with one head."""
+    tokens = [x.flatten(2).requires_grad_(grad) for x in rows(6)]
+    weights = [normal(DIM, grad=grad) for _ in range(4)]
+    weights += [normal(1, DIM, grad=grad), *(normal(DIM, grad=grad) for _ in range(2))]
+    return tokens, weights, 1e-3, normal(1, 1, DIM, DIM, grad=grad), None
+
+
+def mixed_backward() -> tuple[Any, ...]:
+    tokens, weights, eps, state, offsets = mixed()
+    kept = torch.ops.rwkvx.time_mix(tokens, weights, eps, state, offsets, True)[2:]
+    return tokens, weights, eps, offsets, kept, normal(1, TOKENS, DIM), normal(1, 1, DIM, DIM)
+
+
+def shifted(grad: bool = False) -> tuple[Any, ...]:
+    """x, the token before it, mixes, offsets."""
+    mixes = [normal(DIM, grad=grad) for _ in range(2)]
+    return normal(1, TOKENS, DIM, grad=grad), normal(1, DIM, grad=grad), mixes, None
+
+
 # Arguments for each operator, and for some more than once.
 CALLS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "wkv7_step": lambda: [(*wkv7(2), None), (*wkv7(2, 2), whole(0, 1, 2))],
@@ -98,6 +118,15 @@ CALLS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "chunk_attention_cached_plain": lambda: [
         (*rows(1, 2), *cache(), 20, CHUNK, TOPK, "cpu", "flat"),
     ],
+    "token_shift": lambda: [(*shifted(grad=True), torch.float32)],
+    "token_shift_backward": lambda: [
+        (*shifted(), [normal(1, TOKENS, DIM), normal(1, TOKENS, DIM)]),
+    ],
+    "squared_relu": lambda: [(normal(4, 6, grad=True),)],
+    "squared_relu_backward": lambda: [(normal(4, 6), normal(4, 6))],
+    "time_mix": lambda: [(*mixed(grad=True), True), (*mixed(), False)],
+    "time_mix_step": lambda: [mixed()],
+    "time_mix_backward": lambda: [mixed_backward()],
     "chunk_attention_cached_plain_backward": lambda: [],  # attention to a cache has no gradient
 }
 
