@@ -69,13 +69,3 @@ def _pointer(context, address, like):  # type: ignore[no-untyped-def]
 def array_at(address, shape, like):  # type: ignore[no-untyped-def]
     """The array of that shape at an address, of the type of the array `like`."""
     return carray(_pointer(address, like), shape)  # type: ignore[call-arg]
-
-
-@loop
-def unowned(array):  # type: ignore[no-untyped-def]
-    """The same contiguous array without an owner; something else must keep the memory.
-
-    Each slice of an owned one counts references, atomically: threads that share it wait for each
-    other's counting, which took longer than a step of a recurrence.
-    """
-    return array_at(array.ctypes.data, array.shape, array)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.compiled import in_threads, loop, unowned
+from rwkvx_kernels.compiled import in_threads, loop
 from rwkvx_kernels.wkv7.cpu_compiled import FEW, product, step, step_turned, turn
 
 
@@ -66,9 +66,6 @@ def _scan(
     k_k, k_a, r_k, norm_weight, norm_bias, state,
 ):  # fmt: skip
     """Units first ... last - 1, numbered by sequence and head."""
-    r, decay, k, v, a = unowned(r), unowned(decay), unowned(k), unowned(v), unowned(a)
-    g, out, k_k, k_a, r_k = unowned(g), unowned(out), unowned(k_k), unowned(k_a), unowned(r_k)
-    norm_weight, norm_bias, state = unowned(norm_weight), unowned(norm_bias), unowned(state)
     size = r.shape[1]
     now, then = np.empty((3, size), r.dtype), np.empty((3, size), r.dtype)
     u, u_next, y = np.empty(size, r.dtype), np.empty(size, r.dtype), np.empty(size, r.dtype)
