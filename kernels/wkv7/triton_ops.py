@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwkvx_kernels.wkv7.triton_chunk import lay_out
 from rwkvx_kernels.wkv7.triton_gradients import gradients
-from rwkvx_kernels.wkv7.triton_prepare import prepare, storage
+from rwkvx_kernels.wkv7.triton_prepare import prepare
 from rwkvx_kernels.wkv7.triton_scan import scan
 from rwkvx_kernels.wkv7.triton_step import step
 
@@ -36,8 +36,8 @@ def wkv7_triton(
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, H, V] and the final state, differentiable in every floating argument.
 
-    For the backward pass the inputs are kept, and the states before chunks of 32 tokens (16 for
-    float32 and for heads of more than 64 channels): 2·K·V bytes each for bfloat16, else 4·K·V.
+    For the backward pass the inputs are kept, and 4·K·V/32 bytes per token and head (4·K·V/16 for
+    float32 and for heads of more than 64 channels).
     """
     tensors = [x.contiguous() for x in (r, log_decay, k, v, alpha, beta, state)]
     training = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -148,7 +148,7 @@ def fake_states(r: Tensor, v: Tensor, state: Tensor, cu_seqlens: Tensor | None) 
     chunks = batch * triton.cdiv(tokens, _chunk(r, v))
     if cu_seqlens is not None:
         chunks += len(cu_seqlens) - 1
-    return state.new_empty(chunks, *state.shape[1:], dtype=storage(r.dtype)[1])
+    return state.new_empty(chunks, *state.shape[1:], dtype=torch.float32)
 
 
 @torch.library.custom_op("rwkvx::wkv7_backward", mutates_args=())

@@ -27,7 +27,7 @@ from rwkvx_kernels.wkv7.triton_chunk import (
 
 
 class Prepared(NamedTuple):
-    """decay [M, H, K] float32, p [M, H, K, K], d [M, H, V, K]; r [B, T, H, K], y [B, T, H, V].
+    """decay [M, H, K], p [M, H, K, K], d [M, H, V, K] float32; r [B, T, H, K], y [B, T, H, V].
 
     For the backward pass `d` is dY^T R instead, and r and y are None.
     """
@@ -37,16 +37,6 @@ class Prepared(NamedTuple):
     d: Tensor
     r: Tensor | None
     y: Tensor | None
-
-
-def storage(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """Dtypes of P, and of D and the states that take its place, for inputs of `dtype`.
-
-    P is a factor of products that round to 11 bits: for those float16 holds the same number. D is
-    of the size of v k, which bfloat16 inputs may have beyond float16.
-    """
-    narrow = torch.float32 if dtype == torch.float32 else torch.float16
-    return narrow, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence"])
@@ -109,8 +99,7 @@ def _prepare_kernel(
             _, b_c, b_m, b_e = decays(p_log_decay, o_beta, m_beta, CHUNK)
             b_beta = load(p_beta, o_beta, m_beta) * tl.exp(b_e - b_m - b_c)
             m_p = (o_k[:, None] < K) & (o_column < K)
-            b_p = dot(b_w, b_beta, PRECISION).to(p_p.dtype.element_ty)
-            tl.store(p_p + o_k[:, None] * K + o_column, b_p, mask=m_p)
+            tl.store(p_p + o_k[:, None] * K + o_column, dot(b_w, b_beta, PRECISION), mask=m_p)
         if p_dy is None:
             tl.store(p_r_out + o_key, b_r.to(p_r_out.dtype.element_ty), mask=m_key)
             # D = U^T beta + V^T k with U = I A_ak V
@@ -131,7 +120,6 @@ def _prepare_kernel(
             else:
                 b_d = dot(tl.trans(load(p_dy, o_value, m_value)), b_r, PRECISION)
             m_d = (o_v[:, None] < V) & m_k
-            b_d = b_d.to(p_d.dtype.element_ty)
             tl.store(p_d + o_v[:, None] * K + o_k[None, :], b_d, mask=m_d)
 
 
@@ -141,11 +129,10 @@ def prepare(tensors: list[Tensor], layout: Layout, chunk: int, dy: Tensor | None
     heads, key, value = *r.shape[2:], v.shape[3]
     blocks = (layout.chunks, heads)
     exact = precision(torch.float32, r.device)
-    narrow, wide = storage(r.dtype)
     out = Prepared(
         decay=r.new_empty(*blocks, key, dtype=torch.float32),
-        p=r.new_empty(*blocks, key, key, dtype=narrow),
-        d=r.new_empty(*blocks, value, key, dtype=wide),
+        p=r.new_empty(*blocks, key, key, dtype=torch.float32),
+        d=r.new_empty(*blocks, value, key, dtype=torch.float32),
         r=torch.empty_like(r) if dy is None else None,
         y=torch.empty_like(v) if dy is None else None,
     )

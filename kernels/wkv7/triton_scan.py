@@ -71,8 +71,7 @@ def _scan_kernel(
         b_p = load(p_p, o_p, m_k[:, None] & (o_j < K))
         b_d = load(p_d, i_mh * (V * K) + o_tile, m_tile)
         if KEEP:  # in the place of what was just read
-            b_kept = b_state.to(p_d.dtype.element_ty)
-            tl.store(p_d + i_mh * (V * K) + o_tile, b_kept, mask=m_tile)
+            tl.store(p_d + i_mh * (V * K) + o_tile, b_state, mask=m_tile)
         if BLOCK_K > PART:
             b_parts = tl.reshape(b_state, (2, PART, TILE_V))
             b_first, b_second = tl.split(tl.permute(b_parts, (1, 2, 0)))
