@@ -47,11 +47,16 @@ def bench_command() -> None:
 @click.option(
     "--memory", default="none", show_default=True, help="Peak memory of reading so many tokens."
 )
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), default="float32")
 @click.option("--selection", type=click.Choice(["flat", "coarse_to_fine"]), default="flat")
 @click.option("--threads", type=int, help="Default: all cores that this process may use.")
 @click.option("--repeats", default=5, show_default=True)
-@click.option("--peer/--no-peer", default=True, help="Measure rwkv-x too, where it is installed.")
+@click.option("--peer/--no-peer", default=True, help="Measure a peer too, where it is installed.")
+@click.option(
+    "--peer-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Default: as --dtype, bfloat16 for int8.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Default: runs/bench-MODEL.")
 def cpu_command(
     model: str,
@@ -65,17 +70,20 @@ def cpu_command(
     threads: int | None,
     repeats: int,
     peer: bool,
+    peer_dtype: str | None,
     out: Path | None,
 ) -> None:
     """Prefill, decoding, long prefill and memory, beside what no implementation can avoid.
 
     Ours, the model's matrix products alone (the floor; for decoding: reading its weights once)
-    and the package rwkv-x on the same weights take turns in one process; logits are compared
-    before anything is timed. Leave the machine alone meanwhile.
+    and a published package on the same weights (rwkv-x for hybrid models, rwkv for RWKV-7 alone)
+    take turns in one process; logits are compared before anything is timed. Leave the machine
+    alone meanwhile.
 
     \b
     Examples:
       rwkvx bench cpu
+      rwkvx bench cpu --model rwkv7_0b2 --dtype int8 --peer-dtype float32
       rwkvx bench cpu --lengths none --long 16k,64k
       rwkvx bench cpu --model passkey-tiny --lengths none --long 16k,256k --memory 1m
       rwkvx bench cpu --model passkey-tiny --selection coarse_to_fine --lengths none --long 64k,1m
@@ -99,6 +107,7 @@ def cpu_command(
         threads=available_cores() if threads is None else threads,
         repeats=repeats,
         peer=peer,
+        peer_dtype=peer_dtype or ("float32" if dtype == "float32" else "bfloat16"),
     )
     out = out or Path("runs") / f"bench-{Path(model).stem}"
     results = run(settings, out)

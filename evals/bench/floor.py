@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import rwkvx
+from rwkvx.linear import Linear
 from rwkvx.model import SEGMENT_MULTIPLE
-from rwkvx_kernels.linear import linear
 
 # The two factors of the low-rank products of an RWKV-7 block: [C, D] and [D, C].
 _LOW_RANK = re.compile(r"blocks\.\d+\.att\.[wavg][12]")
@@ -22,19 +22,17 @@ class Products:
     """The products of activations with a model's own weights, alone, in the model's segments, by
     the same routine.
 
-    `linear` are those of its nn.Linear modules (the head for the last token only, as with
+    `linear` are those of its Linear modules (the head for the last token only, as with
     logits="last"), `low_rank` those of the low-rank matrices of its RWKV-7 blocks.
     """
 
     def __init__(self, model: rwkvx.Model) -> None:
         self._model = model
-        self._head = model.head.weight
-        self._linear = [
-            module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)
-        ]
+        self._head = model.head
+        self._linear = [module for module in model.blocks.modules() if isinstance(module, Linear)]
         self._low_rank = [x for n, x in model.named_parameters() if _LOW_RANK.fullmatch(n)]
         longest = model.segment_lengths(1, 1 << 20)[0] + SEGMENT_MULTIPLE
-        widths = {x.shape[1] for x in (*self._linear, self._head)}
+        widths = {x.in_features for x in (*self._linear, self._head)}
         widths |= {x.shape[0] for x in self._low_rank}
         draw = torch.Generator().manual_seed(0)
         self._inputs = {
@@ -44,9 +42,9 @@ class Products:
     def run_linear(self, tokens: int) -> None:
         """One prefill's worth."""
         for size in segments(self._model, tokens):
-            for weight in self._linear:
-                linear(self._inputs[weight.shape[1]][:, :size], weight)
-        linear(self._inputs[self._head.shape[1]][:, :1], self._head)
+            for module in self._linear:
+                module(self._inputs[module.in_features][:, :size])
+        self._head(self._inputs[self._head.in_features][:, :1])
 
     def run_low_rank(self, tokens: int) -> None:
         """One prefill's worth."""
@@ -56,8 +54,8 @@ class Products:
 
     def linear_flops(self, tokens: int, head_tokens: int = 1) -> int:
         """FLOPs of `run_linear`."""
-        blocks = sum(x.numel() for x in self._linear)
-        return 2 * (blocks * tokens + self._head.numel() * head_tokens)
+        blocks = sum(module.weight.numel() for module in self._linear)
+        return 2 * (blocks * tokens + self._head.weight.numel() * head_tokens)
 
     def low_rank_flops(self, tokens: int) -> int:
         """FLOPs of `run_low_rank`."""

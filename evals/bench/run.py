@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from rwkvx.errors import InputError
+from rwkvx.quantize import quantize
 from rwkvx_evals.bench import measure
 from rwkvx_evals.bench.floor import Products
 from rwkvx_evals.bench.machine import describe, warnings
@@ -38,6 +39,7 @@ class Settings:
     threads: int
     repeats: int
     peer: bool
+    peer_dtype: str
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
@@ -81,7 +83,8 @@ def run(settings: Settings, out: Path, quiet: bool = False) -> Results:
 
 def _run(settings: Settings, out: Path, quiet: bool) -> Results:
     machine = describe()
-    model, origin = open_model(settings.model, settings.dtype, settings.selection)
+    stored = "bfloat16" if settings.dtype == "int8" else settings.dtype
+    model, origin = open_model(settings.model, stored, settings.selection)
     results: Results = {
         "benchmark": "cpu",
         "complete": False,
@@ -97,7 +100,9 @@ def _run(settings: Settings, out: Path, quiet: bool) -> Results:
     }
     write_json(out / "results.json", results)  # a folder that cannot be written is said at once
     wanted = settings.peer and bool(settings.lengths)
-    peer, words = open_peer(model, settings.dtype, wanted)
+    peer, words = open_peer(model, settings.peer_dtype, wanted)
+    if settings.dtype == "int8":
+        quantize(model)
     results["peer"] = {"measured": peer is not None, "words": words}
     longest = max((*settings.lengths, *settings.long, settings.decode, 2))
     ids = measure.random_ids(model, longest)
@@ -121,7 +126,7 @@ def _measure(
     out: Path,
     bar: tqdm[Any],
 ) -> None:
-    if settings.lengths and settings.dtype != "float32":
+    if settings.lengths and settings.dtype == "bfloat16":
         bar.set_description("check")
         results["check"] = measure.check_reduced(subjects, min(settings.lengths))
     for length in settings.lengths:

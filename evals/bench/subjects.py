@@ -1,9 +1,10 @@
-"""What is measured: our model, by name or by shape, and the published package on its weights."""
+"""What is measured: our model, by name or by shape, and a published package on its weights."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import tempfile
 from dataclasses import replace
 from importlib import metadata
@@ -21,8 +22,9 @@ from rwkvx.checkpoint import pth
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.load import shipped_models
 from rwkvx.errors import InputError
+from rwkvx.quantize import quantize
 
-PEER = "rwkv-x"
+HYBRID_PEER, RWKV7_PEER = "rwkv-x", "rwkv"
 PEER_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 SEED = 0
 
@@ -55,7 +57,11 @@ def open_model(name: str, dtype: str, selection: str = "flat") -> tuple[rwkvx.Mo
     shape = find_shape(name)
     if shape is not None:
         config = replace(read_shape(shape), selection=selection)
-        model = random_model(config).to(getattr(torch, dtype))
+        model = random_model(config)
+        if dtype == "int8":
+            model = quantize(model.to(torch.bfloat16))
+        else:
+            model = model.to(getattr(torch, dtype))
         return model.eval(), f"random, shape of {shape.name}"
     try:
         model = rwkvx.load(name, dtype=dtype, selection=selection)
@@ -97,13 +103,20 @@ def random_model(config: rwkvx.ModelConfig) -> rwkvx.Model:
 
 
 class Peer:
-    """The package `rwkv-x` on the CPU."""
+    """A package on the CPU: `rwkv-x` for hybrid models, `rwkv` for RWKV-7 blocks alone."""
 
-    def __init__(self, path: Path, dtype: str) -> None:
-        from rwkv_x.model import RWKV_X
-
+    def __init__(self, package: str, path: Path, dtype: str) -> None:
+        self.dtype, strategy = dtype, f"cpu {PEER_DTYPES[dtype]}"
         with contextlib.redirect_stdout(io.StringIO()):
-            self._model = RWKV_X(str(path), f"cpu {PEER_DTYPES[dtype]}")
+            if package == HYBRID_PEER:
+                from rwkv_x.model import RWKV_X
+
+                self._model = RWKV_X(str(path), strategy)
+            else:
+                os.environ["RWKV_V7_ON"] = "1"
+                from rwkv.model import RWKV
+
+                self._model = RWKV(str(path.with_suffix("")), strategy)
 
     def prefill(self, ids: list[int]) -> tuple[Tensor, Any]:
         """Logits [V] of the last token and a state; `ids` of two tokens or more."""
@@ -121,19 +134,19 @@ def open_peer(model: rwkvx.Model, dtype: str, wanted: bool) -> tuple[Peer | None
 
     None where there is none; beside it the words that say which, or why not.
     """
+    config = model.config
+    package = HYBRID_PEER if "sparse" in config.pattern else RWKV7_PEER
     reason = None if wanted else "not asked for"
-    if wanted and find_spec("rwkv_x") is None:
+    if wanted and find_spec(package.replace("-", "_")) is None:
         reason = "not installed (pip install 'rwkvx[peers]')"
-    elif wanted and "sparse" not in model.config.pattern:
-        reason = "reads hybrid models only"
-    elif wanted and (missing := pth.no_place_in_pth(model.config)):
+    elif wanted and (missing := pth.no_place_in_pth(config)):
         reason = f"cannot hold {missing}"
-    elif wanted and model.config.head_size != 64:
-        reason = f"knows heads of 64 only, not of {model.config.head_size}"
+    elif wanted and config.head_size != 64:
+        reason = f"knows heads of 64 only, not of {config.head_size}"
     if reason is not None:
-        return None, f"{PEER}: {reason}"
+        return None, f"{package}: {reason}"
     with tempfile.TemporaryDirectory(prefix="rwkvx-bench-") as folder:
         path = Path(folder) / "model.pth"
         pth.write(Checkpoint.of(model), path)
-        peer = Peer(path, dtype)
-    return peer, f"{PEER} {metadata.version(PEER)}"
+        peer = Peer(package, path, dtype)
+    return peer, f"{package} {metadata.version(package)}, {dtype}"

@@ -6,5 +6,4 @@ from torch import Tensor
 
 def squared_relu_reference(x: Tensor) -> Tensor:
     """As `api.squared_relu`."""
-    hidden = torch.relu(x)
-    return hidden.square() if hidden.requires_grad else hidden.square_()
+    return torch.relu(x).square() if x.requires_grad else x.relu_().square_()

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
 from rwkvx_kernels.chunk_attention.cpu_coarse import TreeOf, select
-from rwkvx_kernels.chunk_attention.cpu_pairs import Pairs, own_pieces, query_tiles
+from rwkvx_kernels.chunk_attention.cpu_pairs import LARGE_CHUNK, Pairs, own_pieces, query_tiles
 from rwkvx_kernels.chunk_attention.tree import trees_of
 from rwkvx_kernels.dispatch import without_autocast
+from rwkvx_kernels.linear import linear
 
 # Up to so many queries at once, or keys of each, a compiled loop beats products of matrices.
 FEW_QUERIES = 4
@@ -153,11 +154,12 @@ def _partial(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tens
 
     `mask` [m, w] is True where one of the last w keys is not to be seen.
     """
-    bias = None
+    bias, v = None, v.to(q.dtype)
+    if q.device.type == "cpu" and k.shape[1] >= LARGE_CHUNK:
+        return _partial_large(q, k, v, mask)
     if mask is not None:
         bias = q.new_zeros(mask.shape[0], k.shape[1])
         bias[:, -mask.shape[1] :].masked_fill_(mask, -torch.inf)
-    v = v.to(q.dtype)
     if q.device.type == "cpu":
         one_head = (x.unsqueeze(1) for x in (q, k, v))
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -167,6 +169,20 @@ def _partial(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tens
     scores = torch.bmm(q, k.transpose(1, 2))
     lse = (scores if bias is None else scores.add_(bias)).logsumexp(dim=-1, keepdim=True)
     return torch.bmm(scores.sub_(lse).exp_(), v), lse.squeeze(-1)
+
+
+def _partial_large(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_partial` with products that are worth a call each: twice as fast as a batch of them."""
+    output, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+    for i in range(len(q)):
+        scores = linear(q[i], k[i])
+        if mask is not None:
+            scores[:, -mask.shape[1] :].masked_fill_(mask, -torch.inf)
+        top = scores.amax(dim=-1)
+        torch.softmax(scores, dim=-1, out=scores)
+        lse[i] = top - scores.amax(dim=-1).log_()  # the largest weight is exp(top - lse)
+        output[i] = linear(scores, v[i].T)
+    return output, lse
 
 
 def _merge(

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +35,10 @@ class Source(Protocol):
     """Gives batches; equal arguments give equal batches."""
 
     def batch(self, stage: StageConfig, seed: tuple[int, ...]) -> Batch: ...
+
+    def evaluations(self, stage: StageConfig) -> dict[str, StageConfig]:
+        """What to evaluate on beside training with `stage`, by name."""
+        ...
 
 
 def build_source(config: DataConfig, tokenizer: Any, data: str | None = None) -> Source:
@@ -67,6 +72,10 @@ class TextSource:
         weights = torch.full((stage.batch, stage.length), 1.0 / (stage.batch * stage.length))
         return Batch(ids[:, :-1], ids[:, 1:], weights, torch.zeros_like(weights, dtype=torch.bool))
 
+    def evaluations(self, stage: StageConfig) -> dict[str, StageConfig]:
+        """The same as training."""
+        return {"eval": stage}
+
 
 class PasskeySource:
     """Passkey prompts with their answers; filler of standard sentences or random prose."""
@@ -92,6 +101,11 @@ class PasskeySource:
         right, other = torch.from_numpy(answers), torch.from_numpy(used & ~answers)
         weights = right / right.sum() + self.config.other_weight * other / other.sum()
         return Batch(whole[:, :-1], whole[:, 1:], weights.float(), right)
+
+    def evaluations(self, stage: StageConfig) -> dict[str, StageConfig]:
+        """Each kind of filler alone."""
+        kinds = {"standard": 0.0} if self.prose is None else {"standard": 0.0, "prose": 1.0}
+        return {name: replace(stage, prose=share) for name, share in kinds.items()}
 
     def _sample(self, stage: StageConfig, rng: np.random.Generator) -> tuple[Ids, NDArray[np.bool]]:
         """At most T + 1 tokens, prompt and answer, any alignment to chunks; where answers stand."""

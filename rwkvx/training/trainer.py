@@ -109,10 +109,19 @@ class Trainer:
         self.step += 1
         return total
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Loss and, for tasks with answers, the share of samples answered exactly, on new data."""
         stage = self.config.stage(max(0, self.step - 1))
+        metrics = {}
+        for name, part in self.source.evaluations(stage).items():
+            loss, accuracy = self._evaluate(part)
+            metrics[f"loss/{name}"] = loss
+            if accuracy is not None:
+                metrics[f"accuracy/{name}"] = accuracy
+        return metrics
+
+    @torch.no_grad()
+    def _evaluate(self, stage: StageConfig) -> tuple[float, float | None]:
         losses, right, asked = 0.0, 0, 0
         self.model.recurrent_pieces = 1
         for index in range(self.config.eval_batches):
@@ -124,8 +133,7 @@ class Trainer:
                 wrong = (logits.argmax(-1) != batch.targets) & batch.answers
                 right += int((~wrong.any(dim=1)).sum())
                 asked += len(wrong)
-        metrics = {"loss/eval": losses / self.config.eval_batches}
-        return {**metrics, "accuracy/eval": right / asked} if asked else metrics
+        return losses / self.config.eval_batches, right / asked if asked else None
 
     def _loss(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
         batch = self._to_device(batch)

@@ -95,6 +95,16 @@ def test_a_stage_may_have_its_own_share_of_prose() -> None:
         source.batch(StageConfig(1, 400, 2, prose=1.0), (0,))
 
 
+def test_each_filler_is_evaluated_alone() -> None:
+    parts = passkey(0.5).evaluations(StageConfig(1, 400, 20))
+    assert list(parts) == ["standard", "prose"]
+    for name, stage in parts.items():
+        rows = passkey(0.5).batch(stage, (0,)).inputs
+        assert {b"Ishmael" in bytes(r.tolist()) for r in rows} == {name == "prose"}
+    source = PasskeySource(DataConfig("passkey", prose=0.0), BYTES, None)
+    assert list(source.evaluations(STAGE)) == ["standard"]
+
+
 def test_noise_replaces_prose_alone() -> None:
     plain, noisy = (StageConfig(1, 400, 20, prose=1.0, noise=x) for x in (0.0, 0.5))
     source = passkey()

@@ -169,9 +169,9 @@ def test_passkey_accuracy_is_of_whole_answers(write_config: Writer) -> None:
             logits[0, batch.answers[0].nonzero()[1]] = 0  # one digit of one row is wrong
             return logits, state
 
-    assert trainer.evaluate()["accuracy/eval"] == 0.0
+    assert trainer.evaluate()["accuracy/standard"] == 0.0
     trainer.model = Knowing()  # type: ignore[assignment]
-    assert trainer.evaluate()["accuracy/eval"] == 0.75
+    assert trainer.evaluate()["accuracy/standard"] == 0.75
     trainer.model = plain
 
 
