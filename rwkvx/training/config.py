@@ -33,8 +33,6 @@ class StageConfig:
             sample: other text holds tokens that the prose of `data.paths` never shows.
         numbers: passkey: most numbers written over a thousand tokens of prose, drawn for each
             sample: digits that are not the key's, as in a list of ages or dates.
-        restart: peak of a new cycle of the learning rate's schedule that begins with this stage, as
-            a share of `optimizer.lr`; 0 goes on with the cycle of the stage before.
     """
 
     steps: int
@@ -46,7 +44,6 @@ class StageConfig:
     prose: float = -1.0
     noise: float = 0.0
     numbers: float = 0.0
-    restart: float = 0.0
 
     @property
     def pieces(self) -> int:
@@ -108,7 +105,10 @@ class TrainConfig:
         model: the architecture; init: weights to start from (a name or folder), else fresh ones.
         stages: run one after the other.
         steps: total steps, if fewer than the stages have; 0 for all of them.
-        accumulate: micro-batches of a step. precision: "float32" or "bf16" (autocast).
+        accumulate: micro-batches of a step.
+        average: decay of the moving average of the weights that is evaluated and becomes the model
+            (0.98 looks back 50 steps); 0 for the weights of the last step.
+        precision: "float32" or "bf16" (autocast).
         eval_every, save_every: steps between evaluations and checkpoints. seed: of everything.
         threads: CPU threads, 0 for torch's own choice.
     """
@@ -122,6 +122,7 @@ class TrainConfig:
     init: str = ""
     steps: int = 0
     accumulate: int = 1
+    average: float = 0.0
     precision: str = "float32"
     device: str = "cpu"
     gradient_checkpointing: bool = False
@@ -144,10 +145,12 @@ class TrainConfig:
                 raise InputError(f"steps, length and batch of a stage must be >= 1: {stage}")
             if min(stage.recurrent_length, stage.topk) < 0:
                 raise InputError(f"recurrent_length and topk of a stage must be >= 0: {stage}")
-            if min(stage.restart, stage.noise, stage.numbers) < 0 or stage.noise > 1:
-                raise InputError(f"restart, noise (at most 1), numbers must be >= 0: {stage}")
+            if min(stage.noise, stage.numbers) < 0 or stage.noise > 1:
+                raise InputError(f"noise (at most 1) and numbers must be >= 0: {stage}")
             if not 0 <= stage.state_passing <= 1:
                 raise InputError(f"state_passing must be between 0 and 1: {stage}")
+        if not 0 <= self.average < 1:
+            raise InputError(f"average must be at least 0 and below 1, got {self.average}")
         for name in ("accumulate", "eval_every", "eval_batches", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -160,17 +163,6 @@ class TrainConfig:
         """Optimiser steps of the run."""
         planned = sum(stage.steps for stage in self.stages)
         return min(self.steps, planned) if self.steps else planned
-
-    def cycle(self, step: int) -> tuple[int, int, float]:
-        """First and last + 1 step of the schedule's cycle around `step`, and its peak's share."""
-        first, share, begin = 0, 1.0, 0
-        for stage in self.stages:
-            if stage.restart and begin > step:
-                break
-            if stage.restart:
-                first, share = begin, stage.restart
-            begin += stage.steps
-        return first, min(begin, self.total_steps), share
 
     @property
     def folder(self) -> Path:

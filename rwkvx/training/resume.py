@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from rwkvx.checkpoint.files import write_json, write_tensors
 from rwkvx.checkpoint.folder import save_folder
@@ -17,6 +18,7 @@ from rwkvx.state import ModelState, Rwkv7State, SparseState
 from rwkvx.training.config import TrainConfig
 
 OPTIMIZER, STATE, PROGRESS = "optimizer.safetensors", "carried.safetensors", "progress.json"
+AVERAGE = "average.safetensors"
 
 
 def config_key(config: TrainConfig) -> str:
@@ -32,6 +34,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     model: Model,
+    average: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
     carried: ModelState | None,
     config: TrainConfig,
@@ -44,6 +47,8 @@ def save_checkpoint(
         for name, x in state.items():
             tensors[f"{index}.{name}"] = x
     write_tensors(target / OPTIMIZER, tensors)
+    if average is not None:
+        write_tensors(target / AVERAGE, average.module.state_dict())
     if carried is not None:
         write_tensors(target / STATE, _flatten(carried))
     before = read_progress(folder)
@@ -66,9 +71,13 @@ def read_progress(folder: Path) -> dict[str, object] | None:
 
 
 def load_checkpoint(
-    folder: Path, model: Model, optimizer: torch.optim.Optimizer, config: TrainConfig
+    folder: Path,
+    model: Model,
+    average: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
 ) -> tuple[int, ModelState | None]:
-    """Fill model and optimiser from the newest checkpoint: steps done and the carried state.
+    """Fill model, average and optimiser from the newest checkpoint: steps done, carried state.
 
     Raises:
         InputError: the checkpoint belongs to another config.
@@ -82,6 +91,9 @@ def load_checkpoint(
         )
     source = folder / f"step-{progress['step']}"
     model.load_state_dict(read_weights(source))
+    if average is not None:
+        average.module.load_state_dict(read_file(source / AVERAGE))
+        average.n_averaged.fill_(int(str(progress["step"])))
     state: dict[int, dict[str, Tensor]] = {}
     for name, x in read_file(source / OPTIMIZER).items():
         index, key = name.split(".", 1)

@@ -7,12 +7,13 @@ import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from rwkvx.checkpoint import load
@@ -47,7 +48,18 @@ class Trainer:
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.source: Source = build_source(config.data, self.model.tokenizer, data)
-        self.step, self.carried = load_checkpoint(config.folder, self.model, self.optimizer, config)
+        self.average = None
+        if config.average:
+            averaging = get_ema_multi_avg_fn(config.average)
+            self.average = AveragedModel(self.model, multi_avg_fn=averaging)
+        self.step, self.carried = load_checkpoint(
+            config.folder, self.model, self.average, self.optimizer, config
+        )
+
+    @property
+    def result(self) -> Model:
+        """What is evaluated and becomes the model: the averaged weights, if there are any."""
+        return self.model if self.average is None else cast(Model, self.average.module)
 
     def run(self) -> Model:
         """Train to the end, with a progress bar, TensorBoard events, evaluations, checkpoints."""
@@ -71,23 +83,26 @@ class Trainer:
                     for name, value in metrics.items() if writer is not None else ():
                         writer.add_scalar(name, value, self.step)
                 if last or self.step % config.save_every == 0:
-                    save_checkpoint(
-                        config.folder, self.step, self.model, self.optimizer, self.carried, config
-                    )
+                    self.save()
         if writer is not None:
             writer.close()
-        self.model.set_topk(self.model.config.topk)
-        self.model.recurrent_pieces = 1
-        save_folder(self.model, config.folder / "model")
-        return self.model
+        model = self.result
+        model.set_topk(model.config.topk)
+        model.recurrent_pieces = 1
+        save_folder(model, config.folder / "model")
+        return model
+
+    def save(self) -> None:
+        """Write a checkpoint that an equal run goes on from."""
+        running = (self.model, self.average, self.optimizer, self.carried)
+        save_checkpoint(self.config.folder, self.step, *running, self.config)
 
     def train_step(self) -> float:
         """One optimiser step; returns its loss."""
         config, stage = self.config, self.config.stage(self.step)
         self.model.set_topk(stage.topk or self.model.config.topk)
         self.model.recurrent_pieces = stage.pieces
-        first, end, share = config.cycle(self.step)
-        rate = share * learning_rate(self.step - first, end - first, config.optimizer)
+        rate = learning_rate(self.step, config.total_steps, config.optimizer)
         set_learning_rate(self.optimizer, rate)
         total = 0.0
         for micro in range(config.accumulate):
@@ -106,6 +121,8 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         self.step += 1
         return total
 
@@ -122,12 +139,13 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, stage: StageConfig) -> tuple[float, float | None]:
-        losses, right, asked = 0.0, 0, 0
-        self.model.recurrent_pieces = 1
+        losses, right, asked, model = 0.0, 0, 0, self.result
+        model.set_topk(stage.topk or self.config.model.topk)
+        model.recurrent_pieces = 1
         for index in range(self.config.eval_batches):
             batch = self._to_device(self.source.batch(stage, (self.config.seed, EVALUATION, index)))
             with self._autocast():
-                logits, _ = self.model(batch.inputs, keep_cache=False)
+                logits, _ = model(batch.inputs, keep_cache=False)
             losses += _weighted_loss(logits, batch).item()
             if batch.answers.any():
                 wrong = (logits.argmax(-1) != batch.targets) & batch.answers

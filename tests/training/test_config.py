@@ -81,11 +81,12 @@ def test_overrides_reach_what_the_file_leaves_out(write_config: Writer) -> None:
         ("stages", "[{steps: 1, length: 8}]", "batch"),
         ("stages", "[{steps: 1, length: 8, batch: 1, state_passing: 2}]", "between 0 and 1"),
         ("stages", "[{steps: 1, length: 8, batch: 1, topk: -1}]", "topk of a stage must be >= 0"),
-        ("stages", "[{steps: 1, length: 8, batch: 1, restart: -1}]", "restart, noise"),
+        ("stages", "[{steps: 1, length: 8, batch: 1, numbers: -1}]", "noise (at most 1) and"),
         ("precision", "fp8", "precision must be one of"),
         ("data.kind", "images", "data.kind must be one of"),
         ("optimizer.schedule", "linear", "optimizer.schedule must be one of"),
         ("accumulate", "0", "accumulate must be >= 1"),
+        ("average", "1", "average must be at least 0 and below 1"),
         ("eval_batches", "0", "eval_batches must be >= 1"),
         ("model.width", "17", "width 17 is no multiple of head_size 8"),
         ("model.pattern", "[mamba]", "'mamba'"),
@@ -117,20 +118,3 @@ def test_missing_fields_are_named(tmp_path: Path) -> None:
     path.write_text("name: x\n")
     with pytest.raises(InputError, match='missing value for field "model"'):
         read_config(path)
-
-
-def test_cycles_of_the_learning_rate(write_config: Callable[..., Path]) -> None:
-    """A stage with `restart` begins a cycle; the others belong to the one before."""
-    stage = {"length": 8, "batch": 1}
-    stages = [
-        {"steps": 3, **stage},
-        {"steps": 4, **stage},
-        {"steps": 5, **stage, "restart": 0.5},
-        {"steps": 6, **stage},
-    ]
-    config = read_config(write_config(stages=stages))
-    assert [config.cycle(s) for s in (0, 2, 3, 6)] == [(0, 7, 1.0)] * 4
-    assert [config.cycle(s) for s in (7, 11, 12, 17)] == [(7, 18, 0.5)] * 4
-    short = read_config(write_config(stages=stages), {"steps": "9"})
-    assert short.cycle(8) == (7, 9, 0.5)
-    assert short.cycle(6) == (0, 7, 1.0)

@@ -13,7 +13,6 @@ from rwkvx.state import Rwkv7State
 from rwkvx.tokenizers import get_tokenizer
 from rwkvx.training.config import DataConfig, StageConfig, read_config
 from rwkvx.training.data import PasskeySource
-from rwkvx.training.resume import save_checkpoint
 from rwkvx.training.trainer import Trainer
 
 Writer = Callable[..., Path]
@@ -68,10 +67,7 @@ def test_a_resumed_run_in_pieces_has_the_same_bits(write_config: Writer, tmp_pat
             trainer = Trainer(read_config(path, overrides))
             while trainer.step < stop:
                 trainer.train_step()
-            config = trainer.config
-            save_checkpoint(
-                config.folder, stop, trainer.model, trainer.optimizer, trainer.carried, config
-            )
+            trainer.save()
         models.append(trainer.model.state_dict())
     assert all(np.array_equal(models[0][n], models[1][n]) for n in models[0])
 

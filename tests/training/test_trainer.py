@@ -48,6 +48,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         {},
         {"precision": "bf16"},
         {"accumulate": 2},
+        {"average": 0.7},
         {"save_every": 2, "model": None},
     ],
     ids=str,
@@ -71,6 +72,19 @@ def test_a_resumed_run_has_the_same_bits(
 
 def _model(write_config: Writer) -> dict:
     return read_config(write_config()).model.to_dict()
+
+
+def test_the_average_of_the_weights_becomes_the_model(write_config: Writer, tmp_path: Path) -> None:
+    trainer = Trainer(read_config(write_config(average=0.7)))
+    expected: dict[str, torch.Tensor] = {}
+    while trainer.step < trainer.config.total_steps:
+        trainer.train_step()
+        for name, x in weights(trainer.model).items():
+            expected[name] = 0.7 * expected[name] + 0.3 * x if name in expected else x
+    trained = trainer.run()  # nothing is left to do but to save
+    assert not torch.equal(trained.emb.weight, trainer.model.emb.weight)
+    for name, x in weights(rwkvx.load(tmp_path / "run" / "model")).items():
+        torch.testing.assert_close(x, expected[name])
 
 
 def test_training_learns(write_config: Writer) -> None:
@@ -162,7 +176,7 @@ def test_passkey_accuracy_is_of_whole_answers(write_config: Writer) -> None:
     trainer = Trainer(read_config(write_config(stages=stages, data=data)))
     plain = trainer.model
 
-    class Knowing(torch.nn.Module):
+    class Knowing(Model):
         def forward(self, ids, state=None, **kwargs):  # type: ignore[no-untyped-def]
             batch = trainer.source.batch(trainer.config.stages[0], (3, 1, 0))
             logits = torch.nn.functional.one_hot(batch.targets, 256).float()
@@ -170,7 +184,7 @@ def test_passkey_accuracy_is_of_whole_answers(write_config: Writer) -> None:
             return logits, state
 
     assert trainer.evaluate()["accuracy/standard"] == 0.0
-    trainer.model = Knowing()  # type: ignore[assignment]
+    trainer.model = Knowing(plain.config)
     assert trainer.evaluate()["accuracy/standard"] == 0.75
     trainer.model = plain
 
