@@ -189,11 +189,12 @@ class PasskeySource:
 
 
 def _random_key(rng: np.random.Generator) -> int:
-    """Half as the evaluation draws them; half with repeated digits, which are harder to copy.
+    """Mostly as the evaluation draws them; a quarter repeat digits, which is harder to copy.
 
-    All are about as long as those asked: ending early must not be a good guess.
+    All are about as long as those asked: ending early must not be a good guess, and with more of
+    the others, repeating a digit is.
     """
-    if rng.random() < 0.5:
+    if rng.random() < 0.75:
         return int(rng.integers(1, 50_001))
     digits = rng.choice(10, size=int(rng.integers(1, 4)), replace=False)
     text = "".join(str(digits[i]) for i in rng.integers(0, len(digits), size=rng.integers(4, 6)))
