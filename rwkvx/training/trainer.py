@@ -24,6 +24,7 @@ from rwkvx.model import Model
 from rwkvx.state import ModelState, Rwkv7State, map_tensors
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.data import Batch, Source, build_source
+from rwkvx.training.events import Events
 from rwkvx.training.optim import build_optimizer, learning_rate, set_learning_rate
 from rwkvx.training.resume import load_checkpoint, save_checkpoint
 from rwkvx_kernels.linear import linear_cross_entropy
@@ -52,7 +53,7 @@ class Trainer:
     def run(self) -> Model:
         """Train to the end, with a progress bar, TensorBoard events, evaluations, checkpoints."""
         config, total = self.config, self.config.total_steps
-        writer = _writer(config.folder / "tensorboard")
+        writer = _events(config.folder / "tensorboard")
         started = self.step
         tokens = sum(_tokens(config, s) for s in range(total))
         with tqdm(total=tokens, unit="tok", unit_scale=True, file=sys.stderr) as bar:
@@ -74,8 +75,6 @@ class Trainer:
                     save_checkpoint(
                         config.folder, self.step, self.model, self.optimizer, self.carried, config
                     )
-        if writer is not None:
-            writer.close()
         self.model.set_topk(self.model.config.topk)
         self.model.recurrent_pieces = 1
         save_folder(self.model, config.folder / "model")
@@ -182,11 +181,10 @@ def _tokens(config: TrainConfig, step: int) -> int:
     return stage.length * stage.batch * config.accumulate
 
 
-def _writer(folder: Path) -> Any:
-    """A TensorBoard writer, or None where TensorBoard is not installed."""
+def _events(folder: Path) -> Events | None:
+    """Where TensorBoard is installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+        return Events(folder)
+    except ModuleNotFoundError:
         print("no TensorBoard events: `pip install rwkvx[train]` adds them", file=sys.stderr)
         return None
-    return SummaryWriter(str(folder))
