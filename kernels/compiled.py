@@ -41,10 +41,10 @@ def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     compiled: Any = njit(function, **options)
     with suppress(RuntimeError):  # neither beside the package nor in the home folder may one write
         compiled._cache = _Cache(function)
-    return compiled  # type: ignore[no-any-return]
+    return compiled
 
 
-class _Cache(FunctionCache):  # type: ignore[misc]
+class _Cache(FunctionCache):
     """Numba's cache on disk, fresh while all sources are: Numba looks at the function's own file
     alone, but a loop holds the code that it calls and the constants that it uses from others."""
 
