@@ -69,8 +69,9 @@ class Trainer:
                     metrics = self.evaluate()
                     text = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
                     bar.write(f"step {self.step}: {text}", file=sys.stderr)
-                    for name, value in metrics.items() if writer is not None else ():
-                        writer.add_scalar(name, value, self.step)
+                    if writer is not None:
+                        for name, value in metrics.items():
+                            writer.add_scalar(name, value, self.step)
                 if last or self.step % config.save_every == 0:
                     save_checkpoint(
                         config.folder, self.step, self.model, self.optimizer, self.carried, config
