@@ -5,11 +5,15 @@ Importing this module imports Numba, which takes half a second: import it where 
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
 from numba import carray, njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 # Sums may be reordered and products contracted, so that loops become vector instructions; unlike
@@ -34,10 +38,29 @@ def parallel_loop(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     options = {"nogil": True, "error_model": "numpy", "fastmath": FAST, **options}
-    try:
-        return njit(function, cache=True, **options)
-    except RuntimeError:  # neither beside the package nor in the home folder may one write
-        return njit(function, **options)
+    compiled: Any = njit(function, **options)
+    with suppress(RuntimeError):  # neither beside the package nor in the home folder may one write
+        compiled._cache = _Cache(function)
+    return compiled
+
+
+class _Cache(FunctionCache):
+    """Numba's cache on disk, fresh while all sources are: Numba looks at the function's own file
+    alone, but a loop holds the code that it calls and the constants that it uses from others."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = _sources()
+
+
+@cache
+def _sources() -> str:
+    """Hash of this package without its Triton kernels."""
+    sha = sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        if not file.name.startswith("triton_"):
+            sha.update(file.read_bytes())
+    return sha.hexdigest()
 
 
 def in_threads(work: Callable[..., None], units: int, *args: Any) -> None:

@@ -62,13 +62,13 @@ def _piqa(folder: Path) -> dict[str, Documents]:
 class LocalTask:
     """How a data folder holds one task."""
 
-    files: str
+    files: tuple[str, ...]
     read: Callable[[Path], dict[str, Documents]]
 
 
 LOCAL = {
-    "lambada_openai": LocalTask("lambada_openai/lambada_test.jsonl", _lambada),
-    "piqa": LocalTask("piqa/valid.jsonl and piqa/valid-labels.lst", _piqa),
+    "lambada_openai": LocalTask(("lambada_openai/lambada_test.jsonl",), _lambada),
+    "piqa": LocalTask(("piqa/valid.jsonl", "piqa/valid-labels.lst"), _piqa),
 }
 
 
@@ -107,7 +107,7 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> Loaded:
         if folder is not None and name in LOCAL and file is not None:
             found, source = [_load_local(name, file, folder)], f"folder {folder}"
         else:
-            found, source = _load_from_hub(name, file), "hub"
+            found, source = _load_from_hub(name, file, folder), "hub"
         for task in found:
             tasks.append(task)
             sources[task.task_name] = source
@@ -118,7 +118,7 @@ def _load_local(name: str, file: Path, folder: Path) -> Any:
     try:
         splits = LOCAL[name].read(folder)
     except MissingDataError as error:
-        raise MissingDataError(f"{how_to_get(name)} ({error})") from error
+        raise MissingDataError(f"{how_to_get(name, folder)} ({error})") from error
     built = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items() if rows}
     config = load_yaml(file) | {"custom_dataset": lambda **_: built}
     if "train" not in built:
@@ -127,7 +127,7 @@ def _load_local(name: str, file: Path, folder: Path) -> Any:
     return TaskManager(include_defaults=False).load([config])["tasks"][name]
 
 
-def _load_from_hub(name: str, file: Path | None) -> list[Any]:
+def _load_from_hub(name: str, file: Path | None, folder: Path | None) -> list[Any]:
     try:
         if file is not None:
             manager = TaskManager(include_defaults=False, include_path=[file.parent])
@@ -141,15 +141,19 @@ def _load_from_hub(name: str, file: Path | None) -> list[Any]:
         raise
     except Exception as error:  # whatever the hub client raises when it cannot reach its server
         reason = str(error).strip().split("\n")[0][:200]
-        raise MissingDataError(f"{how_to_get(name)} (the hub: {reason})") from error
+        raise MissingDataError(f"{how_to_get(name, folder)} (the hub: {reason})") from error
 
 
-def how_to_get(name: str) -> str:
-    """One sentence on where the data of a task can come from."""
-    local = LOCAL.get(name)
-    if local is None:
-        return f"no data for task {name}: connect to huggingface.co, where lm-eval gets it"
-    return (
-        f"no data for task {name}: name a folder that holds {local.files} with --data or "
-        f"{DATA_VARIABLE}, or connect to huggingface.co, where lm-eval gets it"
-    )
+def how_to_get(name: str, folder: Path | None) -> str:
+    """One sentence on where the data of a task can come from, and what `folder` does hold."""
+    ways = "connect to huggingface.co, where lm-eval gets it"
+    if name in LOCAL:
+        files = " and ".join(LOCAL[name].files)
+        ways = f"name a folder that holds {files} with --data or {DATA_VARIABLE}, or {ways}"
+    held = [
+        other
+        for other, local in LOCAL.items()
+        if folder is not None and all((folder / file).is_file() for file in local.files)
+    ]
+    there = f"; folder {folder} holds {', '.join(held) or 'no task'}" if folder is not None else ""
+    return f"no data for task {name}: {ways}{there}"

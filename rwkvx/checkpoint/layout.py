@@ -63,7 +63,7 @@ class Layout:
         """The tensors by our names, each of them as `config` says it is.
 
         Raises:
-            InputError: one that is missing, extra or of the wrong shape, by name.
+            InputError: one that is missing, extra, of the wrong shape or dtype, by name.
         """
         tensors, wanted = {}, set()
         for ours, shape in parameter_shapes(config).items():
@@ -74,6 +74,8 @@ class Layout:
                 raise InputError(
                     f"{origin}: {theirs} is {list(raw[theirs].shape)}, expected {list(stored)}"
                 )
+            if not x.is_floating_point():
+                raise InputError(f"{origin}: {theirs} is of {x.dtype}, expected floating point")
             tensors[ours] = x
             wanted.add(theirs)
         for name in sorted(set(raw) - wanted):

@@ -5,6 +5,7 @@ Sources: BlinkDL/RWKV-LM, RWKV-v7; howard-hou/RWKV-X.
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,7 +143,9 @@ def no_place_in_pth(config: ModelConfig) -> str | None:
 
 def _load(path: Path, meta: bool) -> dict[str, Tensor]:
     try:
-        raw = _unpickle(path, meta)
+        with warnings.catch_warnings():  # of torch, about unusual pickles: what fails is said here
+            warnings.simplefilter("ignore")
+            raw = _unpickle(path, meta)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} {_why_not(error)}") from error
     except Exception as error:  # damaged pickles fail in any way
@@ -184,7 +187,9 @@ def _why_not(error: Exception) -> str:
     """What a pickle holds beside tensors, from torch's many lines about it."""
     if found := re.search(r"GLOBAL (\S+)", str(error)):
         return f"holds code ({found[1]}), not only tensors; nothing of it was executed"
-    return f"holds more than tensors, or is damaged; nothing was executed: {_first_line(error)}"
+    found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    reason = found[1][:200] if found else _first_line(error)
+    return f"holds more than tensors, or is damaged; nothing was executed: {reason}"
 
 
 def _first_line(error: Exception) -> str:

@@ -221,24 +221,23 @@ def _override(data: dict[str, Any], name: str, text: str) -> None:
         raise InputError(f"{name}: {text!r} is not YAML") from error
 
 
-def _number(value: Any) -> float:
+# What has the wrong type becomes text: then dacite says so, with the name of the field.
+
+
+def _number(value: Any) -> Any:
     """YAML 1.1 reads 1e-3, without a point, as text."""
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, got {value}")
-    return float(value)
+    try:
+        return str(value) if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return str(value)
 
 
-def _list(value: Any) -> tuple[Any, ...]:
-    """A text is one value, not a sequence of letters."""
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"expected a list, got {value!r}")
-    return tuple(value)
+def _list(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else str(value)
 
 
 def _integer(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"expected a whole number, got {value}")
-    return value
+    return str(value) if isinstance(value, bool) else value
 
 
 _LISTS: dict[Any, Any] = dict.fromkeys(

@@ -39,20 +39,28 @@ def save_checkpoint(
     carried: ModelState | None,
     config: TrainConfig,
 ) -> None:
-    """Write into folder/step-N, then point folder/progress.json at it and drop the one before."""
+    """Write into folder/step-N, then point folder/progress.json at it and drop the one before.
+
+    Raises:
+        OSError: the disk refuses; then the one before is still there, and nothing of this one.
+    """
     target = folder / f"step-{step}"
-    save_folder(model, target)
     tensors = {}
     for index, state in optimizer.state_dict()["state"].items():
         for name, x in state.items():
             tensors[f"{index}.{name}"] = x
-    write_tensors(target / OPTIMIZER, tensors)
-    if average is not None:
-        write_tensors(target / AVERAGE, average.module.state_dict())
-    if carried is not None:
-        write_tensors(target / STATE, _flatten(carried))
     before = read_progress(folder)
-    write_json(folder / PROGRESS, {"step": step, "config": config_key(config)})
+    try:
+        save_folder(model, target)
+        write_tensors(target / OPTIMIZER, tensors)
+        if average is not None:
+            write_tensors(target / AVERAGE, average.module.state_dict())
+        if carried is not None:
+            write_tensors(target / STATE, _flatten(carried))
+        write_json(folder / PROGRESS, {"step": step, "config": config_key(config)})
+    except OSError:
+        _remove(target)
+        raise
     if before and before["step"] != step:
         _remove(folder / f"step-{before['step']}")
 

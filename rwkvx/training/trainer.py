@@ -25,6 +25,7 @@ from rwkvx.model import Model
 from rwkvx.state import ModelState, Rwkv7State, map_tensors
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.data import Batch, Source, build_source
+from rwkvx.training.events import Events
 from rwkvx.training.optim import build_optimizer, learning_rate, set_learning_rate
 from rwkvx.training.resume import load_checkpoint, save_checkpoint
 from rwkvx_kernels.linear import linear_cross_entropy
@@ -64,7 +65,7 @@ class Trainer:
     def run(self) -> Model:
         """Train to the end, with a progress bar, TensorBoard events, evaluations, checkpoints."""
         config, total = self.config, self.config.total_steps
-        writer = _writer(config.folder / "tensorboard")
+        writer = _events(config.folder / "tensorboard")
         started = self.step
         tokens = sum(_tokens(config, s) for s in range(total))
         with tqdm(total=tokens, unit="tok", unit_scale=True, file=sys.stderr) as bar:
@@ -80,12 +81,11 @@ class Trainer:
                     metrics = self.evaluate()
                     text = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
                     bar.write(f"step {self.step}: {text}", file=sys.stderr)
-                    for name, value in metrics.items() if writer is not None else ():
-                        writer.add_scalar(name, value, self.step)
+                    if writer is not None:
+                        for name, value in metrics.items():
+                            writer.add_scalar(name, value, self.step)
                 if last or self.step % config.save_every == 0:
                     self.save()
-        if writer is not None:
-            writer.close()
         model = self.result
         model.set_topk(model.config.topk)
         model.recurrent_pieces = 1
@@ -208,11 +208,10 @@ def _tokens(config: TrainConfig, step: int) -> int:
     return stage.length * stage.batch * config.accumulate
 
 
-def _writer(folder: Path) -> Any:
-    """A TensorBoard writer, or None where TensorBoard is not installed."""
+def _events(folder: Path) -> Events | None:
+    """Where TensorBoard is installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+        return Events(folder)
+    except ModuleNotFoundError:
         print("no TensorBoard events: `pip install rwkvx[train]` adds them", file=sys.stderr)
         return None
-    return SummaryWriter(str(folder))

@@ -108,6 +108,10 @@ def test_tensors_that_do_not_fit_are_named(folder: Path) -> None:
     rewrite_tensors(folder, lambda t: t.update({"ln_out.bias": torch.zeros(17)}))
     with pytest.raises(InputError, match=r"ln_out\.bias is \[17\], expected \[16\]"):
         rwkvx.load(folder)
+    whole = torch.zeros(16, dtype=torch.int64)
+    rewrite_tensors(folder, lambda t: t.update({"ln_out.bias": whole}))
+    with pytest.raises(InputError, match=r"ln_out\.bias is of torch\.int64, expected floating"):
+        rwkvx.load(folder)
 
 
 def test_a_depth_that_the_pattern_does_not_have(folder: Path) -> None:

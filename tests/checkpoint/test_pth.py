@@ -255,6 +255,17 @@ def test_code_in_a_file_is_not_executed(tmp_path: Path, modern: bool) -> None:
     assert not mark.exists()
 
 
+def test_pickles_of_newer_protocols_are_refused_in_our_words(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    mark, path = tmp_path / "executed", tmp_path / "m.pth"
+    path.write_bytes(pickle.dumps(Hostile(mark), protocol=4))
+    with pytest.raises(InputError, match=r"nothing was executed: Unsupported operand \d+$"):
+        rwkvx.load(path)
+    assert not mark.exists()
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("modern", [True, False])
 @pytest.mark.parametrize("size", [0, 10, 1000, -100, -1])
 def test_truncated_files(tmp_path: Path, size: int, modern: bool) -> None:

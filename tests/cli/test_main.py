@@ -3,6 +3,7 @@
 import errno
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import click
 import pytest
@@ -11,18 +12,15 @@ from rwkvx.cli import cli, main
 from rwkvx.cli.lazy import LazyGroup, explain_missing_module
 from rwkvx.errors import InputError
 
-COMMANDS = [
-    ["demo"],
-    ["train"],
-    ["eval"],
-    ["eval", "passkey"],
-    ["eval", "lm"],
-    ["generate"],
-    ["convert"],
-    ["bench"],
-    ["bench", "cpu"],
-    ["info"],
-]
+
+def every_command(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    """["demo"], ["eval"], ["eval", "passkey"], ..."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        yield [*path, name]
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from every_command(command, (*path, name))
 
 
 def run(
@@ -70,14 +68,15 @@ def test_all_commands_are_listed(
         assert text.split()[0] in out
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_help_has_an_example(
-    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status, out, err = run([*command, "--help"], capsys, monkeypatch)
-    assert status == 0, err
-    assert "Example" in out
-    assert f"rwkvx {' '.join(command)}" in out.partition("Example")[2]
+    commands = list(every_command(cli))
+    assert ["eval", "passkey"] in commands
+    for command in commands:
+        status, out, err = run([*command, "--help"], capsys, monkeypatch)
+        assert status == 0, err
+        assert f"rwkvx {' '.join(command)}" in out.partition("Example")[2], command
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_a_limit_is_said(tmp_path: Path, folder: Path) -> None:
     assert "Only the first 2 items" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_without_data_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_data_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     def unreachable(*args: object, **kwargs: object) -> None:
         raise ConnectionError("Couldn't reach the Hub\nand more")
 
@@ -114,6 +114,11 @@ def test_without_data_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert "piqa/valid.jsonl and piqa/valid-labels.lst with --data or RWKVX_DATA" in message
     assert "Couldn't reach the Hub" in message
     assert "\n" not in message
+    with pytest.raises(InputError, match=f"folder {folder} holds lambada_openai, piqa"):
+        load_tasks(["piqa", "hellaswag"], folder)
+    (folder / "piqa" / "valid.jsonl").unlink()
+    with pytest.raises(InputError, match=f"folder {folder} holds lambada_openai "):
+        load_tasks(["piqa"], folder)
 
 
 def test_damaged_data(folder: Path) -> None:

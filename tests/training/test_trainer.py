@@ -1,6 +1,9 @@
 """Training itself: exact resumption, accumulation, state passing, what is written, the command."""
 
+import errno
 import json
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import rwkvx
 from rwkvx import InputError, Model
 from rwkvx.cli import main
 from rwkvx.training.config import read_config
+from rwkvx.training.events import Events
 from rwkvx.training.trainer import Trainer
 
 Writer = Callable[..., Path]
@@ -264,6 +268,64 @@ def test_the_command(
     assert status == 1
     assert err.startswith("error: ")
     assert "another config" in err
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    write_config: Writer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At whichever file of the second checkpoint it is full: one line, and the run can go on."""
+    whole = Trainer(read_config(write_config("whole"))).run()
+    config, folder = str(write_config()), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        with pytest.raises(Stopped):
+            Trainer(read_config(config)).run()
+    first = {p: p.read_bytes() for p in folder.glob("step-3/*")} | {
+        folder / "progress.json": (folder / "progress.json").read_bytes()
+    }
+    written = len(first)
+    real = os.fsync
+    for last in range(written):
+        calls = iter(range(written))
+
+        def fsync(handle: int, calls=calls, last=last) -> None:  # type: ignore[no-untyped-def]
+            if next(calls) == last:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(handle)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            status, _, err = run_command([config], capsys)
+        assert status == 1
+        assert err.splitlines()[-1].startswith(f"error: {folder}")
+        assert err.endswith(": No space left on device\n")
+        assert "Traceback" not in err
+        files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name != "tensorboard"]
+        assert {p: p.read_bytes() for p in files} == first
+    assert run_command([config], capsys)[0] == 0
+    assert_same_bits(weights(rwkvx.load(folder / "model")), weights(whole))
+
+
+def test_events_end_whole_on_a_full_disk(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = Events(tmp_path / "new" / "folder")
+    events.add_scalar("loss", 0.5, 1)
+    size = events.path.stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            events.add_scalar("loss", 0.4, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(events.path)
+    assert events.path.stat().st_size == size
+    events.add_scalar("loss", 0.25, 3)
+    read = accumulator.EventAccumulator(str(events.path.parent)).Reload()
+    assert [(x.step, x.value) for x in read.Scalars("loss")] == [(1, 0.5), (3, 0.25)]
 
 
 @pytest.mark.parametrize(
