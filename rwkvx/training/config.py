@@ -28,7 +28,7 @@ class StageConfig:
             distance. 0 reads whole sequences.
         topk: chunks that a query reads in this stage, 0 for the model's own. Fewer make the right
             chunk compete harder: at a few thousand tokens it must already win as at a million.
-        prose: passkey: `data.prose` of this stage, -1 for the same.
+        prose, other_weight: passkey: those of `data` for this stage, -1 for the same.
         noise: passkey: largest share of prose tokens that random ones replace, drawn for each
             sample: other text holds tokens that the prose of `data.paths` never shows.
         numbers: passkey: most numbers written over a thousand tokens of prose, drawn for each
@@ -42,6 +42,7 @@ class StageConfig:
     recurrent_length: int = 0
     topk: int = 0
     prose: float = -1.0
+    other_weight: float = -1.0
     noise: float = 0.0
     numbers: float = 0.0
 

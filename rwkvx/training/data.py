@@ -99,7 +99,8 @@ class PasskeySource:
             used[row, : len(tokens) - 1] = True
         whole = torch.from_numpy(ids)
         right, other = torch.from_numpy(answers), torch.from_numpy(used & ~answers)
-        weights = right / right.sum() + self.config.other_weight * other / other.sum()
+        weight = stage.other_weight if stage.other_weight >= 0 else self.config.other_weight
+        weights = right / right.sum() + weight * other / other.sum()
         return Batch(whole[:, :-1], whole[:, 1:], weights.float(), right)
 
     def evaluations(self, stage: StageConfig) -> dict[str, StageConfig]:
@@ -189,12 +190,11 @@ class PasskeySource:
 
 
 def _random_key(rng: np.random.Generator) -> int:
-    """Mostly as the evaluation draws them; a quarter repeat digits, which is harder to copy.
+    """Half as the evaluation draws them; half with repeated digits, which are harder to copy.
 
-    All are about as long as those asked: ending early must not be a good guess, and with more of
-    the others, repeating a digit is.
+    All are about as long as those asked: ending early must not be a good guess.
     """
-    if rng.random() < 0.75:
+    if rng.random() < 0.5:
         return int(rng.integers(1, 50_001))
     digits = rng.choice(10, size=int(rng.integers(1, 4)), replace=False)
     text = "".join(str(digits[i]) for i in rng.integers(0, len(digits), size=rng.integers(4, 6)))
