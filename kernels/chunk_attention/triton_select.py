@@ -232,7 +232,7 @@ def best_members(
     if forest:
         groups, chunks = forest[0].shape[1] // batch, forest[0].shape[2]
     # Long lists and what is read of children fill the registers; a box is two rows.
-    stages = 3 if not forest else 2 if level and keep <= 64 else 1
+    stages = 3 if not forest else 2 if kept is None and keep <= 64 else 1
     tiles = (first + tokens - 1) // block_q - first // block_q + 1
     _best_kernel[(tiles, batch * heads)](
         q,

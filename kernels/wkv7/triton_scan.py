@@ -63,42 +63,40 @@ def _scan_kernel(
     TO_COLUMN: tl.constexpr = 1 if REVERSE else K
     o_j = tl.arange(0, PART)[None, :]
     o_square = o_k[:, None] * TO_ROW + o_j * TO_COLUMN
-    for step in range(chunks):
+    # Exact products fill the registers: nothing else, such as addresses, is kept in them.
+    for step in tl.range(chunks, disable_licm=PRECISION == "tf32x3"):
         i_m = begin + (chunks - 1 - step if REVERSE else step)
         i_mh = i_m.to(tl.int64) * H + i_h
         b_decay = tl.load(p_decay + i_mh * K + o_k, mask=m_k, other=0.0)[:, None]
-        o_p = i_mh * (K * K) + o_square
-        b_p = load(p_p, o_p, m_k[:, None] & (o_j < K))
-        b_d = load(p_d, i_mh * (V * K) + o_tile, m_tile)
+        p_square, p_tile = p_p + i_mh * (K * K), p_d + i_mh * (V * K)
+        b_p = load(p_square, o_square, m_k[:, None] & (o_j < K))
+        b_d = load(p_tile, o_tile, m_tile)
         if KEEP:  # in the place of what was just read
-            tl.store(p_d + i_mh * (V * K) + o_tile, b_state, mask=m_tile)
-        if BLOCK_K > PART:
+            tl.store(p_tile + o_tile, b_state, mask=m_tile)
+        # The decay apart from the dot: a state rounded to 11 bits in every chunk would forget.
+        b_d += b_state * b_decay
+        if BLOCK_K > PART:  # one half after the other: both as operands do not fit into registers
             b_parts = tl.reshape(b_state, (2, PART, TILE_V))
-            b_first, b_second = tl.split(tl.permute(b_parts, (1, 2, 0)))
+            b_part, b_second = tl.split(tl.permute(b_parts, (1, 2, 0)))
+        else:
+            b_part = b_state
+        b_d += dot(b_p, b_part, PRECISION)
         if p_y is not None:
             first, count = locate(i_m, p_table, tokens, per_sequence, CHUNK)
             i_row = tl.arange(0, CHUNK)[:, None]
-            row = (first + i_row) * H + i_h
-            o_y, m_y = row * V + o_v[None, :], (i_row < count) & m_v[None, :]
-            b_y = load(p_y, o_y, m_y)
-            o_r, m_r = row * K + o_j, (i_row < count) & (o_j < K)
-            b_r = load(p_r, o_r, m_r)
-            if BLOCK_K > PART:
-                b_y += dot(b_r, b_first, PRECISION)
-                b_r = load(p_r, o_r + PART, m_r & (o_j < K - PART))
-                b_y += dot(b_r, b_second, PRECISION)
-            else:
-                b_y += dot(b_r, b_state, PRECISION)
-            tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m_y)
-        # The decay apart from the dot: a state rounded to 11 bits in every chunk would forget.
-        b_d += b_state * b_decay
+            o_y, m_y = i_row * (H * V) + o_v[None, :], (i_row < count) & m_v[None, :]
+            o_r, m_r = i_row * (H * K) + o_j, (i_row < count) & (o_j < K)
+            p_rows, p_out = p_r + (first * H + i_h) * K, p_y + (first * H + i_h) * V
+            b_y = load(p_out, o_y, m_y) + dot(load(p_rows, o_r, m_r), b_part, PRECISION)
         if BLOCK_K > PART:
-            b_d += dot(b_p, b_first, PRECISION)
             m_second = m_k[:, None] & (o_j < K - PART)
-            b_p = load(p_p, o_p + PART * TO_COLUMN, m_second)
-            b_state = b_d + dot(b_p, b_second, PRECISION)
-        else:
-            b_state = b_d + dot(b_p, b_state, PRECISION)
+            b_d += dot(load(p_square, o_square + PART * TO_COLUMN, m_second), b_second, PRECISION)
+            if p_y is not None:
+                b_r = load(p_rows, o_r + PART, m_r & (o_j < K - PART))
+                b_y += dot(b_r, b_second, PRECISION)
+        if p_y is not None:
+            tl.store(p_out + o_y, b_y.to(p_y.dtype.element_ty), mask=m_y)
+        b_state = b_d
     tl.store(p_end + o_state, b_state, mask=m_tile)
 
 

@@ -12,6 +12,7 @@ matrices without matrix instructions. Needs an uninterpreted process (no TRITON_
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from inspect import Parameter, signature
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -201,16 +203,33 @@ def _cases(family: str, quick: bool) -> list[Case]:
 
 
 def _run(task: tuple[str, str, bool, int, int]) -> Compiled:
+    """Compile one launch in a process of its own: where LLVM aborts, only that one is lost."""
     family, target, quick, i_case, i_launch = task
     case = _cases(family, quick)[i_case]
     launch = record(case.call, TARGETS[target])[i_launch]
+    processes = multiprocessing.get_context("fork")
+    receiver, sender = processes.Pipe(duplex=False)
+    child = processes.Process(target=_compile, args=(sender, launch, case.name, target))
+    child.start()
+    sender.close()
     try:
-        return compile_launch(launch, case.name, target)
+        found = receiver.recv()
+    except EOFError:
+        found = ""
+    child.join()
+    if isinstance(found, Compiled):
+        return found
+    words = f"does not compile: {found or f'the compiler ended with {child.exitcode}'}"
+    return Compiled(
+        case.name, target, launch.kernel.__name__, launch.options, 0, None, None, [], [words]
+    )
+
+
+def _compile(sender: Connection, launch: Launch, case: str, target: str) -> None:
+    try:
+        sender.send(compile_launch(launch, case, target))
     except Exception as error:
-        words = f"does not compile: {' '.join(str(error).split())[:500]}"
-        return Compiled(
-            case.name, target, launch.kernel.__name__, launch.options, 0, None, None, [], [words]
-        )
+        sender.send(" ".join(str(error).split())[:500])
 
 
 def tasks(families: list[str], targets: list[str], quick: bool) -> Iterator[tuple[Any, ...]]:
@@ -231,12 +250,13 @@ def main() -> int:
     parser.add_argument("families", nargs="+", metavar="FAMILY", help="such as wkv7")
     parser.add_argument("--targets", default=",".join(TARGETS), help="of: %(default)s")
     parser.add_argument("--quick", action="store_true", help="only the cases marked quick")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time")
     parser.add_argument("--json", type=Path, help="write what was found here")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("nothing can be compiled under TRITON_INTERPRET")
     results = []
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ProcessPoolExecutor(options.jobs) as pool:
         work = list(tasks(options.families, options.targets.split(","), options.quick))
         for result in pool.map(_run, work):
             results.append(result)

@@ -30,6 +30,25 @@ def test_triton_gives_the_same(shape: tuple[int, ...], dtype: torch.dtype) -> No
         assert got.dtype == dtype
 
 
+@pytest.mark.gpu
+def test_past_two_to_the_31_elements() -> None:
+    """Where 32 bits of an offset end, and at the very end."""
+    pytest.importorskip("triton", reason="needs triton (the extra gpu)")
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    count = 2**31 + 5000
+    x = torch.randn(count, device=DEVICE, dtype=torch.bfloat16, generator=draw).requires_grad_()
+    y = squared_relu(x, impl="triton")
+    (dx,) = torch.autograd.grad(y, x, x.detach() + 1)
+    tolerance = 2 * torch.finfo(x.dtype).eps
+    for start in (0, count - 10_000, count - 3000):
+        part = x.detach()[start : start + 3000].double().requires_grad_()
+        exact = squared_relu(part, impl="reference")
+        (dpart,) = torch.autograd.grad(exact, part, (part.detach() + 1).bfloat16().double())
+        for got, expected in ((y, exact), (dx, dpart)):
+            given = got[start : start + 3000].double()
+            torch.testing.assert_close(given, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_operator() -> None:
     pytest.importorskip("triton", reason="needs triton (the extra gpu)")
     x = torch.randn(4, 6, device=DEVICE, requires_grad=True)

@@ -7,8 +7,11 @@ from measure import LargestTensor, assert_as_good, relative_error
 from torch import Tensor
 
 from rwkvx_kernels.linear import linear_cross_entropy
+from rwkvx_kernels.linear.cross_entropy import MOST_LOGITS
 
 NAMES = ("loss", "dx", "dweight")
+# Logits and gradients are rounded to bfloat16, which has 8 bits, once each.
+ROUNDING = 1e-2
 
 
 def inputs(tokens: int = 37, width: int = 12, vocabulary: int = 50) -> list[Tensor]:
@@ -74,3 +77,28 @@ def test_shapes_that_do_not_fit() -> None:
     x, weight, targets, weights = inputs()
     with pytest.raises(ValueError, match="targets and weights"):
         linear_cross_entropy(x, weight, targets[:-1], weights)
+
+
+@pytest.mark.gpu
+def test_past_two_to_the_31_elements_on_a_gpu() -> None:
+    """Of x and of the logits, in bfloat16; against float64, some tokens at a time."""
+    tokens, width, vocabulary, part = 2**20 + 40, 2048, 2048, 2**15
+    draw = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=draw)
+
+    targets = torch.randint(vocabulary, (tokens,), device="cuda", generator=draw)
+    weights = torch.rand(tokens, device="cuda", generator=draw)
+    args = [normal(tokens, width), normal(vocabulary, width) / width**0.5, targets, weights]
+    loss, dx, dweight = run(args, MOST_LOGITS, torch.bfloat16)
+    expected = [torch.zeros_like(x, dtype=torch.float64) for x in (loss, dweight)]
+    for start in range(0, tokens, part):
+        rows = slice(start, start + part)
+        some = [args[0][rows], args[1], targets[rows], weights[rows].bfloat16()]
+        exact = run(some, None, torch.float64)
+        assert relative_error(dx[rows], exact[1]) < ROUNDING
+        for total, x in zip(expected, exact[::2], strict=True):
+            total += x
+    assert relative_error(loss, expected[0]) < ROUNDING
+    assert relative_error(dweight, expected[1]) < ROUNDING

@@ -10,7 +10,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton (the extra gpu)")
 
-from rwkvx_kernels.time_mix import TimeMixWeights, time_mix, triton_ops
+from rwkvx_kernels.time_mix import (
+    TimeMixWeights,
+    time_mix,
+    triton_finish,
+    triton_keys,
+    triton_ops,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 64e-5
@@ -19,6 +25,8 @@ NAMES = ("y", "state", *(f"d{x}" for x in (*TOKENS, *TimeMixWeights._fields, "st
 # The recurrence in chunks errs up to 6 times as much as token by token (test_wkv7_triton.py); on a
 # GPU its products have 3 bits less than float32.
 FACTOR = 50.0 if DEVICE == "cuda" else 10.0
+# Results are rounded to bfloat16, which has 8 bits, once each.
+ROUNDING = 1e-2
 
 
 def inputs(
@@ -128,6 +136,63 @@ def test_only_the_output_or_only_the_state_is_used() -> None:
             call(leaves, impl)[index].sum().backward()
             grads.append(leaves[TOKENS.index("v")].grad)
         assert relative_error(grads[1], grads[0]) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_real_sizes(dtype: torch.dtype, size: int) -> None:
+    check(inputs(1, 2000, 4, size), dtype)
+
+
+def narrow(tokens: int, heads: int, size: int = 16, sequences: int = 1) -> list[Tensor | None]:
+    """In bfloat16, every head and sequence as the others, without a value residual.
+
+    All six of a token are one tensor, and so are all weights: more does not fit.
+    """
+    draw = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, generator=draw)
+
+    x = normal(1, tokens, 1, size).expand(sequences, -1, heads, -1).flatten(2).contiguous()
+    weight = normal(1, size).expand(heads, -1).contiguous()
+    flat = weight.flatten()
+    weights = [weight if name == "r_k" else flat for name in TimeMixWeights._fields]
+    weights[TimeMixWeights._fields.index("v0")] = None  # type: ignore[call-overload]
+    state = normal(1, 1, size, size).float().expand(sequences, heads, -1, -1).contiguous()
+    return [*[x] * 6, None, None, *weights, state]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tokens", "heads", "size", "sequences"), [(2**20 + 40, 128, 16, 1), (1, 16, 64, 2**15 + 1)]
+)
+def test_past_two_to_the_31_elements(tokens: int, heads: int, size: int, sequences: int) -> None:
+    """The last head of the last sequence is as if it were alone: in chunks, and in one launch."""
+    args = narrow(tokens, heads, size, sequences)
+    assert max(args[0].numel(), args[-1].numel()) > 2**31  # type: ignore[union-attr]
+    y, final = call(args, "triton")
+    alone, end = call(narrow(tokens, 1, size), "triton")
+    assert relative_error(y[-1:, -1000:, -size:], alone[:, -1000:]) < ROUNDING
+    assert relative_error(final[-1:, -1:], end) < ROUNDING
+
+
+@pytest.mark.gpu
+def test_gradients_past_two_to_the_31_elements() -> None:
+    """Of what stands around the recurrence, whose own have a test in test_wkv7_gpu.py."""
+    tokens, heads, size = 2**20 + 40, 128, 16
+    results = []
+    for count in (heads, 1):
+        args = narrow(tokens, count, size)
+        x, r_k = args[0], args[len(TOKENS) + TimeMixWeights._fields.index("r_k")]
+        flat = r_k.flatten()  # type: ignore[union-attr]
+        finish, last = triton_finish.gradients(x, [x] * 5, [r_k, flat, flat], EPS)  # type: ignore[list-item, arg-type]
+        later = [finish[3], *[x] * 7]
+        new, first = triton_keys.gradients([x] * 5, [], [flat] * 4, r_k, later)  # type: ignore[list-item, arg-type]
+        results.append([t[..., -1000:, -size:].clone() for t in (*finish[:3], *new, last, first)])
+    for got, alone in zip(*results, strict=True):
+        assert relative_error(got, alone) < ROUNDING
 
 
 def test_operators() -> None:

@@ -12,6 +12,8 @@ from rwkvx_kernels.token_shift import token_shift
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sums over tokens in another order.
 FACTOR = 4.0
+# Results are rounded to bfloat16, which has 8 bits, once each.
+ROUNDING = 1e-2
 
 
 def inputs(batch: int, tokens: int, width: int, mixes: int, rows: int = 0) -> list[Tensor]:
@@ -80,6 +82,48 @@ def test_triton_in_float16_and_under_autocast() -> None:
         narrow = token_shift(*wide[:2], wide[2:], impl="triton")
     for got, expected in zip(narrow, token_shift(*wide[:2], wide[2:]), strict=True):
         assert torch.equal(got, expected.half())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offsets", [None, [0, 1, 1, 65_535, 65_537, 70_000]])
+def test_past_65536_tokens(offsets: list[int] | None) -> None:
+    args = inputs(1, 70_000, 768, 6, len(offsets) - 1 if offsets else 0)
+    exact, reference = (
+        run(args, dtype, "reference", offsets) for dtype in (torch.float64, torch.bfloat16)
+    )
+    names = [str(i) for i in range(14)]
+    assert_as_good(run(args, torch.bfloat16, "triton", offsets), reference, exact, FACTOR, names)
+
+
+@pytest.mark.gpu
+def test_past_two_to_the_31_elements() -> None:
+    """The last tokens, and the gradients of mixes, to which all tokens add, against float64."""
+    tokens, width, tail = 2**20 + 40, 2048, 1000
+    draw = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, generator=draw)
+
+    leaves = [normal(1, tokens, width), normal(1, width), normal(width), normal(width)]
+    leaves = [x.requires_grad_() for x in leaves]
+    out = token_shift(*leaves[:2], leaves[2:], impl="triton")
+    dout = [normal(1, tokens, width) for _ in out]
+    dx, _, *dmixes = torch.autograd.grad(out, leaves, dout)
+    assert dx.numel() > 2**31 or DEVICE == "cpu"
+    expected = [torch.zeros(width, dtype=torch.float64, device=DEVICE) for _ in dmixes]
+    for end in range(tokens, 0, -tail):
+        part = slice(max(0, end - tail), end)
+        previous = leaves[0][:, part.start - 1] if part.start else leaves[1]
+        wide = [x.detach().double().requires_grad_() for x in (leaves[0][:, part], *leaves[2:])]
+        exact = token_shift(wide[0], previous.detach().double(), wide[1:], impl="reference")
+        grads = torch.autograd.grad(exact, wide, [d[:, part].double() for d in dout])
+        for total, dmix in zip(expected, grads[1:], strict=True):
+            total += dmix
+        if end == tokens:
+            for got, right in zip([*out, dx], [*exact, grads[0]], strict=True):
+                assert relative_error(got[:, part].detach(), right) < ROUNDING
+    for got, right in zip(dmixes, expected, strict=True):
+        assert relative_error(got, right) < ROUNDING
 
 
 def test_operator() -> None:

@@ -5,15 +5,19 @@ import json
 import os
 import resource
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import rwkvx
 from rwkvx import InputError, Model
 from rwkvx.cli import main
+from rwkvx.training import trainer as trainer_module
 from rwkvx.training.config import read_config
+from rwkvx.training.data import Batch
 from rwkvx.training.events import Events
 from rwkvx.training.trainer import Trainer
 
@@ -134,6 +138,36 @@ def test_accumulation_equals_a_larger_batch(write_config: Writer) -> None:
         assert small.train_step() == pytest.approx(large.train_step(), rel=1e-6)
     for (name, a), b in zip(small.model.named_parameters(), large.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_loss_by_tiles_is_the_plain_loss(
+    write_config: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and all gradients of a step on random tokens, every one of another weight."""
+    stages = [{"steps": 1, "length": 24, "batch": 3}]
+    optimizer = {"lr": 0.01, "warmup": 2, "clip": 1e9}
+    config = read_config(write_config(stages=stages, optimizer=optimizer))
+    ids, chances = torch.randint(256, (2, 3, 24)), torch.rand(3, 24)
+    batch = Batch(ids[0], ids[1], chances, torch.zeros(3, 24, dtype=torch.bool))
+
+    def plain(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        chosen = (x @ weight.T).log_softmax(1).gather(1, targets[:, None])[:, 0]
+        return -(chosen * weights).sum()
+
+    results = []
+    for loss in (plain, partial(trainer_module.linear_cross_entropy, most_logits=20 * 256)):
+        monkeypatch.setattr(trainer_module, "linear_cross_entropy", loss)
+        trainer = Trainer(config)
+        trainer.model.double()
+        monkeypatch.setattr(trainer.source, "batch", lambda *_: batch)
+        monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+        monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda **_: None)
+        total = torch.tensor(trainer.train_step(), dtype=torch.float64)
+        results.append([total, *(x.grad for x in trainer.model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
 def test_states_are_passed_on(write_config: Writer) -> None:
