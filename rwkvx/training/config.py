@@ -28,7 +28,7 @@ class StageConfig:
             distance. 0 reads whole sequences.
         topk: chunks that a query reads in this stage, 0 for the model's own. Fewer make the right
             chunk compete harder: at a few thousand tokens it must already win as at a million.
-        prose, other_weight: passkey: those of `data` for this stage, -1 for the same.
+        prose: passkey: `data.prose` of this stage, -1 for the same.
         noise: passkey: largest share of prose tokens that random ones replace, drawn for each
             sample: other text holds tokens that the prose of `data.paths` never shows.
         numbers: passkey: most numbers written over a thousand tokens of prose, drawn for each
@@ -42,7 +42,6 @@ class StageConfig:
     recurrent_length: int = 0
     topk: int = 0
     prose: float = -1.0
-    other_weight: float = -1.0
     noise: float = 0.0
     numbers: float = 0.0
 
@@ -108,7 +107,9 @@ class TrainConfig:
         steps: total steps, if fewer than the stages have; 0 for all of them.
         accumulate: micro-batches of a step.
         average: decay of the moving average of the weights that is evaluated and becomes the model
-            (0.98 looks back 50 steps); 0 for the weights of the last step.
+            (0.98 looks back 50 steps); 0 for the weights of the step itself.
+        keep: "last": the weights at the end become the model; "best": those of the evaluation in
+            the last stage that had the lowest loss.
         precision: "float32" or "bf16" (autocast).
         eval_every, save_every: steps between evaluations and checkpoints. seed: of everything.
         threads: CPU threads, 0 for torch's own choice.
@@ -124,6 +125,7 @@ class TrainConfig:
     steps: int = 0
     accumulate: int = 1
     average: float = 0.0
+    keep: str = "last"
     precision: str = "float32"
     device: str = "cpu"
     gradient_checkpointing: bool = False
@@ -136,6 +138,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, ("float32", "bf16"))
         _one_of("data.kind", self.data.kind, ("passkey", "text", "hub"))
+        _one_of("keep", self.keep, ("last", "best"))
         _one_of("optimizer.schedule", self.optimizer.schedule, ("cosine", "wsd"))
         if not self.stages:
             raise InputError("stages must hold at least one stage")

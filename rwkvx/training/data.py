@@ -99,8 +99,7 @@ class PasskeySource:
             used[row, : len(tokens) - 1] = True
         whole = torch.from_numpy(ids)
         right, other = torch.from_numpy(answers), torch.from_numpy(used & ~answers)
-        weight = stage.other_weight if stage.other_weight >= 0 else self.config.other_weight
-        weights = right / right.sum() + weight * other / other.sum()
+        weights = right / right.sum() + self.config.other_weight * other / other.sum()
         return Batch(whole[:, :-1], whole[:, 1:], weights.float(), right)
 
     def evaluations(self, stage: StageConfig) -> dict[str, StageConfig]:

@@ -37,6 +37,7 @@ def save_checkpoint(
     average: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
     carried: ModelState | None,
+    best: float | None,
     config: TrainConfig,
 ) -> None:
     """Write into folder/step-N, then point folder/progress.json at it and drop the one before.
@@ -57,7 +58,8 @@ def save_checkpoint(
             write_tensors(target / AVERAGE, average.module.state_dict())
         if carried is not None:
             write_tensors(target / STATE, _flatten(carried))
-        write_json(folder / PROGRESS, {"step": step, "config": config_key(config)})
+        progress = {"step": step, "config": config_key(config), "best": best}
+        write_json(folder / PROGRESS, progress)
     except OSError:
         _remove(target)
         raise
@@ -66,13 +68,14 @@ def save_checkpoint(
 
 
 def read_progress(folder: Path) -> dict[str, object] | None:
-    """{"step", "config"} of the newest checkpoint, or None."""
+    """{"step", "config", "best"} of the newest checkpoint, or None."""
     path = folder / PROGRESS
     if not path.exists():
         return None
     try:
         progress: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
         int(str(progress["step"])), str(progress["config"])
+        float(str(progress["best"] or 0.0))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error}; remove it to start again") from error
     return progress
@@ -84,15 +87,18 @@ def load_checkpoint(
     average: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
-) -> tuple[int, ModelState | None]:
-    """Fill model, average and optimiser from the newest checkpoint: steps done, carried state.
+) -> tuple[int, ModelState | None, float | None]:
+    """Fill model, average and optimiser from the newest checkpoint.
+
+    Returns:
+        steps done, the carried state, the lowest loss of an evaluation in the last stage.
 
     Raises:
         InputError: the checkpoint belongs to another config.
     """
     progress = read_progress(folder)
     if progress is None:
-        return 0, None
+        return 0, None, None
     if progress["config"] != config_key(config):
         raise InputError(
             f"{folder} holds a run of another config: choose another --out or remove the folder"
@@ -111,7 +117,8 @@ def load_checkpoint(
     carried = None
     if (source / STATE).exists():
         carried = _unflatten(model, read_file(source / STATE))
-    return int(str(progress["step"])), carried
+    best = None if progress["best"] is None else float(str(progress["best"]))
+    return int(str(progress["step"])), carried, best
 
 
 def _flatten(state: ModelState) -> dict[str, Tensor]:

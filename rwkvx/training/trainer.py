@@ -19,6 +19,7 @@ from tqdm import tqdm
 from rwkvx.checkpoint import load
 from rwkvx.checkpoint.folder import save_folder
 from rwkvx.checkpoint.load import usable_device
+from rwkvx.checkpoint.shards import read_weights
 from rwkvx.errors import InputError
 from rwkvx.init import init_weights
 from rwkvx.model import Model
@@ -53,7 +54,7 @@ class Trainer:
         if config.average:
             averaging = get_ema_multi_avg_fn(config.average)
             self.average = AveragedModel(self.model, multi_avg_fn=averaging)
-        self.step, self.carried = load_checkpoint(
+        self.step, self.carried, self.best = load_checkpoint(
             config.folder, self.model, self.average, self.optimizer, config
         )
 
@@ -84,17 +85,30 @@ class Trainer:
                     if writer is not None:
                         for name, value in metrics.items():
                             writer.add_scalar(name, value, self.step)
+                    self._keep(metrics)
                 if last or self.step % config.save_every == 0:
                     self.save()
         model = self.result
         model.set_topk(model.config.topk)
         model.recurrent_pieces = 1
-        save_folder(model, config.folder / "model")
+        if config.keep == "best":
+            model.load_state_dict(read_weights(config.folder / "model"))
+        else:
+            save_folder(model, config.folder / "model")
         return model
+
+    def _keep(self, metrics: dict[str, float]) -> None:
+        """Write the model if it is to be the best of the last stage, and is the best so far."""
+        if self.config.keep == "last" or self.config.stage(self.step - 1) != self.config.stages[-1]:
+            return
+        loss = sum(value for name, value in metrics.items() if name.startswith("loss/"))
+        if self.best is None or loss < self.best:
+            self.best = loss
+            save_folder(self.result, self.config.folder / "model")
 
     def save(self) -> None:
         """Write a checkpoint that an equal run goes on from."""
-        running = (self.model, self.average, self.optimizer, self.carried)
+        running = (self.model, self.average, self.optimizer, self.carried, self.best)
         save_checkpoint(self.config.folder, self.step, *running, self.config)
 
     def train_step(self) -> float:

@@ -61,13 +61,6 @@ def test_passkey_weights() -> None:
     assert not silent.weights[~silent.answers].any()
 
 
-def test_a_stage_may_have_its_own_weight_of_other_tokens() -> None:
-    stage = StageConfig(1, 400, 4, other_weight=0.05)
-    batch = passkey(0.5, other=0.2).batch(stage, (0,))
-    assert batch.weights[batch.answers].sum() == pytest.approx(1.0, rel=1e-5)
-    assert batch.weights[~batch.answers].sum() == pytest.approx(0.05, rel=1e-5)
-
-
 def test_asking_again() -> None:
     """In pieces after the needle's, in the filler, with answers that count."""
     stage = StageConfig(1, 1024, 16, recurrent_length=128)

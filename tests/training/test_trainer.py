@@ -95,6 +95,30 @@ def test_the_average_of_the_weights_becomes_the_model(write_config: Writer, tmp_
         torch.testing.assert_close(x, expected[name])
 
 
+@pytest.mark.parametrize("stopped", [0, 5])
+def test_the_best_of_the_last_stage_becomes_the_model(
+    stopped: int, write_config: Writer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    losses = {1: 0.1, 2: 0.1, 3: 3.0, 4: 1.0, 5: 2.0, 6: 4.0}
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    def evaluate(self: Trainer) -> dict[str, float]:
+        seen[self.step] = weights(self.model)
+        return {"loss/eval": losses[self.step]}
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    stages = [{"steps": n, "length": 16, "batch": 2} for n in (2, 4)]
+    every = {"eval_every": 1, "save_every": 1}
+    config = read_config(write_config(stages=stages, keep="best", **every))
+    if stopped:
+        with monkeypatch.context() as patch:
+            stop_at(stopped, patch)
+            with pytest.raises(Stopped):
+                Trainer(config).run()
+    assert_same_bits(weights(Trainer(config).run()), seen[4])
+    assert_same_bits(weights(rwkvx.load(tmp_path / "run" / "model")), seen[4])
+
+
 def test_training_learns(write_config: Writer) -> None:
     stages = [{"steps": 40, "length": 32, "batch": 4}]
     trainer = Trainer(read_config(write_config(stages=stages, eval_every=100, save_every=100)))
