@@ -16,9 +16,15 @@ from rwkvx_evals.lm.report import Results
 @click.option("--model", required=True, help="A shipped name, a folder, or a checkpoint file.")
 @click.option("--tasks", default="lambada_openai,piqa", show_default=True, help="lm-eval's names.")
 @click.option("--data", help="Folder with the tasks' data; default: RWKVX_DATA, else the hub.")
-@click.option("--limit", type=int, help="Only the first items of each task.")
-@click.option("--batch", type=int, help="Contexts read together at most; default: by device.")
-@click.option("--max-length", type=int, help="Refuse longer requests; default: no limit.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first items of each task.")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    help="Contexts read together at most; default: by device.",
+)
+@click.option(
+    "--max-length", type=click.IntRange(min=1), help="Refuse longer requests; default: no limit."
+)
 @click.option(
     "--truncate",
     type=click.Choice(["left", "middle"]),
