@@ -233,6 +233,7 @@ def best_members(
         groups, chunks = forest[0].shape[1] // batch, forest[0].shape[2]
     # Long lists and what is read of children fill the registers; a box is two rows.
     stages = 3 if not forest else 2 if kept is None and keep <= 64 else 1
+    warps = 8 if dim > 64 or (level and kept is not None) else 4
     tiles = (first + tokens - 1) // block_q - first // block_q + 1
     _best_kernel[(tiles, batch * heads)](
         q,
@@ -261,7 +262,7 @@ def best_members(
         K=keep,
         PRECISION=exact_products(q),
         LOWEST=LOWEST,
-        num_warps=4 if dim <= 64 else 8,
+        num_warps=warps,
         num_stages=stages,
     )
     return best
