@@ -1,11 +1,14 @@
-"""A small run on text: `write_config` makes the YAML file of one."""
+"""A small run on text: `write_config` makes the YAML file of one. Lets tests share `running.py`."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 20
 BASE: dict[str, Any] = {

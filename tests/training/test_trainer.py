@@ -4,12 +4,12 @@ import errno
 import json
 import os
 import resource
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from running import Stopped, Writer, assert_same_bits, stop_at, weights
 from torch import Tensor
 
 import rwkvx
@@ -20,34 +20,6 @@ from rwkvx.training.config import read_config
 from rwkvx.training.data import Batch
 from rwkvx.training.events import Events
 from rwkvx.training.trainer import Trainer
-
-Writer = Callable[..., Path]
-
-
-def weights(model: Model) -> dict[str, torch.Tensor]:
-    return {n: x.detach().clone() for n, x in model.state_dict().items()}
-
-
-def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every trainer breaks down before its step number `step`."""
-    plain = Trainer.train_step
-
-    def train_step(self: Trainer) -> float:
-        if self.step == step:
-            raise Stopped
-        return plain(self)
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
 
 
 @pytest.mark.parametrize(
@@ -80,43 +52,6 @@ def test_a_resumed_run_has_the_same_bits(
 
 def _model(write_config: Writer) -> dict:
     return read_config(write_config()).model.to_dict()
-
-
-def test_the_average_of_the_weights_becomes_the_model(write_config: Writer, tmp_path: Path) -> None:
-    trainer = Trainer(read_config(write_config(average=0.7)))
-    expected: dict[str, torch.Tensor] = {}
-    while trainer.step < trainer.config.total_steps:
-        trainer.train_step()
-        for name, x in weights(trainer.model).items():
-            expected[name] = 0.7 * expected[name] + 0.3 * x if name in expected else x
-    trained = trainer.run()  # nothing is left to do but to save
-    assert not torch.equal(trained.emb.weight, trainer.model.emb.weight)
-    for name, x in weights(rwkvx.load(tmp_path / "run" / "model")).items():
-        torch.testing.assert_close(x, expected[name])
-
-
-@pytest.mark.parametrize("stopped", [0, 5])
-def test_the_best_of_the_last_stage_becomes_the_model(
-    stopped: int, write_config: Writer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    losses = {1: 0.1, 2: 0.1, 3: 3.0, 4: 1.0, 5: 2.0, 6: 4.0}
-    seen: dict[int, dict[str, torch.Tensor]] = {}
-
-    def evaluate(self: Trainer) -> dict[str, float]:
-        seen[self.step] = weights(self.model)
-        return {"loss/eval": losses[self.step]}
-
-    monkeypatch.setattr(Trainer, "evaluate", evaluate)
-    stages = [{"steps": n, "length": 16, "batch": 2} for n in (2, 4)]
-    every = {"eval_every": 1, "save_every": 1}
-    config = read_config(write_config(stages=stages, keep="best", **every))
-    if stopped:
-        with monkeypatch.context() as patch:
-            stop_at(stopped, patch)
-            with pytest.raises(Stopped):
-                Trainer(config).run()
-    assert_same_bits(weights(Trainer(config).run()), seen[4])
-    assert_same_bits(weights(rwkvx.load(tmp_path / "run" / "model")), seen[4])
 
 
 def test_training_learns(write_config: Writer) -> None:

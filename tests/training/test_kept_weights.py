@@ -1,0 +1,48 @@
+"""Which weights become the model: an average of them, the best of the last stage."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from running import Stopped, Writer, assert_same_bits, stop_at, weights
+
+import rwkvx
+from rwkvx.training.config import read_config
+from rwkvx.training.trainer import Trainer
+
+
+def test_the_average_of_the_weights_becomes_the_model(write_config: Writer, tmp_path: Path) -> None:
+    trainer = Trainer(read_config(write_config(average=0.7)))
+    expected: dict[str, torch.Tensor] = {}
+    while trainer.step < trainer.config.total_steps:
+        trainer.train_step()
+        for name, x in weights(trainer.model).items():
+            expected[name] = 0.7 * expected[name] + 0.3 * x if name in expected else x
+    trained = trainer.run()  # nothing is left to do but to save
+    assert not torch.equal(trained.emb.weight, trainer.model.emb.weight)
+    for name, x in weights(rwkvx.load(tmp_path / "run" / "model")).items():
+        torch.testing.assert_close(x, expected[name])
+
+
+@pytest.mark.parametrize("stopped", [0, 5])
+def test_the_best_of_the_last_stage_becomes_the_model(
+    stopped: int, write_config: Writer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    losses = {1: 0.1, 2: 0.1, 3: 3.0, 4: 1.0, 5: 2.0, 6: 4.0}
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    def evaluate(self: Trainer) -> dict[str, float]:
+        seen[self.step] = weights(self.model)
+        return {"loss/eval": losses[self.step]}
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    stages = [{"steps": n, "length": 16, "batch": 2} for n in (2, 4)]
+    every = {"eval_every": 1, "save_every": 1}
+    config = read_config(write_config(stages=stages, keep="best", **every))
+    if stopped:
+        with monkeypatch.context() as patch:
+            stop_at(stopped, patch)
+            with pytest.raises(Stopped):
+                Trainer(config).run()
+    assert_same_bits(weights(Trainer(config).run()), seen[4])
+    assert_same_bits(weights(rwkvx.load(tmp_path / "run" / "model")), seen[4])
