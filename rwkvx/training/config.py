@@ -109,7 +109,7 @@ class TrainConfig:
         average: decay of the moving average of the weights that is evaluated and becomes the model
             (0.98 looks back 50 steps); 0 for the weights of the step itself.
         keep: "last": the weights at the end become the model; "best": those of the evaluation in
-            the last stage that had the lowest loss.
+            the last stage that runs that had the lowest loss.
         precision: "float32" or "bf16" (autocast).
         eval_every, save_every: steps between evaluations and checkpoints. seed: of everything.
         threads: CPU threads, 0 for torch's own choice.

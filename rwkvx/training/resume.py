@@ -22,9 +22,10 @@ AVERAGE = "average.safetensors"
 
 
 def config_key(config: TrainConfig) -> str:
-    """Hash of what determines the weights of each step (not of how often they are looked at)."""
+    """Hash of what determines the model: how often it is looked at only if the best is chosen."""
     data = asdict(config)
-    for name in ("out", "steps", "eval_every", "eval_batches", "save_every", "threads", "name"):
+    unused = () if config.keep == "best" else ("eval_every", "eval_batches")
+    for name in ("out", "steps", "save_every", "threads", "name", *unused):
         data.pop(name)
     data["planned"] = config.total_steps
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

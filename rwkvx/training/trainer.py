@@ -99,12 +99,14 @@ class Trainer:
 
     def _keep(self, metrics: dict[str, float]) -> None:
         """Write the model if it is to be the best of the last stage, and is the best so far."""
-        if self.config.keep == "last" or self.config.stage(self.step - 1) != self.config.stages[-1]:
+        config = self.config
+        last = config.stage(config.total_steps - 1)  # `steps` may leave out the last that is named
+        if config.keep == "last" or config.stage(self.step - 1) is not last:
             return
         loss = sum(value for name, value in metrics.items() if name.startswith("loss/"))
         if self.best is None or loss < self.best:
             self.best = loss
-            save_folder(self.result, self.config.folder / "model")
+            save_folder(self.result, config.folder / "model")
 
     def save(self) -> None:
         """Write a checkpoint that an equal run goes on from."""

@@ -46,3 +46,12 @@ def test_the_best_of_the_last_stage_becomes_the_model(
                 Trainer(config).run()
     assert_same_bits(weights(Trainer(config).run()), seen[4])
     assert_same_bits(weights(rwkvx.load(tmp_path / "run" / "model")), seen[4])
+
+
+def test_a_run_that_ends_before_the_last_stage_has_a_best_too(
+    write_config: Writer, tmp_path: Path
+) -> None:
+    stages = [{"steps": n, "length": 16, "batch": 2} for n in (2, 4)]
+    config = read_config(write_config(stages=stages, keep="best", steps=1, eval_every=1))
+    model = Trainer(config).run()
+    assert_same_bits(weights(rwkvx.load(tmp_path / "run" / "model")), weights(model))
