@@ -65,7 +65,7 @@ def _prefill(results: Results) -> str:
     ]  # fmt: skip
     gflops = [e["linear_flops"] / min(e["seconds"]["floor"]) / 1e9 for e in results["prefill"]]
     text = (
-        "The floor is the products with the model's own nn.Linear weights alone, in the model's "
+        "The floor is the products with the model's own projections alone, in the model's "
         f"segments, head for the last token (up to {max(gflops):,.0f} GFLOP/s here); "
         "“with low rank” adds those with the low-rank matrices of the time mix. Logits: largest "
         "difference to the peer over the largest logit."
@@ -96,7 +96,7 @@ def _decode(results: Results) -> str:
         f"many bytes as the weights that a step reads: {size / 1e6:,.1f} MB "
         f"({size / fastest / 1e9:.1f} GB/s here)."
     )
-    if results["peer"]["measured"]:
+    if results["peer"]["measured"] and "sparse" in results["model"]["config"]["pattern"]:
         text += " The peer's decoding attends to 128 tokens of the prompt and to no later ones."
     return f"## Decoding\n\n{_table(names, rows)}\n\n{text}"
 
