@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
 from rwkvx_kernels.compiled import in_threads, loop, parallel_loop
-from rwkvx_kernels.linear.cpu_compiled import as_array, widen
+from rwkvx_kernels.scalars import as_array, exp, widen
 
 # So many keys read in all are done before a second thread has begun.
 FEW = 4096
@@ -137,7 +137,7 @@ def _softmax(score):
     for s in range(1, len(score)):
         top = max(top, score[s])
     for s in range(len(score)):
-        score[s] = np.exp(score[s] - top)
+        score[s] = exp(score[s] - top)
         total += score[s]
     for s in range(len(score)):
         score[s] /= total

@@ -48,16 +48,16 @@ def low_rank(x: Tensor, down_IR: Tensor, up_RO: Tensor, activation: str = "none"
 
     One row on a CPU, without gradients, in a compiled loop: one call instead of three.
     """
-    if not _one_row(x) or _plain(x, down_IR, up_RO):
-        hidden = x @ down_IR
-        if activation == "tanh":
-            hidden = torch.tanh(hidden)
-        elif activation == "sigmoid":
-            hidden = torch.sigmoid(hidden)
-        return hidden @ up_RO
-    from rwkvx_kernels.linear.cpu_compiled import low_rank_of_vector
+    if _one_row(x) and not _plain(x, down_IR, up_RO):
+        from rwkvx_kernels.linear.cpu_compiled import low_rank_of_vector
 
-    return low_rank_of_vector(x, down_IR, up_RO, activation)
+        return low_rank_of_vector(x, down_IR, up_RO, activation)
+    hidden = linear(x, down_IR.T)
+    if activation == "tanh":
+        hidden = torch.tanh(hidden)
+    elif activation == "sigmoid":
+        hidden = torch.sigmoid(hidden)
+    return linear(hidden, up_RO.T)
 
 
 def _plain(*tensors: Tensor) -> bool:

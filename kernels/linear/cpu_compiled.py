@@ -1,15 +1,15 @@
 """One row times a matrix, compiled: bound by reading the matrix once.
 
-bfloat16 numbers travel as their 16 bits, the upper half of a float32. Axes as in api.py.
+Axes as in api.py.
 """
 
 import numpy as np
 import torch
-from numba import int8, int16, prange
-from numba.extending import overload
+from numba import prange
 from torch import Tensor
 
 from rwkvx_kernels.compiled import loop, parallel_loop
+from rwkvx_kernels.scalars import as_array, sigmoid, widen
 
 ACTIVATIONS = {"none": 0, "tanh": 1, "sigmoid": 2}
 NO_SCALE = np.empty(0, np.float32)
@@ -30,31 +30,10 @@ def low_rank_of_vector(x: Tensor, down_IR: Tensor, up_RO: Tensor, activation: st
     return torch.from_numpy(y).to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def as_array(x: Tensor) -> np.ndarray:
-    """The same memory; bfloat16 as int16."""
-    x = x.detach()
-    array: np.ndarray = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
-    return array
-
-
 def as_vector(x: Tensor) -> np.ndarray:
     """[elements] float32."""
     array: np.ndarray = x.detach().float().view(-1).numpy()
     return array
-
-
-def widen(x):
-    """float32 as it is; the 16 bits of a bfloat16, or an int8 -> float32. For compiled loops."""
-    raise NotImplementedError
-
-
-@overload(widen, inline="always")
-def _widen(x):
-    if x == int16:
-        return lambda x: np.int32(np.int32(x) << np.int32(16)).view(np.float32)
-    if x == int8:
-        return lambda x: np.float32(x)
-    return lambda x: x
 
 
 @loop
@@ -91,7 +70,7 @@ def activate(x, activation):
         if activation == 1:
             x[r] = np.tanh(x[r])
         elif activation == 2:
-            x[r] = np.float32(1) / (np.float32(1) + np.exp(-x[r]))
+            x[r] = sigmoid(x[r])
 
 
 @parallel_loop

@@ -15,14 +15,13 @@ from rwkvx_kernels.compiled import array_at, loop, parallel_loop
 from rwkvx_kernels.linear.cpu_compiled import (
     activate,
     add_columns,
-    as_array,
     product_rows,
-    widen,
 )
 from rwkvx_kernels.one_token.api import BlockWeights
+from rwkvx_kernels.scalars import as_array, exp, sigmoid, widen
 from rwkvx_kernels.time_mix.api import LOG_DECAY_SCALE
 from rwkvx_kernels.time_mix.cpu_compiled import finish, keys, norm
-from rwkvx_kernels.wkv7.cpu_compiled import step
+from rwkvx_kernels.wkv7.cpu_compiled import product, step
 
 SCALE = np.float32(LOG_DECAY_SCALE)
 LAYER_NORM_EPS = np.float32(1e-5)
@@ -211,31 +210,37 @@ def _heads(
 @loop
 def _one_head(at, c0, projected, raised, v_first, eps, s, scratch, gated, vector):
     """The head whose first channel is `c0`: its state and its share of `gated`."""
-    size, one, c1 = len(s), np.float32(1), c0 + len(s)
+    size, c1 = len(s), c0 + len(s)
     for m in range(8):
         weight = _at(at[VECTORS + m], c1, vector)[c0:]  # of w0, a0, v0: empty where there is none
         for c in range(len(weight)):
             scratch[m, c] = widen(weight[c])
     w0, a0, v0, k_k, k_a = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
     r_k, norm_weight, norm_bias = scratch[5], scratch[6], scratch[7]
-    decay, a, u, y, unused = scratch[8], scratch[9], scratch[10], scratch[11], scratch[12]
-    made = scratch[13:16]
-    r, k, v = projected[0, c0:c1], projected[1, c0:c1], projected[2, c0:c1]
+    decay, a, y = scratch[8:9], scratch[9:10], scratch[10:11]
+    alpha, beta, u, unused = scratch[11:12], scratch[12:13], scratch[13], scratch[14]
+    r, k, v = (
+        _piece(projected[0], c0, c1), _piece(projected[1], c0, c1), _piece(projected[2], c0, c1)
+    )  # fmt: skip
     w_up, a_up, v_up, g = raised[0, c0:c1], raised[1, c0:c1], raised[2, c0:c1], raised[3, c0:c1]
     for c in range(size):
-        decay[c] = np.exp(SCALE / (one + np.exp(-(w0[c] + w_up[c]))))
-        a[c] = one / (one + np.exp(-(a0[c] + a_up[c])))
+        decay[0, c] = exp(SCALE * sigmoid(w0[c] + w_up[c]))
+        a[0, c] = sigmoid(a0[c] + a_up[c])
     first = v_first[c0:c1]
     if at[VECTORS + 2]:
         for c in range(size):
-            v[c] += (first[c] - v[c]) / (one + np.exp(-(v0[c] + v_up[c])))
+            v[0, c] += (first[c] - v[0, c]) * sigmoid(v0[c] + v_up[c])
     else:
-        first[:] = v
-    keys(k, a, k_k, k_a, made)
-    for i in range(size):
-        u[i] = 0
-        for j in range(size):
-            u[i] += s[i, j] * made[0, j]
-    step(s, decay, made[1], made[2], r, made[0], u, v, y, unused)
-    norm(y, norm_weight, norm_bias, eps)
-    finish(y, r, made[2], v, g, r_k, gated[c0:c1])
+        first[:] = v[0]
+    keys(k, a, k_k, k_a, alpha, beta, 1)
+    product(s, alpha[0], u)
+    step(s, 0, 0, decay, beta, k, r, alpha, u, v, y, unused)
+    norm(y, norm_weight, norm_bias, eps, 1)
+    finish(y, r, k, v, g.reshape((1, size)), r_k, 1)
+    gated[c0:c1] = y[0]
+
+
+@loop
+def _piece(x, first, last):
+    """[1, elements]."""
+    return x[first:last].reshape((1, last - first))

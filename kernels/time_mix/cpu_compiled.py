@@ -6,132 +6,212 @@ same numbers some twenty times, which costs as much as the recurrence.
 Axes: B batch, T time, C width, H heads, N head size, S sequences.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from rwkvx_kernels.compiled import in_threads, loop
-from rwkvx_kernels.wkv7.cpu_compiled import FEW, product, step, step_turned, turn
+from rwkvx_kernels.linear.cpu_compiled import add_columns
+from rwkvx_kernels.scalars import as_array, exp, narrow, sigmoid, widen
+from rwkvx_kernels.wkv7.cpu_compiled import FEW, product, step, step_turned, worth_turning
+
+# Tokens of a head whose vectors are made at once: with the state they fit the first-level cache.
+BLOCK = 8
 
 
 def time_mix_compiled(
-    r: Tensor,
-    log_decay: Tensor,
-    v: Tensor,
-    a: Tensor,
-    k: Tensor,
-    g: Tensor,
-    k_k: Tensor,
-    k_a: Tensor,
-    r_k: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    tokens: tuple[Tensor, ...],
+    residual: tuple[Tensor, Tensor] | None,
+    weights: Any,
+    scale: float,
     eps: float,
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `api.time_mix` after the gates."""
-    heads, size = r_k.shape
-    state, out = state.clone(), torch.empty(v.shape, dtype=state.dtype)
-    tokens = [_rows(x, size) for x in (r, _decay(log_decay, state.dtype), k, v, a, g, out)]
-    weights = [_rows(x, size) for x in (k_k, k_a, r_k, norm_weight, norm_bias)]
+    """As `api.time_mix`, of which `tokens` are r, w, k, v, a, g; log_decay = scale sigmoid(·)."""
+    heads, size = weights.r_k.shape
+    v, state = tokens[3], state.clone(memory_format=torch.contiguous_format)
+    out = torch.empty(v.shape, dtype=v.dtype)
+    mix, v_first = residual or (v[:0], v[:0])
+    rows = [_rows(x, size) for x in (*tokens, mix, v_first, out)]
+    v0 = weights.a0[:0] if weights.v0 is None else weights.v0
+    vectors = [_rows(x.to(state.dtype), size) for x in (*weights[:2], v0, *weights[3:])]
     batch, length = v.shape[:2]
     if cu_seqlens is None:
         ends = np.arange(1, batch + 1) * length
     else:
         ends = cu_seqlens.cpu().numpy()[1:].astype(np.int64)
     units = len(ends) * heads
-    arguments = (ends, heads, eps, *tokens, *weights, state.numpy())
+    arguments = (ends, heads, scale, eps, *rows, *vectors, state.numpy())
     if batch * length * heads <= FEW:
         _scan(0, units, *arguments)
     else:
         in_threads(_scan, units, *arguments)
-    return out.to(v.dtype), state
-
-
-def _decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    return log_decay.detach().to(dtype).exp()
+    return out, state
 
 
 def _rows(x: Tensor, size: int) -> np.ndarray:
-    """[..., C] -> [tokens · H, N], float32 unless float64."""
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    rows: np.ndarray = x.contiguous().view(-1, size).numpy()
-    return rows
+    """[..., C] -> [tokens · H, N]."""
+    wide = x.float() if x.dtype == torch.float16 else x
+    return as_array(wide.contiguous().view(-1, size))
 
 
 @loop
 def _scan(
-    first, last, ends, heads, eps, r, decay, k, v, a, g, out,
-    k_k, k_a, r_k, norm_weight, norm_bias, state,
+    first, last, ends, heads, scale, eps, r, w, k, v, a, g, mix, v_first, out,
+    w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias, state,
 ):  # fmt: skip
     """Units first ... last - 1, numbered by sequence and head."""
-    size = r.shape[1]
-    now, then = np.empty((3, size), r.dtype), np.empty((3, size), r.dtype)
-    u, u_next, y = np.empty(size, r.dtype), np.empty(size, r.dtype), np.empty(size, r.dtype)
-    for unit in range(first, last):
-        n, h = unit // heads, unit % heads
-        s, stop = state[n, h], ends[n]
-        start = ends[n - 1] if n else 0
-        if start == stop:
-            continue
-        row = start * heads + h
-        keys(k[row], a[row], k_k[h], k_a[h], now)
-        product(s, now[0], u)
-        lanes, turned = turn(s, stop - start)
-        for t in range(start, stop):
-            row = t * heads + h
-            after = row + heads if t + 1 < stop else row
-            keys(k[after], a[after], k_k[h], k_a[h], then)
-            vectors = decay[row], now[1], now[2], r[row], then[0], u, v[row], y, u_next
-            if lanes:
-                step_turned(turned, *vectors)
-            else:
-                step(s, *vectors)
-            norm(y, norm_weight[h], norm_bias[h], eps)
-            finish(y, r[row], now[2], v[row], g[row], r_k[h], out[row])
-            u[:] = u_next
-            now[:] = then
+    size, kind = state.shape[2], state.dtype
+    shape = (BLOCK, size)
+    r_now, w_now, k_now, v_now = _four(shape, kind)
+    a_now, g_now, mix_now, first_now = _four(shape, kind)
+    alpha, beta, y, _ = _four(shape, kind)
+    u, u_next = np.empty(size, kind), np.empty(size, kind)
+    # Heads take turns after each block: what one token has for all of them lies in one page.
+    for n in range(first // heads, (last - 1) // heads + 1):
+        start, stop = ends[n - 1] if n else 0, ends[n]
+        first_head, last_head = max(first - n * heads, 0), min(last - n * heads, heads)
+        lanes = worth_turning(state[n, 0], stop - start)
         if lanes:
-            s[:] = turned.T
+            _turn(state[n, first_head:last_head])
+        for begin in range(start, stop, BLOCK):
+            count = min(BLOCK, stop - begin)
+            for h in range(first_head, last_head):
+                s, row = state[n, h], begin * heads + h
+                _load(r, row, heads, count, r_now)
+                _load(w, row, heads, count, w_now)
+                _load(k, row, heads, count, k_now)
+                _load(v, row, heads, count, v_now)
+                _load(a, row, heads, count, a_now)
+                _load(g, row, heads, count, g_now)
+                _decay(w_now, w0[h], scale, count)
+                _gate(a_now, a0[h], count)
+                if len(v_first):
+                    _load(mix, row, heads, count, mix_now)
+                    _load(v_first, row, heads, count, first_now)
+                    _gate(mix_now, v0[h], count)
+                    _lerp(v_now, first_now, mix_now, count)
+                keys(k_now, a_now, k_k[h], k_a[h], alpha, beta, count)
+                if lanes:
+                    u[:] = 0
+                    add_columns(s, alpha[0], u, 0)
+                else:
+                    product(s, alpha[0], u)
+                for t in range(count):
+                    rows, after = (w_now, beta, k_now, r_now), min(t + 1, count - 1)
+                    if lanes:
+                        step_turned(s, t, after, *rows, alpha, u, v_now, y, u_next)
+                    else:
+                        step(s, t, after, *rows, alpha, u, v_now, y, u_next)
+                    u[:] = u_next
+                # Apart: the steps are one long chain, tokens here go side by side.
+                norm(y, norm_weight[h], norm_bias[h], eps, count)
+                finish(y, r_now, k_now, v_now, g_now, r_k[h], count)
+                _store(y, out, row, heads, count)
+        if lanes:
+            _turn(state[n, first_head:last_head])
 
 
 @loop
-def keys(k, a, k_k, k_a, made):
-    """alpha = -kk, beta = kk a, and the key that is written: made [3, N]."""
-    square = k.dtype.type(0)
-    for j in range(len(k)):
-        kk = k[j] * k_k[j]
-        made[0, j] = kk
-        square += kk * kk
-    # As torch.nn.functional.normalize: x / max(|x|, 1e-12).
-    scale = k.dtype.type(1) / max(np.sqrt(square), k.dtype.type(1e-12))
-    for j in range(len(k)):
-        kk = made[0, j] * scale
-        made[0, j] = -kk
-        made[1, j] = kk * a[j]
-        made[2, j] = k[j] * (1 - k_a[j] + a[j] * k_a[j])
+def _four(shape, kind):
+    return (
+        np.empty(shape, kind),
+        np.empty(shape, kind),
+        np.empty(shape, kind),
+        np.empty(shape, kind),
+    )
 
 
 @loop
-def norm(y, weight, bias, eps):
-    """Layer norm over one head: a group norm of the whole."""
-    mean, square, count = y.dtype.type(0), y.dtype.type(0), y.dtype.type(len(y))
-    for i in range(len(y)):
-        mean += y[i]
-    mean /= count
-    for i in range(len(y)):
-        square += (y[i] - mean) * (y[i] - mean)
-    scale = y.dtype.type(1) / np.sqrt(square / count + y.dtype.type(eps))
-    for i in range(len(y)):
-        y[i] = (y[i] - mean) * scale * weight[i] + bias[i]
+def _turn(states):
+    """[H, N, N], each transposed in its place."""
+    for h in range(len(states)):
+        states[h] = states[h].T.copy()
 
 
 @loop
-def finish(y, r, k, v, g, r_k, out):
-    """Bonus and gate."""
-    bonus = y.dtype.type(0)
-    for i in range(len(y)):
-        bonus += r[i] * k[i] * r_k[i]
-    for i in range(len(y)):
-        out[i] = (y[i] + bonus * v[i]) * g[i]
+def _load(x, row, heads, count, into):
+    for t in range(count):
+        for j in range(into.shape[1]):
+            into[t, j] = widen(x[row + t * heads, j])
+
+
+@loop
+def _store(x, out, row, heads, count):
+    for t in range(count):
+        for j in range(x.shape[1]):
+            out[row + t * heads, j] = narrow(x[t, j], out[row, j])
+
+
+@loop
+def _decay(w, w0, scale, count):
+    """w = exp(scale sigmoid(w0 + w))."""
+    factor = w.dtype.type(scale)
+    for t in range(count):
+        for j in range(w.shape[1]):
+            w[t, j] = exp(factor * sigmoid(w0[j] + w[t, j]))
+
+
+@loop
+def _gate(x, bias, count):
+    """x = sigmoid(bias + x)."""
+    for t in range(count):
+        for j in range(x.shape[1]):
+            x[t, j] = sigmoid(bias[j] + x[t, j])
+
+
+@loop
+def _lerp(x, end, weight, count):
+    """x += (end - x) weight."""
+    for t in range(count):
+        for j in range(x.shape[1]):
+            x[t, j] += (end[t, j] - x[t, j]) * weight[t, j]
+
+
+@loop
+def keys(k, a, k_k, k_a, alpha, beta, count):
+    """alpha = -kk, beta = kk a, and k becomes the key that is written: rows of [count, N]."""
+    one, size = k.dtype.type(1), k.shape[1]
+    for t in range(count):
+        square = k.dtype.type(0)
+        for j in range(size):
+            kk = k[t, j] * k_k[j]
+            alpha[t, j] = kk
+            square += kk * kk
+        # As torch.nn.functional.normalize: x / max(|x|, 1e-12).
+        scale = one / max(np.sqrt(square), k.dtype.type(1e-12))
+        for j in range(size):
+            kk = alpha[t, j] * scale
+            alpha[t, j] = -kk
+            beta[t, j] = kk * a[t, j]
+            k[t, j] *= one - k_a[j] + a[t, j] * k_a[j]
+
+
+@loop
+def norm(y, weight, bias, eps, count):
+    """Layer norm over one head: a group norm of the whole. Rows of [count, N], in place."""
+    one, size = y.dtype.type(1), y.dtype.type(y.shape[1])
+    for t in range(count):
+        mean, square = y.dtype.type(0), y.dtype.type(0)
+        for i in range(y.shape[1]):
+            mean += y[t, i]
+        mean /= size
+        for i in range(y.shape[1]):
+            square += (y[t, i] - mean) * (y[t, i] - mean)
+        scale = one / np.sqrt(square / size + y.dtype.type(eps))
+        for i in range(y.shape[1]):
+            y[t, i] = (y[t, i] - mean) * scale * weight[i] + bias[i]
+
+
+@loop
+def finish(y, r, k, v, g, r_k, count):
+    """y = (y + bonus v) g: rows of [count, N], in place."""
+    for t in range(count):
+        bonus = y.dtype.type(0)
+        for i in range(y.shape[1]):
+            bonus += r[t, i] * k[t, i] * r_k[i]
+        for i in range(y.shape[1]):
+            y[t, i] = (y[t, i] + bonus * v[t, i]) * g[t, i]

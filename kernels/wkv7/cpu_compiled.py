@@ -37,8 +37,8 @@ def wkv7_compiled(
     Arguments and results as in `cpu.wkv7_cpu`; no gradients.
     """
     y, state = torch.empty(v.shape, dtype=v.dtype), state_NHVK.clone()
-    rows = [x.flatten(0, 1).contiguous() for x in (r, log_decay.exp(), k, v, alpha, beta)]
-    arrays = [x.detach().numpy() for x in (*rows, state.contiguous(), y.flatten(0, 1))]
+    rows = [x.flatten(0, 2).contiguous() for x in (r, log_decay.exp(), k, v, alpha, beta)]
+    arrays = [x.detach().numpy() for x in (*rows, state.contiguous(), y.flatten(0, 2))]
     ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
     units = len(lengths) * v.shape[2]
     if v.shape[0] * v.shape[1] * v.shape[2] <= FEW:
@@ -59,15 +59,15 @@ def _scan(first, last, ends, r, decay, k, v, alpha, beta, state, y):
         start = ends[n - 1] if n else 0
         if start == stop:
             continue
-        product(s, alpha[start, h], u)
-        lanes, turned = turn(s, stop - start)
+        product(s, alpha[start * heads + h], u)
+        lanes = worth_turning(s, stop - start)
+        turned = (s.T if lanes else s[:0].T).copy()
         for t in range(start, stop):
-            after = alpha[min(t + 1, stop - 1), h]
-            vectors = decay[t, h], beta[t, h], k[t, h], r[t, h], after, u, v[t, h], y[t, h], u_next
+            row, after = t * heads + h, min(t + 1, stop - 1) * heads + h
             if lanes:
-                step_turned(turned, *vectors)
+                step_turned(turned, row, after, decay, beta, k, r, alpha, u, v, y, u_next)
             else:
-                step(s, *vectors)
+                step(s, row, after, decay, beta, k, r, alpha, u, v, y, u_next)
             u[:] = u_next
         if lanes:
             s[:] = turned.T
@@ -83,93 +83,118 @@ def product(s, x, y):
 
 
 @loop
-def turn(s, tokens):
-    """Whether `step_turned` can do so many tokens and is worth it; then S^T, else nothing."""
-    lanes = tokens >= WORTH_TURNING and s.shape[0] % LANES == 0 and s.shape[1] % 2 == 0
-    return lanes, (s.T if lanes else s[:0].T).copy()
+def worth_turning(s, tokens):
+    """Whether `step_turned` can do so many tokens and pays for turning S over and back."""
+    return tokens >= WORTH_TURNING and s.shape[0] % LANES == 0 and s.shape[1] % 2 == 0
 
 
 @loop
-def step(s, decay, beta, k, r, after, u, v, y, u_next):
-    """S_t from S_{t-1}, in place; y_t = S_t r_t and S_t alpha_{t+1}, two rows of S at a time."""
+def step(s, t, after, decay, beta, k, r, alpha, u, v, y, u_next):
+    """S_t from S_{t-1}, in place; y_t = S_t r_t and S_t alpha_{after}, two rows of S at a time.
+
+    Arrays of rows with a row's number, not views: counting the references to these takes longer.
+    """
     zero = s.dtype.type(0)
     for i in range(0, s.shape[0], 2):
         m = min(i + 1, s.shape[0] - 1)  # an odd last row goes with itself
-        u0, u1, v0, v1 = u[i], u[m], v[i], v[m]
+        u0, u1, v0, v1 = u[i], u[m], v[t, i], v[t, m]
         y0, y1, next0, next1 = zero, zero, zero, zero
         for j in range(s.shape[1]):
-            s0 = s[i, j] * decay[j] + u0 * beta[j] + v0 * k[j]
-            s1 = s[m, j] * decay[j] + u1 * beta[j] + v1 * k[j]
+            s0 = s[i, j] * decay[t, j] + u0 * beta[t, j] + v0 * k[t, j]
+            s1 = s[m, j] * decay[t, j] + u1 * beta[t, j] + v1 * k[t, j]
             s[i, j], s[m, j] = s0, s1
-            y0 += s0 * r[j]
-            y1 += s1 * r[j]
-            next0 += s0 * after[j]
-            next1 += s1 * after[j]
-        y[i], y[m], u_next[i], u_next[m] = y0, y1, next0, next1
+            y0 += s0 * r[t, j]
+            y1 += s1 * r[t, j]
+            next0 += s0 * alpha[after, j]
+            next1 += s1 * alpha[after, j]
+        y[t, i], y[t, m], u_next[i], u_next[m] = y0, y1, next0, next1
 
 
 @loop
-def step_turned(turned, decay, beta, k, r, after, u, v, y, u_next):
+def step_turned(turned, t, after, decay, beta, k, r, alpha, u, v, y, u_next):
     """As `step`, of S^T [K, V]: sums run along its rows, never across lanes."""
-    for i in range(0, len(y), LANES):
-        _step_lanes(turned, decay, beta, k, r, after, u, v, y, u_next, i)  # type: ignore[call-arg]
+    many = len(u) // (2 * LANES) * (2 * LANES)
+    for i in range(0, many, 2 * LANES):
+        _step_many(turned, t, after, decay, beta, k, r, alpha, u, v, y, u_next, i)
+    if many < len(u):
+        _step_lanes(turned, t, after, decay, beta, k, r, alpha, u, v, y, u_next, many)
 
 
-@intrinsic
-def _step_lanes(context, s, decay, beta, k, r, after, u, v, y, u_next, place):
-    """Value channels `place` ... `place` + LANES - 1 of `step_turned`, K even.
+def _step_of(count, partial_sums):
+    """The intrinsic for value channels `place` ... `place` + count - 1 of `step_turned`, K even.
 
-    Written as vectors: the compiler does not keep sums over rows in registers by itself.
+    Written as vectors: the compiler does not keep sums over rows in registers by itself. Of each
+    sum there are so many parts, over alternate rows, as an addition takes longer than a row.
     """
 
-    def make(context, builder, signature, args):
-        number, index = context.get_value_type(s.dtype), ir.IntType(64)
-        lanes = ir.VectorType(number, LANES)
-        *arrays, first = args
-        parts = [
-            context.make_array(kind)(context, builder, array)
-            for kind, array in zip(signature.args, arrays, strict=False)
-        ]
-        data, width = [x.data for x in parts], builder.extract_value(parts[0].shape, 1)
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+    @intrinsic
+    def step_lanes(context, s, t, after, decay, beta, k, r, alpha, u, v, y, u_next, place):
+        def make(context, builder, signature, args):
+            number, index = context.get_value_type(s.dtype), ir.IntType(64)
+            lanes = ir.VectorType(number, count)
+            turned, token, next_token, *arrays, first = args
+            parts = [
+                context.make_array(kind)(context, builder, array)
+                for kind, array in zip(signature.args[3:], arrays, strict=False)
+            ]
+            turned = context.make_array(s)(context, builder, turned)
+            width = builder.extract_value(turned.shape, 1)
 
-        def vector(array):
-            return builder.bitcast(builder.gep(array, [first]), lanes.as_pointer())
+            def data_of(part, at):
+                """Where a vector, or the row `at`, begins."""
+                if len(part.shape.type) == 1:
+                    return part.data
+                columns = builder.extract_value(part.shape, 1)
+                return builder.gep(part.data, [builder.mul(at, columns)])
 
-        def every_lane(array, j):
-            x = builder.load(builder.gep(array, [j]))
-            one = builder.insert_element(ir.Constant(lanes, ir.Undefined), x, ir.IntType(32)(0))
-            return builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), zeros)
+            data = [data_of(x, next_token if i == 4 else token) for i, x in enumerate(parts)]
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), count), None)
 
-        def plus(total, a, b):
-            flags = ("contract",)
-            return builder.fadd(total, builder.fmul(a, b, flags=flags), flags=flags)
+            def vector(array):
+                return builder.bitcast(builder.gep(array, [first]), lanes.as_pointer())
 
-        u_lanes, v_lanes = (builder.load(vector(x), align=4) for x in data[6:8])
-        # Two pairs of sums, over even and odd rows: one alone would wait for each addition to end.
-        sums = [
-            [cgutils.alloca_once_value(builder, ir.Constant(lanes, None)) for _ in range(2)]
-            for _ in range(2)
-        ]
+            def every_lane(array, j):
+                x = builder.load(builder.gep(array, [j]))
+                one = builder.insert_element(ir.Constant(lanes, ir.Undefined), x, ir.IntType(32)(0))
+                return builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), zeros)
 
-        def row(j, y_sum, next_sum):
-            start = builder.add(builder.mul(j, width), first)
-            where = builder.bitcast(builder.gep(data[0], [start]), lanes.as_pointer())
-            new = builder.fmul(builder.load(where, align=4), every_lane(data[1], j))
-            new = plus(new, u_lanes, every_lane(data[2], j))
-            new = plus(new, v_lanes, every_lane(data[3], j))
-            builder.store(new, where, align=4)
-            for total, array in ((y_sum, data[4]), (next_sum, data[5])):
-                builder.store(plus(builder.load(total), new, every_lane(array, j)), total)
+            def plus(total, a, b):
+                flags = ("contract",)
+                return builder.fadd(total, builder.fmul(a, b, flags=flags), flags=flags)
 
-        half = builder.lshr(builder.extract_value(parts[0].shape, 0), ir.Constant(index, 1))
-        with cgutils.for_range(builder, half) as pairs:
-            even = builder.shl(pairs.index, ir.Constant(index, 1))
-            row(even, *sums[0])
-            row(builder.add(even, ir.Constant(index, 1)), *sums[1])
-        for a, b, array in zip(*sums, data[8:10], strict=True):
-            both = builder.fadd(builder.load(a), builder.load(b))
-            builder.store(both, vector(array), align=4)
-        return context.get_dummy_value()
+            u_lanes, v_lanes = (builder.load(vector(x), align=4) for x in data[5:7])
+            sums = [
+                [cgutils.alloca_once_value(builder, ir.Constant(lanes, None)) for _ in range(2)]
+                for _ in range(partial_sums)
+            ]
 
-    return types.none(s, decay, beta, k, r, after, u, v, y, u_next, types.int64), make
+            def row(j, totals):
+                start = builder.add(builder.mul(j, width), first)
+                where = builder.bitcast(builder.gep(turned.data, [start]), lanes.as_pointer())
+                new = builder.fmul(builder.load(where, align=4), every_lane(data[0], j))
+                new = plus(new, u_lanes, every_lane(data[1], j))
+                new = plus(new, v_lanes, every_lane(data[2], j))
+                builder.store(new, where, align=4)
+                for total, array in zip(totals, data[3:5], strict=True):
+                    builder.store(plus(builder.load(total), new, every_lane(array, j)), total)
+
+            rows = builder.extract_value(turned.shape, 0)
+            groups = builder.udiv(rows, index(partial_sums))
+            with cgutils.for_range(builder, groups) as group:
+                start = builder.mul(group.index, index(partial_sums))
+                for m, totals in enumerate(sums):
+                    row(builder.add(start, index(m)), totals)
+            for m, array in enumerate(data[7:9]):
+                whole = builder.load(sums[0][m])
+                for others in sums[1:]:
+                    whole = builder.fadd(whole, builder.load(others[m]))
+                builder.store(whole, vector(array), align=4)
+            return context.get_dummy_value()
+
+        where = (types.int64, types.int64)
+        return types.none(s, *where, decay, beta, k, r, alpha, u, v, y, u_next, types.int64), make
+
+    return step_lanes
+
+
+_step_lanes, _step_many = _step_of(LANES, 2), _step_of(2 * LANES, 1)
