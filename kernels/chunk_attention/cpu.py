@@ -173,15 +173,13 @@ def _partial(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tens
 
 def _partial_large(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """`_partial` with products that are worth a call each: twice as fast as a batch of them."""
+    from rwkvx_kernels.chunk_attention.cpu_compiled import exponentials
+
     output, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
     for i in range(len(q)):
         scores = linear(q[i], k[i])
-        if mask is not None:
-            scores[:, -mask.shape[1] :].masked_fill_(mask, -torch.inf)
-        top = scores.amax(dim=-1)
-        torch.softmax(scores, dim=-1, out=scores)
-        lse[i] = top - scores.amax(dim=-1).log_()  # the largest weight is exp(top - lse)
-        output[i] = linear(scores, v[i].T)
+        total = exponentials(scores, 0 if mask is None else mask.shape[1], lse[i])
+        torch.div(linear(scores, v[i].T), total.unsqueeze(-1), out=output[i])
     return output, lse
 
 

@@ -10,7 +10,7 @@ from numba import prange
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
-from rwkvx_kernels.compiled import in_threads, loop, parallel_loop
+from rwkvx_kernels.compiled import in_threads, loop, order_free, parallel_loop
 from rwkvx_kernels.scalars import as_array, exp, widen
 
 # So many keys read in all are done before a second thread has begun.
@@ -53,6 +53,47 @@ def attend_one(q: Tensor, cache: KeyValueCache, length: int, topk: int) -> Tenso
     scale = q.shape[3] ** -0.5
     _attend_one(1 if few else torch.get_num_threads(), offset, size, topk, scale, *arrays)
     return output.to(q.dtype)
+
+
+def exponentials(scores: Tensor, own: int, lse: Tensor) -> Tensor:
+    """The numerators of a softmax over each row, in place of its scores [m, s].
+
+    Args:
+        own: the last so many keys belong to the queries' own tokens, in order, and a query sees
+            those up to itself; a token has m / own queries. 0: every query sees every key.
+        lse: [m], the log-sum-exps, written.
+
+    Returns:
+        [m], the denominators.
+    """
+    total = torch.empty_like(lse)
+    arrays = [x.numpy() for x in (scores, lse, total)]
+    _exponentials(torch.get_num_threads(), own, *arrays)
+    return total
+
+
+@parallel_loop
+def _exponentials(parts, own, scores, lse, totals):
+    rows, keys = scores.shape
+    for part in prange(parts):
+        for i in range(rows * part // parts, rows * (part + 1) // parts):
+            seen = keys - own + i * own // rows + 1 if own else keys
+            top, total = largest_of(scores, i, seen), scores.dtype.type(0)
+            for s in range(seen):
+                weight = exp(scores[i, s] - top)
+                scores[i, s] = weight
+                total += weight
+            scores[i, seen:] = 0
+            lse[i], totals[i] = top + np.log(total), total
+
+
+@order_free
+def largest_of(x, row, count):
+    """Of the first numbers of a row."""
+    top = x[row, 0]
+    for s in range(1, count):
+        top = max(top, x[row, s])
+    return top
 
 
 @parallel_loop
@@ -133,9 +174,7 @@ def _score(query, keys, score):
 
 @loop
 def _softmax(score):
-    top, total = score[0], score.dtype.type(0)
-    for s in range(1, len(score)):
-        top = max(top, score[s])
+    top, total = largest_of(score.reshape((1, len(score))), 0, len(score)), score.dtype.type(0)
     for s in range(len(score)):
         score[s] = exp(score[s] - top)
         total += score[s]

@@ -27,5 +27,5 @@ def token_shift_reference(
     shifted = before(x, previous, cu_seqlens)
     if len(mixes) == 1:
         return [torch.lerp(x, shifted, mixes[0])]
-    stacked = torch.stack(list(mixes))[:, None, None]
-    return list(torch.addcmul(x, shifted - x, stacked).unbind())
+    change = shifted - x
+    return [torch.addcmul(x, change, mix) for mix in mixes]
