@@ -6,6 +6,8 @@ again. Axes: C width, L blocks, H heads, N head size.
 
 from __future__ import annotations
 
+from itertools import chain
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,24 +96,33 @@ class Seen:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.types = {type(m) for m in modules}
-        self._parameters = [m._parameters for m in modules if m._parameters]
-        self._children = [(m._modules, list(m._modules.values())) for m in modules if m._modules]
-        self._hooks = [(m._forward_hooks, m._forward_pre_hooks, vars(m)) for m in modules]
-        self._places, self.hooks_set = self._look_places(), self._look_hooks()
+        tables = [table for m in modules for table in (m._parameters, m._modules)]
+        self._tables: list[dict[str, Any]] = [table for table in tables if table]
+        self._objects = self._look_objects()
+        self._tensors = [x for x in self._objects if isinstance(x, Tensor)]
+        self._places = self._look_places()
+        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._own = [vars(m) for m in modules]
+        self.hooks_set = self._look_hooks()
 
     def is_true(self) -> bool:
-        """Whether it still is."""
+        """Whether it still is. Asked for every token, hence no loop of Python over weights."""
+        objects = self._look_objects()
         return (
-            self._look_places() == self._places
+            len(objects) == len(self._objects)
+            and all(map(is_, objects, self._objects))
+            and self._look_places() == self._places
             and self._look_hooks() == self.hooks_set
-            and all(list(now.values()) == then for now, then in self._children)
         )
 
+    def _look_objects(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._tables)))
+
     def _look_places(self) -> list[int]:
-        return [x.data_ptr() for p in self._parameters for x in p.values() if x is not None]
+        return list(map(Tensor.data_ptr, self._tensors))
 
     def _look_hooks(self) -> bool:
-        return any(after or before or "forward" in own for after, before, own in self._hooks)
+        return any(self._hooks) or any("forward" in own for own in self._own)
 
 
 def _compiled_modules(block: Any) -> list[nn.Module]:
