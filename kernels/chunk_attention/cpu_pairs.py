@@ -11,25 +11,25 @@ from torch import Tensor
 
 # Largest score matrix worked on at once: 2 MB in float32, the second-level cache of a core.
 TILE_SCORES = 1 << 19
-# Partial outputs of one tile of queries, in elements.
-TILE_PARTIALS = 1 << 22
+# Partial outputs of one tile of queries, in elements; of large chunks, whose products are the longer
+# the more queries there are.
+TILE_PARTIALS, LARGE_TILE_PARTIALS = 1 << 22, 1 << 24
 # From this chunk size on, each chunk is worth a product of its own: no copies, no padding.
 LARGE_CHUNK = 256
-LARGE_TILE = 512
+# Most tokens and most pairs of such a product. Of the own chunk, half of the masked square is then
+# never computed.
+LARGE_PIECE = 512
 
 
 def query_tiles(shape: torch.Size, offset: int, size: int, topk: int) -> Iterator[tuple[int, int]]:
     """Split T queries [N, T, R, D] at `offset` into tiles (start, stop) of bounded work.
 
-    Tiles of large chunks end at multiples of `LARGE_TILE`, so that half of the own chunk's masked
-    square is never computed; tiles of small chunks end at chunk boundaries.
+    Tiles end at chunk boundaries.
     """
     groups, tokens, heads, dim = shape
-    if size >= LARGE_CHUNK:
-        step = LARGE_TILE if size % LARGE_TILE == 0 else size
-    else:
-        wanted = TILE_PARTIALS // (groups * heads * dim * topk)
-        step = max(1, wanted // size) * size
+    partials = LARGE_TILE_PARTIALS if size >= LARGE_CHUNK else TILE_PARTIALS
+    wanted = partials // (groups * heads * dim * topk)
+    step = max(1, wanted // size) * size
     start = 0
     while start < tokens:
         stop = min(tokens, start + step - (offset + start) % step)
@@ -76,16 +76,20 @@ class OwnPiece(NamedTuple):
 
 
 def own_pieces(start: int, stop: int, size: int) -> Iterator[OwnPiece]:
-    """Cut positions start ... stop - 1 into an unaligned head, whole chunks and a tail."""
+    """Cut positions start ... stop - 1 into an unaligned head, whole chunks and a tail.
+
+    Large chunks are cut at multiples of `LARGE_PIECE` instead.
+    """
+    longest = LARGE_PIECE if size >= LARGE_CHUNK and size % LARGE_PIECE == 0 else size
     position = start
     while position < stop:
         chunk, within = divmod(position, size)
-        if within == 0 and stop - position >= size:
+        if longest == size and within == 0 and stop - position >= size:
             chunks = (stop - position) // size
             tokens, keys_read = chunks * size, size
         else:
             chunks = 1
-            tokens = min(size - within, stop - position)
+            tokens = min(longest - within % longest, stop - position)
             keys_read = within + tokens
         yield OwnPiece(position - start, tokens, chunk, chunks, keys_read)
         position += tokens
@@ -156,9 +160,11 @@ class Pairs:
         if not self.block:
             start = 0
             for chunk, n in zip(self.chunk.tolist(), self.per_chunk.tolist(), strict=True):
-                one = self.chunk.new_tensor([chunk])
-                yield PairTile(slice(start, start + n), one, n, chunk)
-                start += n
+                one, end = self.chunk.new_tensor([chunk]), start + n
+                while start < end:
+                    block = min(end - start, LARGE_PIECE)
+                    yield PairTile(slice(start, start + block), one, block, chunk)
+                    start += block
             return
         owner = self.chunk.repeat_interleave(self.blocks)
         step = max(1, TILE_SCORES // (self.block * self.size))
