@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Largest score matrix worked on at once: 2 MB in float32, the second-level cache of a core.
 TILE_SCORES = 1 << 19
-# Partial outputs of one tile of queries, in elements; of large chunks, whose products are the longer
+# Partial outputs of one tile of queries, in elements. Products of large chunks are the longer
 # the more queries there are.
 TILE_PARTIALS, LARGE_TILE_PARTIALS = 1 << 22, 1 << 24
 # From this chunk size on, each chunk is worth a product of its own: no copies, no padding.
