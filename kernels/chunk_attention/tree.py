@@ -24,11 +24,13 @@ GROWTH = 4
 # A level of at most so many nodes is scored whole, without descending to it.
 DENSE_NODES = 1024
 POWER_ITERATIONS = 5
+# Where a node's score lies between that of its mean and the bound of its box.
+TOWARDS_BOUND = 0.2
 
 
 def beam_widths(topk: int) -> tuple[int, int]:
     """How many nodes of level 1, and of each level above, a query keeps for the next one."""
-    return max(24, 3 * (topk - 1)), max(32, 4 * (topk - 1))
+    return max(32, 4 * (topk - 1)), max(24, 3 * (topk - 1))
 
 
 def scored_whole(topk: int) -> int:
@@ -195,9 +197,10 @@ def boxes_of(means_NCD: Tensor, order_NP: Tensor, size: int) -> Tensor:
     """Of nodes of `size` consecutive chunks of `order_NP`: [N, P / size, 2 D].
 
     The box around a node's chunk means bounds the score of each of them from above, but in many
-    dimensions no chunk comes near the corner. Halfway between their mean and that box is what a
-    good chunk of a node really scores, and finds far more of the best chunks.
+    dimensions no chunk comes near the corner. A part of the way from their mean to that box is what
+    a good chunk of a node really scores, and finds far more of the best chunks.
     """
     members = _in_order(means_NCD, order_NP).unflatten(1, (-1, size))
     mean = members.mean(dim=2)
-    return torch.cat([members.amax(dim=2) + mean, members.amin(dim=2) + mean], dim=-1) * 0.5
+    corners = torch.cat([members.amax(dim=2), members.amin(dim=2)], dim=-1)
+    return torch.lerp(torch.cat([mean, mean], dim=-1), corners, TOWARDS_BOUND)
