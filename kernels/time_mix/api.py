@@ -83,12 +83,11 @@ def time_mix(
         if len(state) != rows:
             raise ValueError(f"a state of {len(state)} sequences, but there are {rows}")
         return time_mix_triton(list(tokens), every, eps, state, cu_seqlens, training)
-    compiled = r.device.type == "cpu" and not torch.compiler.is_compiling()
-    if impl == "cpu" and not training and compiled and r.numel():
+    compiled = r.is_cpu and not torch.compiler.is_compiling() and r.numel()
+    if impl == "cpu" and not training and compiled:
         from rwkvx_kernels.time_mix.cpu_compiled import time_mix_compiled
 
-        sent = (r, w, k, v, a, g)
-        return time_mix_compiled(sent, residual, weights, LOG_DECAY_SCALE, eps, state, cu_seqlens)
+        return time_mix_compiled(tokens, weights, (LOG_DECAY_SCALE, eps), state, cu_seqlens)
     gated = gates(w, v, a, residual, weights, LOG_DECAY_SCALE)
     inputs = (r, *gated, k, g, *weights[3:], eps, state, cu_seqlens)
     return time_mix_reference(*inputs, "reference" if impl == "reference" else "auto")

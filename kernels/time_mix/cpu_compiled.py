@@ -23,19 +23,20 @@ BLOCK = 8
 
 def time_mix_compiled(
     tokens: tuple[Tensor, ...],
-    residual: tuple[Tensor, Tensor] | None,
     weights: Any,
-    scale: float,
-    eps: float,
+    scales: tuple[float, float],
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `api.time_mix`, of which `tokens` are r, w, k, v, a, g; log_decay = scale sigmoid(·)."""
+    """As `api.time_mix`: `tokens` r, w, k, v, a, g and, with a residual, its two.
+
+    scales: of the sigmoid in log_decay, and eps.
+    """
     heads, size = weights.r_k.shape
     v, state = tokens[3], state.clone(memory_format=torch.contiguous_format)
-    out = torch.empty(v.shape, dtype=v.dtype)
-    mix, v_first = residual or (v[:0], v[:0])
-    rows = [_rows(x, size) for x in (*tokens, mix, v_first, out)]
+    out = torch.empty(v.shape, dtype=torch.float32 if v.dtype == torch.float16 else v.dtype)
+    residual = tokens[6:] or (v[:0], v[:0])
+    rows = [_rows(x, size) for x in (*tokens[:6], *residual, out)]
     v0 = weights.a0[:0] if weights.v0 is None else weights.v0
     vectors = [_rows(x.to(state.dtype), size) for x in (*weights[:2], v0, *weights[3:])]
     batch, length = v.shape[:2]
@@ -44,12 +45,12 @@ def time_mix_compiled(
     else:
         ends = cu_seqlens.cpu().numpy()[1:].astype(np.int64)
     units = len(ends) * heads
-    arguments = (ends, heads, scale, eps, *rows, *vectors, state.numpy())
+    arguments = (ends, heads, *scales, *rows, *vectors, state.numpy())
     if batch * length * heads <= FEW:
         _scan(0, units, *arguments)
     else:
         in_threads(_scan, units, *arguments)
-    return out, state
+    return out.to(v.dtype), state
 
 
 def _rows(x: Tensor, size: int) -> np.ndarray:

@@ -74,6 +74,6 @@ def step(
         _step_kernel[(len(state) * heads,)](
             *tokens, *residual or (None, None), *weights[:4], v0, *weights[4:7],
             state, cu_seqlens, out, final, tokens[0].shape[1], eps,
-            H=heads, N=size, BLOCK_N=block, num_warps=min(8, max(1, block // 8)),
+            H=heads, N=size, BLOCK_N=block, num_warps=min(8, max(1, block // 16)),
         )  # fmt: skip
     return [out, final]

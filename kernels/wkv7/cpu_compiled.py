@@ -121,80 +121,87 @@ def step_turned(turned, t, after, decay, beta, k, r, alpha, u, v, y, u_next):
 
 
 def _step_of(count, partial_sums):
-    """The intrinsic for value channels `place` ... `place` + count - 1 of `step_turned`, K even.
+    """The intrinsic for value channels `place` ... `place` + count - 1 of `step_turned`.
 
     Written as vectors: the compiler does not keep sums over rows in registers by itself. Of each
-    sum there are so many parts, over alternate rows, as an addition takes longer than a row.
+    sum there are so many parts, over alternate rows (a divisor of K), as an addition takes longer
+    than a row.
     """
 
     @intrinsic
     def step_lanes(context, s, t, after, decay, beta, k, r, alpha, u, v, y, u_next, place):
+        kinds = (decay, beta, k, r, alpha, u, v, y, u_next)
+
         def make(context, builder, signature, args):
-            number, index = context.get_value_type(s.dtype), ir.IntType(64)
-            lanes = ir.VectorType(number, count)
-            turned, token, next_token, *arrays, first = args
-            parts = [
-                context.make_array(kind)(context, builder, array)
-                for kind, array in zip(signature.args[3:], arrays, strict=False)
-            ]
-            turned = context.make_array(s)(context, builder, turned)
-            width = builder.extract_value(turned.shape, 1)
-
-            def data_of(part, at):
-                """Where a vector, or the row `at`, begins."""
-                if len(part.shape.type) == 1:
-                    return part.data
-                columns = builder.extract_value(part.shape, 1)
-                return builder.gep(part.data, [builder.mul(at, columns)])
-
-            data = [data_of(x, next_token if i == 4 else token) for i, x in enumerate(parts)]
-            zeros = ir.Constant(ir.VectorType(ir.IntType(32), count), None)
-
-            def vector(array):
-                return builder.bitcast(builder.gep(array, [first]), lanes.as_pointer())
-
-            def every_lane(array, j):
-                x = builder.load(builder.gep(array, [j]))
-                one = builder.insert_element(ir.Constant(lanes, ir.Undefined), x, ir.IntType(32)(0))
-                return builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), zeros)
-
-            def plus(total, a, b):
-                flags = ("contract",)
-                return builder.fadd(total, builder.fmul(a, b, flags=flags), flags=flags)
-
-            u_lanes, v_lanes = (builder.load(vector(x), align=4) for x in data[5:7])
-            sums = [
-                [cgutils.alloca_once_value(builder, ir.Constant(lanes, None)) for _ in range(2)]
-                for _ in range(partial_sums)
-            ]
-
-            def row(j, totals):
-                start = builder.add(builder.mul(j, width), first)
-                where = builder.bitcast(builder.gep(turned.data, [start]), lanes.as_pointer())
-                new = builder.fmul(builder.load(where, align=4), every_lane(data[0], j))
-                new = plus(new, u_lanes, every_lane(data[1], j))
-                new = plus(new, v_lanes, every_lane(data[2], j))
-                builder.store(new, where, align=4)
-                for total, array in zip(totals, data[3:5], strict=True):
-                    builder.store(plus(builder.load(total), new, every_lane(array, j)), total)
-
-            rows = builder.extract_value(turned.shape, 0)
-            groups = builder.udiv(rows, index(partial_sums))
-            with cgutils.for_range(builder, groups) as group:
-                start = builder.mul(group.index, index(partial_sums))
-                for m, totals in enumerate(sums):
-                    row(builder.add(start, index(m)), totals)
-            for m, array in enumerate(data[7:9]):
-                whole = builder.load(sums[0][m])
-                for others in sums[1:]:
-                    whole = builder.fadd(whole, builder.load(others[m]))
-                builder.store(whole, vector(array), align=4)
+            turned = context.make_array(s)(context, builder, args[0])
+            data = _row_pointers(context, builder, kinds, args[1:3], args[3:-1])
+            lanes = ir.VectorType(context.get_value_type(s.dtype), count)
+            _emit_step(builder, lanes, partial_sums, turned, data, args[-1])
             return context.get_dummy_value()
 
-        where = (types.int64, types.int64)
-        return types.none(s, *where, decay, beta, k, r, alpha, u, v, y, u_next, types.int64), make
+        return types.none(s, t, after, *kinds, place), make
 
     return step_lanes
+
+
+def _row_pointers(context, builder, kinds, rows, arrays):
+    """Where a vector begins, or the row of an array that is meant: of alpha the second one."""
+    token, next_token = rows
+    pointers = []
+    for i, (kind, array) in enumerate(zip(kinds, arrays, strict=True)):
+        x = context.make_array(kind)(context, builder, array)
+        at = next_token if i == 4 else token
+        if kind.ndim == 1:
+            pointers.append(x.data)
+        else:
+            start = builder.mul(at, builder.extract_value(x.shape, 1))
+            pointers.append(builder.gep(x.data, [start]))
+    return pointers
+
+
+def _emit_step(builder, lanes, partial_sums, turned, data, first):
+    """The step of the value channels from `first` on, one to a lane."""
+    index = ir.IntType(64)
+    rows, width = (builder.extract_value(turned.shape, i) for i in range(2))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes.count), None)
+
+    def vector(array):
+        return builder.bitcast(builder.gep(array, [first]), lanes.as_pointer())
+
+    def every_lane(array, j):
+        x = builder.load(builder.gep(array, [j]))
+        one = builder.insert_element(ir.Constant(lanes, ir.Undefined), x, ir.IntType(32)(0))
+        return builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), zeros)
+
+    def plus(total, a, b):
+        flags = ("contract",)
+        return builder.fadd(total, builder.fmul(a, b, flags=flags), flags=flags)
+
+    u_lanes, v_lanes = (builder.load(vector(x), align=4) for x in data[5:7])
+    sums = [
+        [cgutils.alloca_once_value(builder, ir.Constant(lanes, None)) for _ in range(2)]
+        for _ in range(partial_sums)
+    ]
+
+    def row(j, totals):
+        where = vector(builder.gep(turned.data, [builder.mul(j, width)]))
+        new = builder.fmul(builder.load(where, align=4), every_lane(data[0], j))
+        new = plus(new, u_lanes, every_lane(data[1], j))
+        new = plus(new, v_lanes, every_lane(data[2], j))
+        builder.store(new, where, align=4)
+        for total, array in zip(totals, data[3:5], strict=True):
+            builder.store(plus(builder.load(total), new, every_lane(array, j)), total)
+
+    groups = builder.udiv(rows, index(partial_sums))
+    with cgutils.for_range(builder, groups) as group:
+        start = builder.mul(group.index, index(partial_sums))
+        for m, totals in enumerate(sums):
+            row(builder.add(start, index(m)), totals)
+    for m, array in enumerate(data[7:9]):
+        whole = builder.load(sums[0][m])
+        for others in sums[1:]:
+            whole = builder.fadd(whole, builder.load(others[m]))
+        builder.store(whole, vector(array), align=4)
 
 
 _step_lanes, _step_many = _step_of(LANES, 2), _step_of(2 * LANES, 1)
