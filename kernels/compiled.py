@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
@@ -19,6 +20,7 @@ from numba.extending import intrinsic
 # Sums may be reordered and products contracted, so that loops become vector instructions; unlike
 # full fast-math, infinities and not-a-numbers keep their meaning.
 FAST = {"reassoc", "contract", "nsz"}
+CACHE_LINE = 64
 
 
 def loop(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,6 +88,28 @@ def _pointer(context, address, like):  # type: ignore[no-untyped-def]
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(like.dtype)(address, like), make
+
+
+@intrinsic
+def _prefetch(context, address):  # type: ignore[no-untyped-def]
+    """Ask for the cache line of an address, which may be any."""
+
+    def make(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        read, keep, data = number(0), number(3), number(1)
+        builder.call(ask, [builder.inttoptr(args[0], pointer), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), make
+
+
+@loop
+def read_ahead(address, size):  # type: ignore[no-untyped-def]
+    """Have `size` bytes brought to the caches while other work is done; any address will do."""
+    for offset in range(0, size, CACHE_LINE):
+        _prefetch(address + offset)  # type: ignore[call-arg]
 
 
 @loop

@@ -10,11 +10,13 @@ from numba import prange
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
-from rwkvx_kernels.compiled import in_threads, loop, order_free, parallel_loop
+from rwkvx_kernels.compiled import in_threads, loop, order_free, parallel_loop, read_ahead
 from rwkvx_kernels.scalars import as_array, exp, widen
 
 # So many keys read in all are done before a second thread has begun.
 FEW = 4096
+# Bytes between the key or value in use and what is asked for.
+AHEAD = 4096
 
 
 def attend_compiled(
@@ -165,9 +167,23 @@ def _one_query(query, k, v, position, chosen, score, out):
 
 @loop
 def _score(query, keys, score):
-    for s in range(keys.shape[0]):
-        total = query.dtype.type(0)
-        for d in range(keys.shape[1]):
+    """Products with all keys, four at a time."""
+    count, dim, size = keys.shape[0], keys.shape[1], keys.strides[0]
+    whole, zero = count // 4 * 4, query.dtype.type(0)
+    last, address = count * size - AHEAD, keys.ctypes.data + AHEAD
+    for s in range(0, whole, 4):
+        if s * size < last:
+            read_ahead(address + s * size, 4 * size)
+        t0, t1, t2, t3 = zero, zero, zero, zero
+        for d in range(dim):
+            t0 += query[d] * widen(keys[s, d])
+            t1 += query[d] * widen(keys[s + 1, d])
+            t2 += query[d] * widen(keys[s + 2, d])
+            t3 += query[d] * widen(keys[s + 3, d])
+        score[s], score[s + 1], score[s + 2], score[s + 3] = t0, t1, t2, t3
+    for s in range(whole, count):
+        total = zero
+        for d in range(dim):
             total += query[d] * widen(keys[s, d])
         score[s] = total
 
@@ -184,6 +200,16 @@ def _softmax(score):
 
 @loop
 def _add(weight, values, out):
-    for s in range(values.shape[0]):
-        for d in range(values.shape[1]):
+    """out += the weighted sum of all values, four at a time."""
+    count, dim, size = values.shape[0], values.shape[1], values.strides[0]
+    whole, last, address = count // 4 * 4, count * size - AHEAD, values.ctypes.data + AHEAD
+    for s in range(0, whole, 4):
+        if s * size < last:
+            read_ahead(address + s * size, 4 * size)
+        w0, w1, w2, w3 = weight[s], weight[s + 1], weight[s + 2], weight[s + 3]
+        for d in range(dim):
+            first = w0 * widen(values[s, d]) + w1 * widen(values[s + 1, d])
+            out[d] += first + w2 * widen(values[s + 2, d]) + w3 * widen(values[s + 3, d])
+    for s in range(whole, count):
+        for d in range(dim):
             out[d] += weight[s] * widen(values[s, d])

@@ -8,11 +8,14 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from rwkvx_kernels.compiled import loop, parallel_loop
+from rwkvx_kernels.compiled import loop, parallel_loop, read_ahead
 from rwkvx_kernels.scalars import as_array, sigmoid, widen
 
 ACTIVATIONS = {"none": 0, "tanh": 1, "sigmoid": 2}
 NO_SCALE = np.empty(0, np.float32)
+# Bytes between what is used of a matrix and what is asked for: a core that converts numbers on
+# the way reaches 8 GB/s on a Xeon by itself, 12 with this.
+AHEAD = 4096
 
 
 def matrix_times_vector(weight_OI: Tensor, x: Tensor, scale_O: Tensor | None = None) -> Tensor:
@@ -38,9 +41,14 @@ def as_vector(x: Tensor) -> np.ndarray:
 
 @loop
 def product_rows(weight, scale, x, y, part, parts):
-    """The share of one of `parts` in y = weight x, its rows times `scale` (empty: none)."""
-    rows = len(y)
+    """The share of one of `parts` in y = weight x, its rows times `scale` (empty: none).
+
+    `weight` [O, I] is contiguous.
+    """
+    rows, size = len(y), len(x) * weight.itemsize
+    address = weight.ctypes.data + AHEAD
     for o in range(rows * part // parts, rows * (part + 1) // parts):
+        read_ahead(address + o * size, size)
         total = np.float32(0)
         for i in range(len(x)):
             total += widen(weight[o, i]) * x[i]
