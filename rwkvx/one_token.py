@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from itertools import chain
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rwkvx.channel_mix import ChannelMix
 from rwkvx.linear import Linear
+from rwkvx.sparse_attention import SparseAttention
 from rwkvx.state import BlockState, CachedRows, ModelState, Rwkv7State, SparseState
 from rwkvx.time_mix import MIXES, TimeMix
-from rwkvx_kernels.one_token import BlockWeights, OneToken, fits
+from rwkvx_kernels.one_token import BlockWeights, Cache, OneToken, fits
 
 if TYPE_CHECKING:
     from rwkvx.model import Model
 
-PLAIN = (Linear, TimeMix, ChannelMix, nn.LayerNorm, nn.GroupNorm)
+PLAIN = (Linear, TimeMix, SparseAttention, ChannelMix, nn.LayerNorm, nn.GroupNorm)
 
 
 class OneTokenReader:
@@ -53,28 +54,32 @@ class OneTokenReader:
         stream, v_first = x.float().flatten().clone(), torch.empty(config.width)
         shifts, wkv = torch.empty(count, 2, config.width), torch.empty(count, heads, size, size)
         attended, start = torch.empty(config.width), 0
-        caches: dict[int, tuple[tuple[CachedRows, ...], Tensor | None]] = {}
-        for stop in (*self._sparse, count):
-            old = state.blocks[start:stop]
-            before = [_shifts(block) for block in old]
-            states = [block.wkv if isinstance(block, Rwkv7State) else None for block in old]
-            run = range(start, stop)
-            tokens = (stream, v_first, attended)
-            projected = self._compiled.read(run, *tokens, before, states, shifts, wkv)
-            if stop < count:  # attention is not compiled
+        before = [_shifts(block) for block in state.blocks]
+        states = [block.wkv if isinstance(block, Rwkv7State) else None for block in state.blocks]
+        rooms = [_room(*pair, keep_cache) for pair in zip(model.blocks, state.blocks, strict=True)]
+        apart: dict[int, tuple[tuple[CachedRows, ...], Tensor | None]] = {}
+        for stop in (*(i for i in self._sparse if rooms[i] is None), count):
+            part = slice(start, stop)
+            before = [_shifts(block) for block in state.blocks[part]]
+            states = [b.wkv if isinstance(b, Rwkv7State) else None for b in state.blocks[part]]
+            caches = [None if room is None else room.cache for room in rooms[part]]
+            projected = self._compiled.read(
+                range(start, stop), stream, v_first, attended, before, states, caches, shifts, wkv
+            )
+            if stop < count:  # its attention is not compiled
                 block: Any = model.blocks[stop]
                 own: Any = state.blocks[stop]
                 kv = (len(projected) - config.width) // 2
                 parts = projected.to(dtype).view(1, 1, -1).split((config.width, kv, kv), -1)
-                y, *caches[stop] = block.att.attend(*parts, own.cached, own.conv, None, keep_cache)
+                y, *apart[stop] = block.att.attend(*parts, own.cached, own.conv, None, keep_cache)
                 attended = y.float().flatten()
             start = stop
         shifts = shifts.to(dtype).unsqueeze(2)
         blocks: list[BlockState] = [
-            SparseState(*caches[i], shifts[i, 1])
-            if i in caches
-            else Rwkv7State(shifts[i, 0], wkv[i : i + 1], shifts[i, 1])
-            for i in range(count)
+            Rwkv7State(shifts[i, 0], wkv[i : i + 1], shifts[i, 1])
+            if model.config.pattern[i] == "rwkv7"
+            else SparseState(*(apart[i] if room is None else room.filled()), shifts[i, 1])
+            for i, room in enumerate(rooms)
         ]
         return stream.to(dtype).view(1, 1, -1), ModelState(tuple(blocks), state.length + 1)
 
@@ -89,6 +94,35 @@ class OneTokenReader:
             if all(x.fit(model.dtype) for x in weights):
                 eps = model.config.group_norm_eps
                 self._compiled = OneToken(weights, model.config.heads, eps)
+
+
+class Room(NamedTuple):
+    """The place of a token in an attention block's cache."""
+
+    rows: CachedRows
+    cache: Cache
+
+    def filled(self) -> tuple[tuple[CachedRows, ...], Tensor | None]:
+        """What the block has read when the token is there."""
+        cache, length = self.rows
+        cache.appended_elsewhere(length, length + 1)
+        return (CachedRows(cache, length + 1),), self.cache.new_conv
+
+
+def _room(block: Any, own: BlockState, keep_cache: bool) -> Room | None:
+    """None for an RWKV-7 block, and where compiled code does not attend."""
+    if not isinstance(own, SparseState) or len(own.cached) != 1:
+        return None
+    (cache, length), like, conv = own.cached[0], own.ffn_shift, own.conv
+    plain = all(x.dtype == like.dtype for x in (cache.k_BGSD, like if conv is None else conv))
+    plain = plain and isinstance(length, int)  # not one that lies on the device
+    if not plain or not keep_cache or block.att.config.selection != "flat":
+        return None
+    cache = cache.reserve(length, length + 1)
+    tensors = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+    old = None if conv is None else conv.contiguous()
+    new = None if old is None else torch.empty_like(old)
+    return Room(CachedRows(cache, length), Cache(*tensors, length, block.att.topk, old, new))
 
 
 class Seen:
@@ -127,8 +161,7 @@ class Seen:
 
 def _compiled_modules(block: Any) -> list[nn.Module]:
     """The block itself, and what compiled code does in place of its modules."""
-    children = block.att.children() if block.kind == "sparse" else block.att.modules()
-    return [block, block.ln1, block.ln2, *block.ffn.modules(), *children]
+    return [block, block.ln1, block.ln2, *block.ffn.modules(), *block.att.modules()]
 
 
 def _weights(block: Any) -> BlockWeights:
@@ -143,7 +176,7 @@ def _weights(block: Any) -> BlockWeights:
         scales=tuple(m.scale for m in products),
     )
     if block.kind == "sparse":
-        return common
+        return common._replace(conv=(att._parameters.get("key_conv"),))
     own = att._parameters
     return common._replace(
         mixes=tuple(own[f"x_{name}"] for name in MIXES),

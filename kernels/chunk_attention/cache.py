@@ -82,6 +82,10 @@ class KeyValueCache:
         tensors = (self.k_BGSD, self.v_BGSD, self.means_BGCD, k_BTGD, v_BTGD)
         append_each(*tensors, lengths_B, self.chunk_size)
 
+    def appended_elsewhere(self, length: int, end: int) -> None:
+        """Tokens length ... end - 1 were written to reserved places: completes their chunks."""
+        _write_means(self.k_BGSD, self.means_BGCD, length, end, self.chunk_size)
+
     def reserve(self, length: int, end: int) -> "KeyValueCache":
         """This cache or a copy of its first tokens: places length ... end - 1 may be written to.
 
@@ -176,6 +180,10 @@ def _write(
     end = length + k.shape[1]
     cached_k[:, :, length:end] = k.transpose(1, 2)
     cached_v[:, :, length:end] = v.transpose(1, 2)
+    _write_means(cached_k, means, length, end, chunk_size)
+
+
+def _write_means(cached_k: Tensor, means: Tensor, length: int, end: int, chunk_size: int) -> None:
     first, last = length // chunk_size, end // chunk_size
     if last > first:
         done = cached_k[:, :, first * chunk_size : last * chunk_size]

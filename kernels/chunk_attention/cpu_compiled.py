@@ -51,9 +51,7 @@ def attend_one(q: Tensor, cache: KeyValueCache, length: int, topk: int) -> Tenso
     cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
     arrays = [as_array(x) for x in (wide, *cached, output)]
     offset, size = length - 1, cache.chunk_size
-    few = q.shape[0] * q.shape[2] * (size * topk + offset // size) <= FEW
-    scale = q.shape[3] ** -0.5
-    _attend_one(1 if few else torch.get_num_threads(), offset, size, topk, scale, *arrays)
+    attend_heads(torch.get_num_threads(), offset, size, topk, *arrays)
     return output.to(q.dtype)
 
 
@@ -98,12 +96,20 @@ def largest_of(x, row, count):
     return top
 
 
+@loop
+def attend_heads(threads, offset, size, topk, q, k, v, means, output):
+    """One query at position `offset` of each row and head: q, output [B, 1, H, D] of the dtype of
+    `means`; k, v [B, G, S, D], means [B, G, C, D] as in the cache."""
+    few = q.shape[0] * q.shape[2] * (size * topk + offset // size) <= FEW
+    _attend_heads(1 if few else threads, offset, size, topk, q, k, v, means, output)
+
+
 @parallel_loop
-def _attend_one(parts, offset, size, topk, scale, q, k, v, means, output):
+def _attend_heads(parts, offset, size, topk, q, k, v, means, output):
     batch, _, heads, dim = q.shape
     past, shared = offset // size, heads // k.shape[1]
     slots = min(topk - 1, past)
-    shape = (k.shape[2] // size, size, dim)
+    shape, scale = (k.shape[2] // size, size, dim), 1 / np.sqrt(dim)
     for part in prange(parts):
         best, chosen = np.empty(slots, q.dtype), np.arange(slots)
         scaled, score = np.empty(dim, q.dtype), np.empty(size * (slots + 1), q.dtype)

@@ -1,5 +1,5 @@
 """One token through whole blocks, compiled, on the CPU."""
 
-from rwkvx_kernels.one_token.api import BlockWeights, OneToken, fits
+from rwkvx_kernels.one_token.api import BlockWeights, Cache, OneToken, fits
 
-__all__ = ["BlockWeights", "OneToken", "fits"]
+__all__ = ["BlockWeights", "Cache", "OneToken", "fits"]

@@ -1,6 +1,7 @@
 """One token through a run of blocks in one call: what goes in, and where it lies in memory.
 
-Axes: C width, H heads, N head size, F inner width of the channel mix, L blocks.
+Axes: C width, H heads, N head size, G key/value heads, F inner width of the channel mix, L blocks,
+S tokens that a cache has room for, W width of the key convolution.
 """
 
 from typing import NamedTuple
@@ -22,7 +23,7 @@ class BlockWeights(NamedTuple):
     """Weights of one block, contiguous on the CPU and of one dtype (float32 or bfloat16).
 
     Matrices may be int8, with float32 scales for their rows. An attention block (no `mixes`) gives
-    norms, matrices and channel mix. None stands for what a block lacks: scales, the value residual
+    norms, matrices, channel mix and key convolution. None stands for what a block lacks: scales, the value residual
     of the first.
     """
 
@@ -36,6 +37,7 @@ class BlockWeights(NamedTuple):
     down: tuple[Tensor | None, ...] = (None,) * 4  # [C, rank] of w, a, v, g
     up: tuple[Tensor | None, ...] = (None,) * 4  # [rank, C]
     vectors: tuple[Tensor | None, ...] = (None,) * 8  # [C] w0, a0, v0, k_k, k_a, r_k, group norm
+    conv: tuple[Tensor | None] = (None,)  # [W, G N]
 
     def tensors(self) -> list[Tensor | None]:
         """All, one after the other."""
@@ -52,6 +54,22 @@ class BlockWeights(NamedTuple):
             for x in self.tensors()
             if x is not None
         )
+
+
+class Cache(NamedTuple):
+    """What an attention block has read, contiguous and of the weights' dtype.
+
+    The token is written to `position`; it attends by flat selection to `topk` chunks. The mean of
+    a chunk that it completes is left to the caller.
+    """
+
+    k: Tensor  # [1, G, S, N]
+    v: Tensor
+    means: Tensor  # [1, G, chunks, N] float32
+    position: int
+    topk: int
+    conv: Tensor | None = None  # [1, W - 1, G N], keys before the convolution
+    new_conv: Tensor | None = None  # the same, written
 
 
 class OneToken:
@@ -75,22 +93,24 @@ class OneToken:
         attended: Tensor,
         shifts: list[tuple[Tensor, Tensor]],
         states: list[Tensor | None],
+        caches: list[Cache | None],
         new_shifts: Tensor,
         new_states: Tensor,
     ) -> Tensor:
         """Through the blocks of that range, in place.
 
-        If the first one is an attention block, what it attended to is given, and its output
-        projection and channel mix follow. If one comes after the last, its inputs are returned.
+        An attention block without a cache can only be the first: what it attended to is given,
+        and its output projection and channel mix follow. If blocks follow the last one, the first
+        of them attends, and its queries, keys and values are returned.
 
         Args:
             x: [C] float32, changed. v_first: [C] float32, written by the first time mix.
             attended: [C] float32. shifts: of each block of the range, the last inputs of its two
                 mixers, each of C elements of the weights' dtype. states: [1, H, N, N] float32 or
-                None. new_shifts: [L, 2, C] float32. new_states: [L, H, N, N] float32. Written.
+                None. caches: of each block of the range. new_shifts: [L, 2, C] float32. new_states: [L, H, N, N] float32. Written.
 
         Returns:
             [C + 2 G N] float32: queries, keys and values of the attention block that comes next.
         """
         tokens = (x, v_first, attended)
-        return self._table.read(blocks, tokens, shifts, states, new_shifts, new_states)
+        return self._table.read(blocks, tokens, shifts, states, caches, new_shifts, new_states)

@@ -11,14 +11,15 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from rwkvx_kernels.chunk_attention.cpu_compiled import attend_heads
 from rwkvx_kernels.compiled import array_at, loop, parallel_loop
 from rwkvx_kernels.linear.cpu_compiled import (
     activate,
     add_columns,
     product_rows,
 )
-from rwkvx_kernels.one_token.api import BlockWeights
-from rwkvx_kernels.scalars import as_array, exp, sigmoid, widen
+from rwkvx_kernels.one_token.api import BlockWeights, Cache
+from rwkvx_kernels.scalars import as_array, exp, narrow, sigmoid, widen
 from rwkvx_kernels.time_mix.api import LOG_DECAY_SCALE
 from rwkvx_kernels.time_mix.cpu_compiled import finish, keys, norm
 from rwkvx_kernels.wkv7.cpu_compiled import product, step
@@ -27,7 +28,9 @@ SCALE = np.float32(LOG_DECAY_SCALE)
 LAYER_NORM_EPS = np.float32(1e-5)
 # Places in the table: `BlockWeights` in its order.
 LN1, LN2, X_K, KEY, VALUE, KEY_SCALE, VALUE_SCALE = 0, 2, 4, 5, 6, 7, 8
-MIXES, MATRICES, SCALES, DOWN, UP, VECTORS = 9, 15, 19, 23, 27, 31
+MIXES, MATRICES, SCALES, DOWN, UP, VECTORS, CONV = 9, 15, 19, 23, 27, 31, 39
+# Places in a row of caches, 0 for what is not there.
+CACHED_K, CACHED_V, MEANS, OLD_CONV, NEW_CONV, ROOM, CHUNK, TAPS, POSITION, TOPK = range(10)
 # Of the inputs mixed for r, w, k, v, a, g: what the matrices r, k, v and the factors w, a, v, g
 # read.
 MATRIX_INPUT, FACTOR_INPUT = (0, 2, 3), (1, 4, 3, 5)
@@ -54,16 +57,19 @@ class Table:
         tokens: tuple[Tensor, ...],
         shifts: list[tuple[Tensor, Tensor]],
         states: list[Tensor | None],
+        caches: list[Cache | None],
         new_shifts: Tensor,
         new_states: Tensor,
     ) -> Tensor:
         """As `api.OneToken.read`."""
         rows = [_addresses(pair) for pair in shifts] or [[0, 0]]
+        cached = [_cache_row(cache) for cache in caches] or [[0]]
         projected = torch.empty(tokens[0].numel() + 2 * self._kv)
         _read(
             blocks.start, blocks.stop, self._table, self._ranks, self._inner, self._kv,
             self._heads, self._eps, self._vector, self._matrix, *(x.numpy() for x in tokens),
             np.array(rows, np.int64), np.array(_addresses(states), np.int64),
+            np.array(cached, np.int64),
             new_shifts.numpy(), new_states.numpy(), projected.numpy(), torch.get_num_threads(),
         )  # fmt: skip
         return projected
@@ -71,6 +77,14 @@ class Table:
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def _cache_row(cache: Cache | None) -> list[int]:
+    if cache is None:
+        return [0] * 10
+    addresses = _addresses((cache.k, cache.v, cache.means, cache.conv, cache.new_conv))
+    room, taps = cache.k.shape[2], 0 if cache.conv is None else cache.conv.shape[1]
+    return [*addresses, room, room // cache.means.shape[2], taps, cache.position, cache.topk]
 
 
 @loop
@@ -86,7 +100,7 @@ def _matrix_at(address, rows, columns, like):
 @loop
 def _read(
     first, last, table, ranks, inner, kv, heads, eps, vector, matrix, x, v_first, attended, shifts,
-    states, new_shifts, new_states, next_projected, parts,
+    states, caches, new_shifts, new_states, projected_kv, parts,
 ):  # fmt: skip
     width = len(x)
     size = width // heads
@@ -112,6 +126,10 @@ def _read(
                 at, ranks[b], low[0], projected, raised, v_first, eps, old, new_states[b], gated,
                 vector, parts,
             )  # fmt: skip
+        elif caches[i, CACHED_K]:
+            _layer_norm(x, at, LN1, vector, y)
+            _project_attention(at, kv, y, projected_kv, matrix, parts)
+            _attend(at, caches[i], projected_kv, vector, size, gated, parts)
         else:
             gated[:] = attended
         _product(at[MATRICES + 3], at[SCALES + 3], matrix, gated, y, parts)
@@ -129,7 +147,7 @@ def _read(
     if last < len(table):
         at = table[last]
         _layer_norm(x, at, LN1, vector, y)
-        _project_attention(at, kv, y, next_projected, matrix, parts)
+        _project_attention(at, kv, y, projected_kv, matrix, parts)
 
 
 @loop
@@ -169,6 +187,42 @@ def _project_attention(at, kv, x, projected, matrix, parts):
             weight = _matrix_at(at[MATRICES + m], rows, width, matrix)
             scale = _at(at[SCALES + m], rows, x)
             product_rows(weight, scale, x, projected[start : start + rows], part, parts)
+
+
+@loop
+def _attend(at, cache, projected, vector, size, attended, parts):
+    """The token's key and value go to their places, and its queries over all."""
+    width = len(attended)
+    kv, room, position = (len(projected) - width) // 2, cache[ROOM], cache[POSITION]
+    groups, chunk = kv // size, cache[CHUNK]
+    shape = (1, groups, room, size)
+    k, v = array_at(cache[CACHED_K], shape, vector), array_at(cache[CACHED_V], shape, vector)
+    means = array_at(cache[MEANS], (1, groups, room // chunk, size), attended)
+    if at[CONV]:
+        _convolve(at, cache, projected[width : width + kv], vector)
+    for g in range(groups):
+        for c in range(size):
+            at_key = width + g * size + c
+            k[0, g, position, c] = narrow(projected[at_key], k[0, g, position, c])
+            v[0, g, position, c] = narrow(projected[at_key + kv], v[0, g, position, c])
+    heads = (1, 1, width // size, size)
+    queries, output = projected[:width].reshape(heads), attended.reshape(heads)
+    attend_heads(parts, position, chunk, cache[TOPK], queries, k, v, means, output)
+
+
+@loop
+def _convolve(at, cache, key, vector):
+    """A key's causal convolution with the keys before it, which move up."""
+    taps = cache[TAPS]
+    old = array_at(cache[OLD_CONV], (taps, len(key)), vector)
+    new = array_at(cache[NEW_CONV], (taps, len(key)), vector)
+    weight = array_at(at[CONV], (taps + 1, len(key)), vector)
+    for c in range(len(key)):
+        total = key[c] * widen(weight[taps, c])
+        for tap in range(taps):
+            total += widen(old[tap, c]) * widen(weight[tap, c])
+            new[tap, c] = old[tap + 1, c] if tap + 1 < taps else narrow(key[c], old[tap, c])
+        key[c] = total
 
 
 @parallel_loop
