@@ -15,10 +15,12 @@ from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.cpu_largest import LANES, largest
 from rwkvx_kernels.chunk_attention.tree import FANOUT, ChunkTree
-from rwkvx_kernels.compiled import array_at, in_threads, loop, order_free
+from rwkvx_kernels.compiled import array_at, in_threads, loop, order_free, read_ahead
 
 # Rows that descend together: they stay in the second-level cache, and enough of them share a node.
-TILE_ROWS = 256
+TILE_ROWS = 128
+# Sums that a score is made of.
+SUMS = 8
 # Fewer rows than this do not pay for laying out a node's children.
 FEW_ROWS = 10
 
@@ -80,11 +82,10 @@ def _descend(
     rows, dim = q.shape[1:]
     tiles, most, levels, late = -(-rows // tile), widths.max(), len(widths) - 1, sizes[-1]
     columns = max(most * FANOUT + max(FANOUT, late), sizes[first_level]) + FANOUT
-    columns = columns // 16 * 16 + 16  # vectors of scores begin with a line of the cache
+    columns = columns // LANES * LANES + LANES
     kept, index = np.empty((tile, most), np.int64), np.empty(most + 1, np.int64)
     scores, pairs = np.empty((tile, columns), q.dtype), np.empty(tile * most, np.int64)
-    most_room = LANES + most * (columns // LANES + 2)
-    room = (np.empty((2, most_room), q.dtype), np.empty((2, most_room), np.int64))
+    maxima = np.empty(LANES, q.dtype)
     table, everyone = np.empty((2 * dim, FANOUT), q.dtype), np.arange(tile)
     for unit in range(first, last):
         n, begin = unit // tiles, unit % tiles * tile
@@ -101,7 +102,7 @@ def _descend(
             count = children + members - parents * FANOUT
             keep = min(widths[level], count)
             for row in range(len(mine)):
-                largest(scores, row, count, keep, index, room)
+                largest(scores, row, count, keep, index, maxima)
                 for i in range(keep):
                     index[i] = _member(index[i], kept, row, children, parents * FANOUT)
                 for i in range(keep):
@@ -116,7 +117,7 @@ def _descend(
             _meet(mine, everyone[: len(mine)], 1, block, table, scores, place)
         for row in range(len(mine)):
             past = (offset + (begin + row) // heads) // chunk_size
-            largest(scores, row, children + past - sizes[0], widths[0], index, room)
+            largest(scores, row, children + past - sizes[0], widths[0], index, maxima)
             for i in range(widths[0]):
                 chunk = _member(index[i], kept, row, children, sizes[0])
                 inside = chunk >= 0 and chunk < sizes[0]
@@ -150,9 +151,15 @@ def _children(q, kept, width, blocks, columns, laid_out, table, pairs, scores):
         for i in range(width):
             pairs[place[kept[row, i]]] = row * width + i
             place[kept[row, i]] += 1
+    size = FANOUT * columns * table.itemsize
     for node in range(len(blocks)):
         if stops[node] == stops[node + 1]:
             continue
+        following = node + 1
+        while following < len(blocks) and stops[following] == stops[following + 1]:
+            following += 1
+        if following < len(blocks):
+            read_ahead(blocks[following], size)
         mine = pairs[stops[node] : stops[node + 1]]
         if laid_out:
             _score_pairs(
@@ -207,13 +214,15 @@ def _score(context, q, row, table, columns, out, place):
         out_data = builder.gep(out_data, [args[5]])
         table_data, dim = table_array.data, builder.extract_value(q_array.shape, 1)
         below = builder.sub(args[3], dim)  # where the lower corners are; 0: points, not boxes
-        # Two sums: one alone would wait for each addition to end.
-        sums = [cgutils.alloca_once_value(builder, ir.Constant(lanes, None)) for _ in range(2)]
+        # Sums side by side: one alone would wait for each addition to end.
+        zero = ir.Constant(lanes, None)
+        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(SUMS)]
 
-        def add(d, total):
-            x = builder.load(builder.gep(q_data, [d]))
-            negative = builder.fcmp_ordered("<", x, ir.Constant(number, 0.0))
-            row = builder.add(d, builder.select(negative, below, ir.Constant(index, 0)))
+        def add(d, total, boxes):
+            x, row = builder.load(builder.gep(q_data, [d])), d
+            if boxes:
+                negative = builder.fcmp_ordered("<", x, ir.Constant(number, 0.0))
+                row = builder.add(d, builder.select(negative, below, ir.Constant(index, 0)))
             place = builder.gep(table_data, [builder.mul(row, ir.Constant(index, FANOUT))])
             values = builder.load(builder.bitcast(place, lanes.as_pointer()), align=4)
             one = builder.insert_element(ir.Constant(lanes, ir.Undefined), x, ir.IntType(32)(0))
@@ -222,15 +231,22 @@ def _score(context, q, row, table, columns, out, place):
             product = builder.fmul(wide, values, flags=("contract",))
             builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
 
-        half = builder.lshr(dim, ir.Constant(index, 1))
-        with cgutils.for_range(builder, half) as pairs:
-            first = builder.shl(pairs.index, ir.Constant(index, 1))
-            add(first, sums[0])
-            add(builder.add(first, ir.Constant(index, 1)), sums[1])
-        odd = builder.trunc(dim, ir.IntType(1))
-        with builder.if_then(odd):
-            add(builder.sub(dim, ir.Constant(index, 1)), sums[0])
-        both = builder.fadd(builder.load(sums[0]), builder.load(sums[1]))
+        def add_all(boxes):
+            none, one, step = (ir.Constant(index, i) for i in (0, 1, SUMS))
+            whole = builder.mul(builder.udiv(dim, step), step)
+            with cgutils.for_range_slice(builder, none, whole, step, index) as (d, _):
+                for i, total in enumerate(sums):
+                    add(builder.add(d, ir.Constant(index, i)), total, boxes)
+            with cgutils.for_range_slice(builder, whole, dim, one, index) as (d, _):
+                add(d, sums[0], boxes)
+
+        with builder.if_else(builder.icmp_signed(">", below, ir.Constant(index, 0))) as branches:
+            for branch, boxes in zip(branches, (True, False), strict=True):
+                with branch:
+                    add_all(boxes)
+        both = builder.load(sums[0])
+        for total in sums[1:]:
+            both = builder.fadd(both, builder.load(total))
         builder.store(both, builder.bitcast(out_data, lanes.as_pointer()), align=4)
         return context.get_dummy_value()
 

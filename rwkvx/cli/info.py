@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import click
 
+from rwkvx.checkpoint.checkpoint import check_vocabulary
 from rwkvx.checkpoint.formats import detect
 from rwkvx.checkpoint.load import find_model, shipped_models
 from rwkvx.config import ModelConfig
+from rwkvx.errors import InputError
 
 __all__ = ["Memory", "info_command", "memory"]
 
@@ -49,6 +51,15 @@ def shape_of_pattern(pattern: tuple[str, ...]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in runs)
 
 
+def vocabulary(config: ModelConfig) -> str:
+    """Rows of the embedding and the tokenizer, and whether they fit."""
+    try:
+        check_vocabulary(config, "not to be loaded")
+    except InputError as error:
+        return str(error)
+    return f"{config.vocab_size}, tokenizer {config.tokenizer or 'unknown'}"
+
+
 def describe(path: Path) -> list[tuple[str, str]]:
     """Rows of the table that ``rwkvx info`` prints; no weight is read."""
     found = detect(path)
@@ -61,7 +72,7 @@ def describe(path: Path) -> list[tuple[str, str]]:
         ("blocks", f"{len(config.pattern)}: {shape_of_pattern(config.pattern)}"),
         ("width", f"{config.width}, {config.heads} heads of {config.head_size}"),
         ("low ranks", ", ".join(f"{name} {rank}" for name, rank in config.ranks.items())),
-        ("vocabulary", f"{config.vocab_size}, tokenizer {config.tokenizer or 'unknown'}"),
+        ("vocabulary", vocabulary(config)),
     ]
     if "sparse" in config.pattern:
         text = f"chunks of {config.chunk_size}, top {config.topk}, {config.kv_heads} kv heads{conv}"

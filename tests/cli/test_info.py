@@ -117,3 +117,14 @@ def test_weights_must_be_there(folder: Path, capsys: pytest.CaptureFixture[str])
     (folder / "model.safetensors").unlink()
     assert run([str(folder)]) == 1
     assert "model.safetensors is missing" in capsys.readouterr().err
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**CONFIG.to_dict(), "tokenizer": "world"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert run([str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert "256 rows" in told
+    assert "'world' has 65536 ids" in told
