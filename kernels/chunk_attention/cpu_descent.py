@@ -87,18 +87,22 @@ def _descend(
     scores, pairs = np.empty((tile, columns), q.dtype), np.empty(tile * most, np.int64)
     maxima = np.empty(LANES, q.dtype)
     table, everyone = np.empty((2 * dim, FANOUT), q.dtype), np.arange(tile)
+    corners = np.empty((tile, dim), np.int64)
     for unit in range(first, last):
         n, begin = unit // tiles, unit % tiles * tile
         mine = q[n, begin : min(rows, begin + tile)]
+        for row in range(len(mine)):  # `tree.box_queries`: upper corners first, then lower ones
+            for d in range(dim):
+                corners[row, d] = d + dim if mine[row, d] < 0 else d
         width, parents = 0, 0
         for level in range(first_level, 0, -1):
             members, children = sizes[level], width * FANOUT
             blocks = addresses[n, ends[level] : ends[level + 1]]
-            _children(mine, kept, width, blocks[:parents], 2 * dim, False, table, pairs, scores)
+            _children(mine, corners, kept, width, blocks[:parents], 2 * dim, False, table, pairs, scores)
             for i in range(parents, len(blocks)):  # without a parent
                 block = array_at(blocks[i], (min(FANOUT, members - i * FANOUT), 2 * dim), table)
                 place = children + (i - parents) * FANOUT
-                _meet(mine, everyone[: len(mine)], 1, block, table, scores, place)
+                _meet(mine, corners, everyone[: len(mine)], 1, block, table, scores, place)
             count = children + members - parents * FANOUT
             keep = min(widths[level], count)
             for row in range(len(mine)):
@@ -110,11 +114,11 @@ def _descend(
             width, parents = keep, members
         children = width * FANOUT
         blocks, tail = addresses[n, : ends[1]], addresses[n, ends[levels + 1] :]
-        _children(mine, kept, width, blocks, dim, True, table, pairs, scores)
+        _children(mine, corners, kept, width, blocks, dim, True, table, pairs, scores)
         for i in range(len(tail)):
             block = array_at(tail[i], (min(FANOUT, late - i * FANOUT), dim), table)
             place = children + i * FANOUT
-            _meet(mine, everyone[: len(mine)], 1, block, table, scores, place)
+            _meet(mine, corners, everyone[: len(mine)], 1, block, table, scores, place)
         for row in range(len(mine)):
             past = (offset + (begin + row) // heads) // chunk_size
             largest(scores, row, children + past - sizes[0], widths[0], index, maxima)
@@ -135,7 +139,7 @@ def _member(column, kept, row, children, parentless):
 
 
 @loop
-def _children(q, kept, width, blocks, columns, laid_out, table, pairs, scores):
+def _children(q, corners, kept, width, blocks, columns, laid_out, table, pairs, scores):
     """Scores of the children of each row's nodes: F columns of `scores` for each of them.
 
     Blocks are [F, columns], or `laid_out` as [columns, F].
@@ -162,22 +166,21 @@ def _children(q, kept, width, blocks, columns, laid_out, table, pairs, scores):
             read_ahead(blocks[following], size)
         mine = pairs[stops[node] : stops[node + 1]]
         if laid_out:
-            _score_pairs(
-                q, mine, width, array_at(blocks[node], (columns, FANOUT), table), scores, 0
-            )
+            block = array_at(blocks[node], (columns, FANOUT), table)
+            _score_pairs(q, corners, mine, width, block, scores, 0)
         else:
             block = array_at(blocks[node], (FANOUT, columns), table)
-            _meet(q, mine, width, block, table, scores, 0)
+            _meet(q, corners, mine, width, block, table, scores, 0)
 
 
 @loop
-def _meet(q, pairs, width, block, table, scores, column):
+def _meet(q, corners, pairs, width, block, table, scores, column):
     """Scores of a block of members [F or fewer, E], for pair row · width + i at F i + `column`."""
     if len(pairs) >= FEW_ROWS:
         for f in range(len(block)):
             for e in range(block.shape[1]):
                 table[e, f] = block[f, e]
-        _score_pairs(q, pairs, width, table[: block.shape[1]], scores, column)
+        _score_pairs(q, corners, pairs, width, table[: block.shape[1]], scores, column)
         return
     for p in range(len(pairs)):
         row = pairs[p] // width
@@ -185,20 +188,20 @@ def _meet(q, pairs, width, block, table, scores, column):
 
 
 @loop
-def _score_pairs(q, pairs, width, table, scores, column):
+def _score_pairs(q, corners, pairs, width, table, scores, column):
     """As `_meet`, of members laid out as [E, F]."""
     # No slices in here: each would count a reference, which costs as much as the scores.
     for p in range(len(pairs)):
         row = pairs[p] // width
         place = (pairs[p] - row * width) * FANOUT + column
-        _score(q, row, table, len(table), scores, place)  # type: ignore[call-arg]
+        _score(q, row, corners, table, len(table), scores, place)  # type: ignore[call-arg]
 
 
 @intrinsic
-def _score(context, q, row, table, columns, out, place):
+def _score(context, q, row, corners, table, columns, out, place):
     """out[row, place : place + F] = q[row] [D] · table [D, F]; of boxes, their best corners.
 
-    `columns` is D or 2 D; the best corner is that of `tree.box_queries`.
+    `columns` is D or 2 D; then `corners` [rows, D] say which row of the table belongs to q[row, d].
 
     Written as vectors of F lanes: left to itself, the compiler makes a third of this speed of it.
     """
@@ -207,13 +210,13 @@ def _score(context, q, row, table, columns, out, place):
         number = context.get_value_type(q.dtype)
         lanes = ir.VectorType(number, FANOUT)
         index = ir.IntType(64)
-        q_array, table_array, out_array = (
-            context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 2, 4)
+        q_array, corner_array, table_array, out_array = (
+            context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 2, 3, 5)
         )
-        q_data, out_data = (_row(builder, x, args[1]) for x in (q_array, out_array))
-        out_data = builder.gep(out_data, [args[5]])
+        rows = (_row(builder, x, args[1]) for x in (q_array, corner_array, out_array))
+        q_data, corner_data, out_data = rows
+        out_data = builder.gep(out_data, [args[6]])
         table_data, dim = table_array.data, builder.extract_value(q_array.shape, 1)
-        below = builder.sub(args[3], dim)  # where the lower corners are; 0: points, not boxes
         # Sums side by side: one alone would wait for each addition to end.
         zero = ir.Constant(lanes, None)
         sums = [cgutils.alloca_once_value(builder, zero) for _ in range(SUMS)]
@@ -221,8 +224,7 @@ def _score(context, q, row, table, columns, out, place):
         def add(d, total, boxes):
             x, row = builder.load(builder.gep(q_data, [d])), d
             if boxes:
-                negative = builder.fcmp_ordered("<", x, ir.Constant(number, 0.0))
-                row = builder.add(d, builder.select(negative, below, ir.Constant(index, 0)))
+                row = builder.load(builder.gep(corner_data, [d]))
             place = builder.gep(table_data, [builder.mul(row, ir.Constant(index, FANOUT))])
             values = builder.load(builder.bitcast(place, lanes.as_pointer()), align=4)
             one = builder.insert_element(ir.Constant(lanes, ir.Undefined), x, ir.IntType(32)(0))
@@ -240,7 +242,7 @@ def _score(context, q, row, table, columns, out, place):
             with cgutils.for_range_slice(builder, whole, dim, one, index) as (d, _):
                 add(d, sums[0], boxes)
 
-        with builder.if_else(builder.icmp_signed(">", below, ir.Constant(index, 0))) as branches:
+        with builder.if_else(builder.icmp_signed(">", args[4], dim)) as branches:
             for branch, boxes in zip(branches, (True, False), strict=True):
                 with branch:
                     add_all(boxes)
@@ -251,7 +253,7 @@ def _score(context, q, row, table, columns, out, place):
         return context.get_dummy_value()
 
     integer = types.int64
-    return types.none(q, integer, table, integer, out, integer), make
+    return types.none(q, integer, corners, table, integer, out, integer), make
 
 
 def _row(builder, array, row):
