@@ -17,8 +17,9 @@ from rwkvx_kernels.chunk_attention.cpu_largest import LANES, largest
 from rwkvx_kernels.chunk_attention.tree import FANOUT, ChunkTree
 from rwkvx_kernels.compiled import array_at, in_threads, loop, order_free, read_ahead
 
-# Rows that descend together: they stay in the second-level cache, and enough of them share a node.
-TILE_ROWS = 128
+# Rows that descend together: enough of them to share a node that was read, a quarter of the nodes of
+# level 1 within these bounds. Few, and their scores stay in the second-level cache.
+TILE_ROWS = (128, 512)
 # Sums that a score is made of.
 SUMS = 8
 # Fewer rows than this do not pay for laying out a node's children.
@@ -54,7 +55,8 @@ def descend(
     sizes = np.array([tree.chunks, *(x.shape[1] for x in boxes), late], np.int64)
     kept = np.array([slots, *widths], np.int64)
     arrays = [x.contiguous().numpy() for x in (q_NQD, tree.order_NP)]
-    tile = min(TILE_ROWS, max(1, -(-groups * rows // torch.get_num_threads())))
+    tile = min(max(TILE_ROWS[0], boxes[0].shape[1] // 4), TILE_ROWS[1])
+    tile = min(tile, max(1, -(-groups * rows // torch.get_num_threads())))
     arguments = (tile, offset, heads, chunk_size, tree.first_level, kept, sizes, ends)
     everything = (*arguments, np.concatenate(tables, axis=1), *arrays, chosen.numpy())
     units = groups * -(-rows // tile)
