@@ -17,8 +17,8 @@ from rwkvx_kernels.chunk_attention.cpu_largest import LANES, largest
 from rwkvx_kernels.chunk_attention.tree import FANOUT, ChunkTree
 from rwkvx_kernels.compiled import array_at, in_threads, loop, order_free, read_ahead
 
-# Rows that descend together: enough of them to share a node that was read, a quarter of the nodes of
-# level 1 within these bounds. Few, and their scores stay in the second-level cache.
+# Rows that descend together, a quarter of the nodes of level 1 within these bounds: many share a
+# node that was read; few, and their scores stay in the second-level cache.
 TILE_ROWS = (128, 512)
 # Sums that a score is made of.
 SUMS = 8
@@ -100,7 +100,9 @@ def _descend(
         for level in range(first_level, 0, -1):
             members, children = sizes[level], width * FANOUT
             blocks = addresses[n, ends[level] : ends[level + 1]]
-            _children(mine, corners, kept, width, blocks[:parents], 2 * dim, False, table, pairs, scores)
+            _children(
+                mine, corners, kept, width, blocks[:parents], 2 * dim, False, table, pairs, scores
+            )
             for i in range(parents, len(blocks)):  # without a parent
                 block = array_at(blocks[i], (min(FANOUT, members - i * FANOUT), 2 * dim), table)
                 place = children + (i - parents) * FANOUT

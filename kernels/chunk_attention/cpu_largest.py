@@ -48,7 +48,7 @@ def largest(scores, row, count, wanted, index, maxima):
     for _ in range(STEPS):
         middle, above = low + (high - low) * scores.dtype.type(0.5), 0
         for block in range(blocks):
-            above += _bits(_above(scores, row, block * LANES, middle))
+            above += _bits(_above(scores, row, block * LANES, middle))  # type: ignore[call-arg]
         if above == wanted:
             low, high = middle, middle
             break
@@ -58,7 +58,7 @@ def largest(scores, row, count, wanted, index, maxima):
             low = middle
     found = 0
     for block in range(blocks):
-        bits = _above(scores, row, block * LANES, high)
+        bits: int = _above(scores, row, block * LANES, high)  # type: ignore[call-arg]
         while bits:
             index[found] = block * LANES + trailing_zeros(bits)
             bits, found = bits & (bits - 1), found + 1

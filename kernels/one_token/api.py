@@ -23,8 +23,8 @@ class BlockWeights(NamedTuple):
     """Weights of one block, contiguous on the CPU and of one dtype (float32 or bfloat16).
 
     Matrices may be int8, with float32 scales for their rows. An attention block (no `mixes`) gives
-    norms, matrices, channel mix and key convolution. None stands for what a block lacks: scales, the value residual
-    of the first.
+    norms, matrices, channel mix and key convolution. None stands for what a block lacks: scales,
+    the value residual of the first.
     """
 
     ln1: tuple[Tensor, Tensor]  # weight, bias [C]
@@ -107,7 +107,8 @@ class OneToken:
             x: [C] float32, changed. v_first: [C] float32, written by the first time mix.
             attended: [C] float32. shifts: of each block of the range, the last inputs of its two
                 mixers, each of C elements of the weights' dtype. states: [1, H, N, N] float32 or
-                None. caches: of each block of the range. new_shifts: [L, 2, C] float32. new_states: [L, H, N, N] float32. Written.
+                None. caches: of each block of the range. new_shifts: [L, 2, C] float32, written.
+            new_states: [L, H, N, N] float32, written.
 
         Returns:
             [C + 2 G N] float32: queries, keys and values of the attention block that comes next.

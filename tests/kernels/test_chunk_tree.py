@@ -194,7 +194,9 @@ def test_scores_are_never_held_at_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("count", "wanted"), [(5, 9), (40, 7), (129, 3), (504, 24), (1000, 7), (1000, 70)])
+@pytest.mark.parametrize(
+    ("count", "wanted"), [(5, 9), (40, 7), (129, 3), (504, 24), (1000, 7), (1000, 70)]
+)
 def test_largest_of_a_row(dtype: torch.dtype, count: int, wanted: int) -> None:
     """Random scores, and scores of which many are equal."""
     torch.manual_seed(0)

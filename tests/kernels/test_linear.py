@@ -4,7 +4,7 @@ import pytest
 import torch
 from measure import relative_error
 
-from rwkvx_kernels.linear import linear, low_rank
+from rwkvx_kernels.linear import api, linear, low_rank
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 48), (48,), (1, 2, 48), (3, 7, 48), (1, 0, 48)])
@@ -19,6 +19,17 @@ def test_equals_float64(shape: tuple[int, ...], outputs: int, dtype: torch.dtype
     assert got.shape == expected.shape
     rounding = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3}
     assert relative_error(got, expected) < rounding[dtype]
+
+
+@pytest.mark.parametrize("tokens", [2, 600])
+def test_bfloat16_without_instructions_for_it(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "_multiplies_bfloat16", lambda: False)
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, tokens, 48).bfloat16(), torch.randn(64, 48).bfloat16()
+    expected = x.double() @ weight.double().T
+    got = linear(x, weight)
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got, expected) < 2e-3
 
 
 def test_of_a_part_of_a_larger_tensor() -> None:
