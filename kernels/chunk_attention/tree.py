@@ -25,12 +25,12 @@ GROWTH = 4
 DENSE_NODES = 1024
 POWER_ITERATIONS = 5
 # Where a node's score lies between that of its mean and the bound of its box.
-TOWARDS_BOUND = 0.2
+TOWARDS_BOUND = 0.3
 
 
 def beam_widths(topk: int) -> tuple[int, int]:
     """How many nodes of level 1, and of each level above, a query keeps for the next one."""
-    return max(32, 4 * (topk - 1)), max(24, 3 * (topk - 1))
+    return max(40, 4 * (topk - 1)), max(24, 3 * (topk - 1))
 
 
 def scored_whole(topk: int) -> int:

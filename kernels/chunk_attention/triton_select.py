@@ -234,7 +234,7 @@ def best_members(
     # Long lists and what is read of children fill the registers; a box is two rows.
     inner = level > 0 and kept is not None
     stages = 3 if not forest else 1 if inner or keep > 64 else 2
-    warps = 8 if dim > 64 or inner else 4
+    warps = 8 if dim > 64 or kept is not None else 4
     tiles = (first + tokens - 1) // block_q - first // block_q + 1
     _best_kernel[(tiles, batch * heads)](
         q,
