@@ -25,7 +25,7 @@ GROWTH = 4
 DENSE_NODES = 1024
 POWER_ITERATIONS = 5
 # Where a node's score lies between that of its mean and the bound of its box.
-TOWARDS_BOUND = 0.3
+TOWARDS_BOUND = (0.3, 0.5)  # at level 1; above, where one chunk among a thousand may be meant
 
 
 def beam_widths(topk: int) -> tuple[int, int]:
@@ -203,4 +203,5 @@ def boxes_of(means_NCD: Tensor, order_NP: Tensor, size: int) -> Tensor:
     members = _in_order(means_NCD, order_NP).unflatten(1, (-1, size))
     mean = members.mean(dim=2)
     corners = torch.cat([members.amax(dim=2), members.amin(dim=2)], dim=-1)
-    return torch.lerp(torch.cat([mean, mean], dim=-1), corners, TOWARDS_BOUND)
+    part = TOWARDS_BOUND[size > FANOUT]
+    return torch.lerp(torch.cat([mean, mean], dim=-1), corners, part)

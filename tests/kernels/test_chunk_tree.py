@@ -42,16 +42,16 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_tree(built: ChunkTree, means: Tensor) -> None:
-    """Every chunk once, within its run; every box 0.3 of the way from the mean to the hull."""
+    """Every chunk once, within its run; every box a part of the way from the mean to the hull."""
     assert torch.equal(built.order_NP.sort(dim=1)[0][0], torch.arange(built.chunks))
     for level, boxes in enumerate(built.boxes, 1):
-        size = FANOUT**level
+        size, part = FANOUT**level, 0.3 if level == 1 else 0.5
         assert boxes.shape[1] == built.chunks // size
         for node in range(boxes.shape[1]):
             members = built.order_NP[0, node * size : (node + 1) * size]
             assert int(members.max() - members.min()) < max(size, built.chunks)
             own = means[0, members]
-            high, low = (0.3 * x + 0.7 * own.mean(0) for x in (own.amax(0), own.amin(0)))
+            high, low = (part * x + (1 - part) * own.mean(0) for x in (own.amax(0), own.amin(0)))
             assert torch.allclose(boxes[0, node], torch.cat([high, low]))
 
 
