@@ -30,7 +30,7 @@ TOWARDS_BOUND = (0.3, 0.5)  # at level 1; above, where one chunk among a thousan
 
 def beam_widths(topk: int) -> tuple[int, int]:
     """How many nodes of level 1, and of each level above, a query keeps for the next one."""
-    return max(40, 4 * (topk - 1)), max(24, 3 * (topk - 1))
+    return max(40, 4 * (topk - 1)), max(32, 4 * (topk - 1))
 
 
 def scored_whole(topk: int) -> int:
