@@ -54,8 +54,6 @@ class OneTokenReader:
         stream, v_first = x.float().flatten().clone(), torch.empty(config.width)
         shifts, wkv = torch.empty(count, 2, config.width), torch.empty(count, heads, size, size)
         attended, start = torch.empty(config.width), 0
-        before = [_shifts(block) for block in state.blocks]
-        states = [block.wkv if isinstance(block, Rwkv7State) else None for block in state.blocks]
         rooms = [_room(*pair, keep_cache) for pair in zip(model.blocks, state.blocks, strict=True)]
         apart: dict[int, tuple[tuple[CachedRows, ...], Tensor | None]] = {}
         for stop in (*(i for i in self._sparse if rooms[i] is None), count):
