@@ -25,7 +25,7 @@ GROWTH = 4
 DENSE_NODES = 1024
 POWER_ITERATIONS = 5
 # Where a node's score lies between that of its mean and the bound of its box.
-TOWARDS_BOUND = (0.3, 0.5)  # at level 1; above, where one chunk among a thousand may be meant
+TOWARDS_BOUND = (0.4, 0.5)  # at level 1; above, where one chunk among a thousand may be meant
 
 
 def beam_widths(topk: int) -> tuple[int, int]:

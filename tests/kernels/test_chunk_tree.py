@@ -45,7 +45,7 @@ def check_tree(built: ChunkTree, means: Tensor) -> None:
     """Every chunk once, within its run; every box a part of the way from the mean to the hull."""
     assert torch.equal(built.order_NP.sort(dim=1)[0][0], torch.arange(built.chunks))
     for level, boxes in enumerate(built.boxes, 1):
-        size, part = FANOUT**level, 0.3 if level == 1 else 0.5
+        size, part = FANOUT**level, 0.4 if level == 1 else 0.5
         assert boxes.shape[1] == built.chunks // size
         for node in range(boxes.shape[1]):
             members = built.order_NP[0, node * size : (node + 1) * size]
