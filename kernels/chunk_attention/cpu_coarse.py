@@ -54,7 +54,7 @@ def _select(
     """Of queries whose chunks before the last whole run are those of `tree`: [N, T, R, slots]."""
     from rwkvx_kernels.chunk_attention.cpu_descent import descend
 
-    widths = [beam_widths(topk)[level > 1] for level in range(1, len(tree.boxes) + 1)]
+    widths = [beam_widths(topk)[level > 1] for level in range(1, len(tree.nodes) + 1)]
     heads, q_NQD = q_NTRD.shape[2], q_NTRD.flatten(1, 2)
     if q_NTRD.device.type != "cpu":
         tree = tree.to("cpu")

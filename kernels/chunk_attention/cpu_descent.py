@@ -2,7 +2,7 @@
 
 Rows are sorted by the nodes that they keep, so that a node's children, read once, meet all of its
 rows. Axes as in cpu_coarse.py; K nodes that a row keeps, F = FANOUT children of a node, E columns
-of a table (D of chunks, 2 D of boxes).
+of a table (D of chunks, D + 1 of nodes).
 """
 
 import numpy as np
@@ -14,16 +14,20 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.cpu_largest import LANES, largest
-from rwkvx_kernels.chunk_attention.tree import FANOUT, ChunkTree
+from rwkvx_kernels.chunk_attention.tree import FANOUT, ChunkTree, node_queries
 from rwkvx_kernels.compiled import array_at, in_threads, loop, order_free, read_ahead
 
 # Rows that descend together, a quarter of the nodes of level 1 within these bounds: many share a
 # node that was read; few, and their scores stay in the second-level cache.
 TILE_ROWS = (128, 512)
-# Sums that a score is made of.
+# Rows that meet a node's children together, which are loaded once for all of them.
+ROWS = 4
+# Sums that a score of a single row is made of: one would wait for each addition to end.
 SUMS = 8
 # Fewer rows than this do not pay for laying out a node's children.
 FEW_ROWS = 10
+# A pair of row and slot is row · SLOTS + slot.
+SLOTS = 1 << 16
 
 
 def descend(
@@ -47,15 +51,15 @@ def descend(
     groups, rows, _ = q_NQD.shape
     chosen = torch.empty((groups, rows, slots), dtype=torch.int64)
     late = (offset + (rows - 1) // heads) // chunk_size - tree.chunks
-    boxes = [x.contiguous() for x in tree.boxes]
+    nodes = [x.contiguous() for x in tree.nodes]
     leaves = np.concatenate([_addresses(run, 1) for run in tree.leaves], axis=1)
     tail = means_NCD[:, tree.chunks : tree.chunks + late].contiguous()
-    tables = [leaves, *(_addresses(x) for x in boxes), _addresses(tail)]
+    tables = [leaves, *(_addresses(x) for x in nodes), _addresses(tail)]
     ends = np.cumsum([0, *(x.shape[1] for x in tables)])
-    sizes = np.array([tree.chunks, *(x.shape[1] for x in boxes), late], np.int64)
+    sizes = np.array([tree.chunks, *(x.shape[1] for x in nodes), late], np.int64)
     kept = np.array([slots, *widths], np.int64)
-    arrays = [x.contiguous().numpy() for x in (q_NQD, tree.order_NP)]
-    tile = min(max(TILE_ROWS[0], boxes[0].shape[1] // 4), TILE_ROWS[1])
+    arrays = [x.contiguous().numpy() for x in (node_queries(q_NQD), tree.order_NP)]
+    tile = min(max(TILE_ROWS[0], nodes[0].shape[1] // 4), TILE_ROWS[1])
     tile = min(tile, max(1, -(-groups * rows // torch.get_num_threads())))
     arguments = (tile, offset, heads, chunk_size, tree.first_level, kept, sizes, ends)
     everything = (*arguments, np.concatenate(tables, axis=1), *arrays, chosen.numpy())
@@ -80,37 +84,31 @@ def _descend(
     first, last, tile, offset, heads, chunk_size, first_level, widths, sizes, ends, addresses, q,
     order, chosen,
 ):  # fmt: skip
-    """Units first ... last - 1: tiles of rows of the groups."""
-    rows, dim = q.shape[1:]
+    """Units first ... last - 1: tiles of rows of the groups. q: [N, Q, D + 1], `node_queries`."""
+    rows, dim = q.shape[1], q.shape[2] - 1
     tiles, most, levels, late = -(-rows // tile), widths.max(), len(widths) - 1, sizes[-1]
     columns = max(most * FANOUT + max(FANOUT, late), sizes[first_level]) + FANOUT
     columns = columns // LANES * LANES + LANES
     kept, index = np.empty((tile, most), np.int64), np.empty(most + 1, np.int64)
     scores, pairs = np.empty((tile, columns), q.dtype), np.empty(tile * most, np.int64)
-    maxima = np.empty(LANES, q.dtype)
-    table, everyone = np.empty((2 * dim, FANOUT), q.dtype), np.arange(tile)
-    corners = np.empty((tile, dim), np.int64)
+    candidates, places = np.empty((2, columns), q.dtype), np.empty(columns, np.int64)
+    table, everyone = np.empty((dim + 1, FANOUT), q.dtype), np.arange(tile) * SLOTS
     for unit in range(first, last):
         n, begin = unit // tiles, unit % tiles * tile
         mine = q[n, begin : min(rows, begin + tile)]
-        for row in range(len(mine)):  # `tree.box_queries`: upper corners first, then lower ones
-            for d in range(dim):
-                corners[row, d] = d + dim if mine[row, d] < 0 else d
         width, parents = 0, 0
         for level in range(first_level, 0, -1):
             members, children = sizes[level], width * FANOUT
             blocks = addresses[n, ends[level] : ends[level + 1]]
-            _children(
-                mine, corners, kept, width, blocks[:parents], 2 * dim, False, table, pairs, scores
-            )
+            _children(mine, kept, width, blocks[:parents], dim + 1, False, table, pairs, scores)
             for i in range(parents, len(blocks)):  # without a parent
-                block = array_at(blocks[i], (min(FANOUT, members - i * FANOUT), 2 * dim), table)
+                block = array_at(blocks[i], (min(FANOUT, members - i * FANOUT), dim + 1), table)
                 place = children + (i - parents) * FANOUT
-                _meet(mine, corners, everyone[: len(mine)], 1, block, table, scores, place)
+                _meet(mine, everyone[: len(mine)], block, table, scores, place)
             count = children + members - parents * FANOUT
             keep = min(widths[level], count)
             for row in range(len(mine)):
-                largest(scores, row, count, keep, index, maxima)
+                largest(scores, row, count, keep, index, candidates, places)
                 for i in range(keep):
                     index[i] = _member(index[i], kept, row, children, parents * FANOUT)
                 for i in range(keep):
@@ -118,14 +116,14 @@ def _descend(
             width, parents = keep, members
         children = width * FANOUT
         blocks, tail = addresses[n, : ends[1]], addresses[n, ends[levels + 1] :]
-        _children(mine, corners, kept, width, blocks, dim, True, table, pairs, scores)
+        _children(mine, kept, width, blocks, dim, True, table, pairs, scores)
         for i in range(len(tail)):
             block = array_at(tail[i], (min(FANOUT, late - i * FANOUT), dim), table)
-            place = children + i * FANOUT
-            _meet(mine, corners, everyone[: len(mine)], 1, block, table, scores, place)
+            _meet(mine, everyone[: len(mine)], block, table, scores, children + i * FANOUT)
         for row in range(len(mine)):
             past = (offset + (begin + row) // heads) // chunk_size
-            largest(scores, row, children + past - sizes[0], widths[0], index, maxima)
+            count = children + past - sizes[0]
+            largest(scores, row, count, widths[0], index, candidates, places)
             for i in range(widths[0]):
                 chunk = _member(index[i], kept, row, children, sizes[0])
                 inside = chunk >= 0 and chunk < sizes[0]
@@ -143,7 +141,7 @@ def _member(column, kept, row, children, parentless):
 
 
 @loop
-def _children(q, corners, kept, width, blocks, columns, laid_out, table, pairs, scores):
+def _children(q, kept, width, blocks, columns, laid_out, table, pairs, scores):
     """Scores of the children of each row's nodes: F columns of `scores` for each of them.
 
     Blocks are [F, columns], or `laid_out` as [columns, F].
@@ -157,7 +155,7 @@ def _children(q, corners, kept, width, blocks, columns, laid_out, table, pairs, 
     place = stops.copy()
     for row in range(len(q)):
         for i in range(width):
-            pairs[place[kept[row, i]]] = row * width + i
+            pairs[place[kept[row, i]]] = row * SLOTS + i
             place[kept[row, i]] += 1
     size = FANOUT * columns * table.itemsize
     for node in range(len(blocks)):
@@ -170,94 +168,101 @@ def _children(q, corners, kept, width, blocks, columns, laid_out, table, pairs, 
             read_ahead(blocks[following], size)
         mine = pairs[stops[node] : stops[node + 1]]
         if laid_out:
-            block = array_at(blocks[node], (columns, FANOUT), table)
-            _score_pairs(q, corners, mine, width, block, scores, 0)
+            _score_pairs(q, mine, array_at(blocks[node], (columns, FANOUT), table), scores, 0)
         else:
-            block = array_at(blocks[node], (FANOUT, columns), table)
-            _meet(q, corners, mine, width, block, table, scores, 0)
+            _meet(q, mine, array_at(blocks[node], (FANOUT, columns), table), table, scores, 0)
 
 
 @loop
-def _meet(q, corners, pairs, width, block, table, scores, column):
-    """Scores of a block of members [F or fewer, E], for pair row · width + i at F i + `column`."""
+def _meet(q, pairs, block, table, scores, column):
+    """Scores of a block of members [F or fewer, E], for pair (row, i) at F i + `column`."""
     if len(pairs) >= FEW_ROWS:
         for f in range(len(block)):
             for e in range(block.shape[1]):
                 table[e, f] = block[f, e]
-        _score_pairs(q, corners, pairs, width, table[: block.shape[1]], scores, column)
+        _score_pairs(q, pairs, table[: block.shape[1]], scores, column)
         return
     for p in range(len(pairs)):
-        row = pairs[p] // width
-        _score_few(q, row, block, scores, (pairs[p] - row * width) * FANOUT + column)
+        row, slot = pairs[p] // SLOTS, pairs[p] % SLOTS
+        _score_few(q, row, block, scores, slot * FANOUT + column)
 
 
 @loop
-def _score_pairs(q, corners, pairs, width, table, scores, column):
+def _score_pairs(q, pairs, table, scores, column):
     """As `_meet`, of members laid out as [E, F]."""
     # No slices in here: each would count a reference, which costs as much as the scores.
-    for p in range(len(pairs)):
-        row = pairs[p] // width
-        place = (pairs[p] - row * width) * FANOUT + column
-        _score(q, row, corners, table, len(table), scores, place)  # type: ignore[call-arg]
+    together = len(pairs) // ROWS * ROWS
+    for p in range(0, together, ROWS):
+        _score_together(q, pairs, p, table, scores, column)  # type: ignore[call-arg]
+    for p in range(together, len(pairs)):
+        _score_alone(q, pairs, p, table, scores, column)  # type: ignore[call-arg]
 
 
-@intrinsic
-def _score(context, q, row, corners, table, columns, out, place):
-    """out[row, place : place + F] = q[row] [D] · table [D, F]; of boxes, their best corners.
-
-    `columns` is D or 2 D; then `corners` [rows, D] say which row of the table belongs to q[row, d].
+def _scorer(rows, sums):
+    """Of pairs p ... p + rows - 1: out[row, place : place + F] = q[row] [E] · table [E, F].
 
     Written as vectors of F lanes: left to itself, the compiler makes a third of this speed of it.
     """
 
-    def make(context, builder, signature, args):
-        number = context.get_value_type(q.dtype)
-        lanes = ir.VectorType(number, FANOUT)
-        index = ir.IntType(64)
-        q_array, corner_array, table_array, out_array = (
-            context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 2, 3, 5)
-        )
-        rows = (_row(builder, x, args[1]) for x in (q_array, corner_array, out_array))
-        q_data, corner_data, out_data = rows
-        out_data = builder.gep(out_data, [args[6]])
-        table_data, dim = table_array.data, builder.extract_value(q_array.shape, 1)
-        # Sums side by side: one alone would wait for each addition to end.
-        zero = ir.Constant(lanes, None)
-        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(SUMS)]
-
-        def add(d, total, boxes):
-            x, row = builder.load(builder.gep(q_data, [d])), d
-            if boxes:
-                row = builder.load(builder.gep(corner_data, [d]))
-            place = builder.gep(table_data, [builder.mul(row, ir.Constant(index, FANOUT))])
-            values = builder.load(builder.bitcast(place, lanes.as_pointer()), align=4)
-            one = builder.insert_element(ir.Constant(lanes, ir.Undefined), x, ir.IntType(32)(0))
+    @intrinsic
+    def score(context, q, pairs, p, table, out, column):
+        def make(context, builder, signature, args):
+            number = context.get_value_type(q.dtype)
+            lanes, index = ir.VectorType(number, FANOUT), ir.IntType(64)
+            q_array, pair_array, table_array, out_array = (
+                context.make_array(signature.args[i])(context, builder, args[i])
+                for i in (0, 1, 3, 4)
+            )
+            undefined, zero = ir.Constant(lanes, ir.Undefined), ir.Constant(lanes, None)
             zeros = ir.Constant(ir.VectorType(ir.IntType(32), FANOUT), None)
-            wide = builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), zeros)
-            product = builder.fmul(wide, values, flags=("contract",))
-            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+            queries, places = [], []
+            for i in range(rows):
+                at = builder.add(args[2], ir.Constant(index, i))
+                pair = builder.load(builder.gep(pair_array.data, [at]))
+                row = builder.sdiv(pair, ir.Constant(index, SLOTS))
+                slot = builder.srem(pair, ir.Constant(index, SLOTS))
+                shift = builder.add(builder.mul(slot, ir.Constant(index, FANOUT)), args[5])
+                queries.append(_row(builder, q_array, row))
+                places.append(builder.gep(_row(builder, out_array, row), [shift]))
+            totals = [
+                [cgutils.alloca_once_value(builder, zero) for _ in range(sums)] for _ in range(rows)
+            ]
 
-        def add_all(boxes):
-            none, one, step = (ir.Constant(index, i) for i in (0, 1, SUMS))
-            whole = builder.mul(builder.udiv(dim, step), step)
-            with cgutils.for_range_slice(builder, none, whole, step, index) as (d, _):
-                for i, total in enumerate(sums):
-                    add(builder.add(d, ir.Constant(index, i)), total, boxes)
-            with cgutils.for_range_slice(builder, whole, dim, one, index) as (d, _):
-                add(d, sums[0], boxes)
+            def add(e, which):
+                place = builder.gep(
+                    table_array.data, [builder.mul(e, ir.Constant(index, FANOUT))]
+                )
+                values = builder.load(builder.bitcast(place, lanes.as_pointer()), align=4)
+                for query, total in zip(queries, totals, strict=True):
+                    x = builder.load(builder.gep(query, [e]))
+                    one = builder.insert_element(undefined, x, ir.IntType(32)(0))
+                    wide = builder.shuffle_vector(one, undefined, zeros)
+                    product = builder.fmul(wide, values, flags=("contract",))
+                    old = builder.load(total[which])
+                    builder.store(builder.fadd(old, product, flags=("contract",)), total[which])
 
-        with builder.if_else(builder.icmp_signed(">", args[4], dim)) as branches:
-            for branch, boxes in zip(branches, (True, False), strict=True):
-                with branch:
-                    add_all(boxes)
-        both = builder.load(sums[0])
-        for total in sums[1:]:
-            both = builder.fadd(both, builder.load(total))
-        builder.store(both, builder.bitcast(out_data, lanes.as_pointer()), align=4)
-        return context.get_dummy_value()
+            columns = builder.extract_value(table_array.shape, 0)
+            none, one, step = (ir.Constant(index, i) for i in (0, 1, sums))
+            whole = builder.mul(builder.udiv(columns, step), step)
+            with cgutils.for_range_slice(builder, none, whole, step, index) as (e, _):
+                for i in range(sums):
+                    add(builder.add(e, ir.Constant(index, i)), i)
+            with cgutils.for_range_slice(builder, whole, columns, one, index) as (e, _):
+                add(e, 0)
+            for total, place in zip(totals, places, strict=True):
+                result = builder.load(total[0])
+                for part in total[1:]:
+                    result = builder.fadd(result, builder.load(part))
+                builder.store(result, builder.bitcast(place, lanes.as_pointer()), align=4)
+            return context.get_dummy_value()
 
-    integer = types.int64
-    return types.none(q, integer, corners, table, integer, out, integer), make
+        integer = types.int64
+        return types.none(q, pairs, integer, table, out, integer), make
+
+    return score
+
+
+_score_together, _score_alone = _scorer(ROWS, 1), _scorer(1, SUMS)
 
 
 def _row(builder, array, row):
@@ -269,17 +274,9 @@ def _row(builder, array, row):
 
 @order_free
 def _score_few(q, row, block, out, place):
-    """As `_score`, of members [F, E] that are not laid out."""
-    dim = q.shape[1]
-    boxes, zero = block.shape[1] > dim, q.dtype.type(0)
+    """As `_scorer`, of members [F, E] that are not laid out."""
     for f in range(len(block)):
-        total = zero
-        if boxes:
-            for d in range(dim):
-                total += (
-                    max(q[row, d], zero) * block[f, d] + min(q[row, d], zero) * block[f, dim + d]
-                )
-        else:
-            for d in range(dim):
-                total += q[row, d] * block[f, d]
+        total = q.dtype.type(0)
+        for e in range(block.shape[1]):
+            total += q[row, e] * block[f, e]
         out[row, place + f] = total

@@ -17,21 +17,25 @@ from torch import Tensor
 
 from rwkvx_kernels.chunk_attention import tree
 
+# What a node's row has after its mean: the part of the radius, and room that nobody reads, so that rows are whole
+# multiples of 16 bytes.
+EXTRA = 4
+
 
 class Forest(NamedTuple):
     """Runs of every length.
 
     Attributes:
         order_SNC: [S, N, C] int32, chunk numbers in the order of the leaves.
-        boxes: for levels 1, 2, ...: [S, N, M, 2 D], as those of `tree.ChunkTree`.
+        nodes: for levels 1, 2, ...: [S, N, M, D + EXTRA], as those of `tree.ChunkTree`.
     """
 
     order_SNC: Tensor
-    boxes: tuple[Tensor, ...]
+    nodes: tuple[Tensor, ...]
 
     def tensors(self) -> list[Tensor]:
         """What kernels take."""
-        return [self.order_SNC, *self.boxes]
+        return [self.order_SNC, *self.nodes]
 
     def copy(self, chunks: int, means_NCD: Tensor, index: Tensor | None = None) -> "Forest":
         """With room for as many chunks as `means_NCD` has: the first ones, of groups `index`."""
@@ -55,12 +59,12 @@ def run_lengths(chunks: int) -> list[int]:
 def room_for(means_NCD: Tensor) -> Forest:
     """A forest that nothing has grown in, for as many chunks as there are."""
     groups, chunks, dim = means_NCD.shape
-    lengths, boxes, nodes = len(run_lengths(chunks)), [], chunks // tree.FANOUT
+    lengths, levels, nodes = len(run_lengths(chunks)), [], chunks // tree.FANOUT
     while lengths and nodes:
-        boxes.append(means_NCD.new_empty((lengths, groups, nodes, 2 * dim)))
+        levels.append(means_NCD.new_empty((lengths, groups, nodes, dim + EXTRA)))
         nodes //= tree.FANOUT
     order = means_NCD.new_empty((lengths, groups, chunks), dtype=torch.int32)
-    return Forest(order, tuple(boxes))
+    return Forest(order, tuple(levels))
 
 
 def grow(forest: Forest, means_NCD: Tensor, old: int, new: int) -> None:
@@ -72,14 +76,15 @@ def grow(forest: Forest, means_NCD: Tensor, old: int, new: int) -> None:
         part = means_NCD[:, first:stop]
         order_NP = tree.order_by_likeness(part, run) + first
         forest.order_SNC[i, :, first:stop] = order_NP
-        for level, boxes_SNME in enumerate(forest.boxes, 1):
+        for level, nodes_SNME in enumerate(forest.nodes, 1):
             size = tree.FANOUT**level
             if size >= run * tree.GROWTH:  # such a node is always made of longer runs
                 break
             begin, end = first // size, stop // size
             if begin < end:
                 ordered = forest.order_SNC[i, :, begin * size : end * size].long()
-                boxes_SNME[i, :, begin:end] = tree.boxes_of(means_NCD, ordered, size)
+                nodes_NME = tree.nodes_of(means_NCD, ordered, size)
+                nodes_SNME[i, :, begin:end, : nodes_NME.shape[2]] = nodes_NME
 
 
 def forest_of(means_NCD: Tensor, topk: int) -> list[Tensor]:

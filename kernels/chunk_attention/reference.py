@@ -7,7 +7,7 @@ G key/value heads, C chunks, D head size. Memory grows with T·S: for tests, not
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.chunk_attention.tree import FANOUT, RUN, beam_widths, box_queries, trees_of
+from rwkvx_kernels.chunk_attention.tree import FANOUT, RUN, beam_widths, node_queries, trees_of
 
 
 def chunk_means(k_BSGD: Tensor, chunk_size: int) -> Tensor:
@@ -51,10 +51,10 @@ def competing_chunks(q_NTD: Tensor, means_NCD: Tensor, own_T: Tensor, topk: int)
     trees = trees_of(means_NCD)
     for runs in own_T.div(RUN, rounding_mode="floor").unique().tolist():
         tree, queries = trees(runs * RUN), own_T // RUN == runs
-        q_NQE = box_queries(q_NTD[:, queries])
+        q_NQE = node_queries(q_NTD[:, queries])
         kept = q_NQE.new_zeros((*q_NQE.shape[:2], 0), dtype=torch.bool)
         for level in range(tree.first_level, 0, -1):
-            scores = q_NQE @ tree.boxes[level - 1].transpose(1, 2)
+            scores = q_NQE @ tree.nodes[level - 1].transpose(1, 2)
             candidate = kept.repeat_interleave(FANOUT, dim=2)
             roots = scores.shape[2] - candidate.shape[2]
             candidate = torch.nn.functional.pad(candidate, (0, roots), value=True)

@@ -24,13 +24,13 @@ GROWTH = 4
 # A level of at most so many nodes is scored whole, without descending to it.
 DENSE_NODES = 1024
 POWER_ITERATIONS = 5
-# Where a node's score lies between that of its mean and the bound of its box.
-TOWARDS_BOUND = (0.4, 0.5)  # at level 1; above, where one chunk among a thousand may be meant
+# How much of the radius around a node's mean counts for its score.
+PART_OF_RADIUS = 0.3
 
 
 def beam_widths(topk: int) -> tuple[int, int]:
     """How many nodes of level 1, and of each level above, a query keeps for the next one."""
-    return max(40, 4 * (topk - 1)), max(32, 4 * (topk - 1))
+    return max(48, 4 * (topk - 1)), max(24, 4 * (topk - 1))
 
 
 def scored_whole(topk: int) -> int:
@@ -53,13 +53,13 @@ class ChunkTree(NamedTuple):
     Attributes:
         order_NP: [N, P] int64, chunk numbers in the order of the leaves: node i of level j holds
             order_NP[:, i · FANOUT^j : (i + 1) · FANOUT^j].
-        boxes: for levels 1, 2, ...: [N, M, 2 D], upper, then lower corners (`box_queries`).
+        nodes: for levels 1, 2, ...: [N, M, D + 1], to be multiplied with `node_queries`.
         leaves: for each run: [N, chunks of the run / FANOUT, D, FANOUT], its means in the order of
             the leaves, so that what a query reads of a node lies together, one chunk to a lane.
     """
 
     order_NP: Tensor
-    boxes: tuple[Tensor, ...]
+    nodes: tuple[Tensor, ...]
     leaves: tuple[Tensor, ...]
 
     @property
@@ -81,8 +81,8 @@ class ChunkTree(NamedTuple):
         return self._map(lambda x: x.to(device))
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> "ChunkTree":
-        boxes, leaves = (tuple(map(f, part)) for part in (self.boxes, self.leaves))
-        return ChunkTree(f(self.order_NP), boxes, leaves)
+        nodes, leaves = (tuple(map(f, part)) for part in (self.nodes, self.leaves))
+        return ChunkTree(f(self.order_NP), nodes, leaves)
 
 
 def empty_tree(means_NCD: Tensor) -> ChunkTree:
@@ -104,12 +104,12 @@ def trees_of(means_NCD: Tensor) -> Callable[[int], ChunkTree]:
     return grow
 
 
-def box_queries(q: Tensor) -> Tensor:
-    """[..., D] -> [..., 2 D]: the product with a box is the best score that a point of it can have.
+def node_queries(q: Tensor) -> Tensor:
+    """[..., D] -> [..., D + 1]: the product with a node, its centre c and r, is q · c + |q| r.
 
-    max over m in [low, high] of q · m  =  Σ max(q_d high_d, q_d low_d)  =  q⁺ · high - q⁻ · low.
+    That is the best score that a point at most r away from c can have.
     """
-    return torch.cat([q.clamp_min(0), q.clamp_max(0)], dim=-1)
+    return torch.cat([q, q.norm(dim=-1, keepdim=True)], dim=-1)
 
 
 def grow_tree(tree: ChunkTree, means_NCD: Tensor, chunks: int) -> ChunkTree:
@@ -139,15 +139,15 @@ def grow_tree(tree: ChunkTree, means_NCD: Tensor, chunks: int) -> ChunkTree:
             members = _in_order(means_NCD, order).unflatten(1, (-1, FANOUT))
             leaves.append(members.transpose(2, 3).contiguous())
     order_NP = torch.cat(orders, dim=1)
-    boxes = []
+    nodes = []
     size, level = FANOUT, 1
     while size <= chunks:
-        old = tree.boxes[level - 1][:, : kept // size] if level <= len(tree.boxes) else None
+        old = tree.nodes[level - 1][:, : kept // size] if level <= len(tree.nodes) else None
         first = 0 if old is None else old.shape[1] * size
-        new = boxes_of(means_NCD, order_NP[:, first : chunks // size * size], size)
-        boxes.append(new if old is None else torch.cat([old, new], dim=1))
+        new = nodes_of(means_NCD, order_NP[:, first : chunks // size * size], size)
+        nodes.append(new if old is None else torch.cat([old, new], dim=1))
         size, level = size * FANOUT, level + 1
-    return ChunkTree(order_NP, tuple(boxes), tuple(leaves))
+    return ChunkTree(order_NP, tuple(nodes), tuple(leaves))
 
 
 def _regions(chunks: int) -> Iterator[tuple[int, int, int]]:
@@ -193,15 +193,14 @@ def _in_order(means_NCD: Tensor, order_NP: Tensor) -> Tensor:
     return means_NCD.gather(1, order_NP.unsqueeze(-1).expand(-1, -1, means_NCD.shape[-1]))
 
 
-def boxes_of(means_NCD: Tensor, order_NP: Tensor, size: int) -> Tensor:
-    """Of nodes of `size` consecutive chunks of `order_NP`: [N, P / size, 2 D].
+def nodes_of(means_NCD: Tensor, order_NP: Tensor, size: int) -> Tensor:
+    """Of nodes of `size` consecutive chunks of `order_NP`: [N, P / size, D + 1].
 
-    The box around a node's chunk means bounds the score of each of them from above, but in many
-    dimensions no chunk comes near the corner. A part of the way from their mean to that box is what
-    a good chunk of a node really scores, and finds far more of the best chunks.
+    With the distance of the farthest of its chunk means, a node's score would bound the score of
+    each of them. But in many dimensions a query rarely points to the farthest one: a part of that
+    distance is what a good chunk of a node really scores, and finds far more of the best chunks.
     """
     members = _in_order(means_NCD, order_NP).unflatten(1, (-1, size))
     mean = members.mean(dim=2)
-    corners = torch.cat([members.amax(dim=2), members.amin(dim=2)], dim=-1)
-    part = TOWARDS_BOUND[size > FANOUT]
-    return torch.lerp(torch.cat([mean, mean], dim=-1), corners, part)
+    radius = (members - mean.unsqueeze(2)).norm(dim=-1).amax(dim=2)
+    return torch.cat([mean, PART_OF_RADIUS * radius.unsqueeze(-1)], dim=-1)

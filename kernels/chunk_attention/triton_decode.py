@@ -34,7 +34,7 @@ def _score_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     CHUNK: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr,
     RUNS: tl.constexpr, LEVELS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constexpr,
-    FANOUT: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
+    FANOUT: tl.constexpr, EXTRA: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, K: tl.constexpr,
     LOWEST: tl.constexpr,
 ):  # fmt: skip
@@ -80,15 +80,13 @@ def _score_kernel(
                 b_chunk = tl.load(p_chunk, mask=m_c & m_child, other=0)
                 o_entry = tl.where(m_child, b_chunk, o_member)
             o_place = i_n * members + o_entry
+        p_x = p_table + o_place * (D if LEVEL == 0 else D + EXTRA)
         m_x = m_c[:, None] & (o_d < D)[None, :]
-        if LEVEL == 0:
-            p_x = p_table + o_place[:, None] * D + o_d[None, :]
-            b_product = tl.load(p_x, mask=m_x, other=0.0) * b_q
-        else:
-            p_x = p_table + o_place[:, None] * (2 * D) + o_d[None, :]
-            b_product = tl.load(p_x, mask=m_x, other=0.0) * tl.maximum(b_q, 0.0)
-            b_product += tl.load(p_x + D, mask=m_x, other=0.0) * tl.minimum(b_q, 0.0)
-        b_score = tl.sum(b_product, axis=1)[None, :]
+        b_x = tl.load(p_x[:, None] + o_d[None, :], mask=m_x, other=0.0)
+        b_score = tl.sum(b_x * b_q, axis=1)[None, :]
+        if LEVEL > 0:
+            b_radius = tl.load(p_x + D, mask=m_c, other=0.0)
+            b_score += tl.sqrt(tl.sum(b_q * b_q, axis=1))[:, None] * b_radius[None, :]
         b_packed = pack(b_score, o_entry.to(tl.int32), m_c[None, :], LOWEST)
         b_best = keep_best(b_best, b_packed, K)
     o_best = (i_row * splits + i_split) * K + tl.arange(0, K)

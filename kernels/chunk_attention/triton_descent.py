@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.chunk_attention import forest as forests
 from rwkvx_kernels.chunk_attention import tree
 from rwkvx_kernels.chunk_attention.triton_pairs import blocks_of, lists_of
 from rwkvx_kernels.chunk_attention.triton_select import (
@@ -37,7 +38,8 @@ def _children_kernel(
     p_q, p_table, p_order, p_pairs, p_offsets, p_owner, p_starts, p_scores,
     parents, members, groups, chunks, total,
     D: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr, RUNS: tl.constexpr,
-    FANOUT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    FANOUT: tl.constexpr, EXTRA: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of pairs that keep one node: the scores of its children, members of `LEVEL`."""
     i_block = tl.program_id(0)
@@ -53,10 +55,10 @@ def _children_kernel(
     i_run, o_in = i_entry // parents, i_entry % parents * FANOUT + o_c
     if LEVEL == 0:
         p_chunk = p_order + (i_run * groups + i_n) * chunks + o_in
-        o_place = i_n * members + tl.load(p_chunk)
+        p_x = p_table + (i_n * members + tl.load(p_chunk)) * D
     else:
-        o_place = ((i_run * groups + i_n) * members + o_in) * 2
-    p_rows, p_x = p_q + o_pair // WIDTH * D, p_table + o_place * D
+        p_x = p_table + ((i_run * groups + i_n) * members + o_in) * (D + EXTRA)
+    p_rows = p_q + o_pair // WIDTH * D
     b_score = scores_of(p_rows, m_pair, p_x, o_c >= 0, LEVEL, D, BLOCK_D, PRECISION)
     tl.store(p_scores + o_pair[:, None] * FANOUT + o_c[None, :], b_score, mask=m_pair[:, None])
 
@@ -90,6 +92,7 @@ def _score_children(
         WIDTH=width,
         RUNS=runs,
         FANOUT=tree.FANOUT,
+        EXTRA=forests.EXTRA,
         BLOCK_D=score_columns(dim),
         BLOCK=BLOCK,
         PRECISION=exact_products(q),

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.chunk_attention import forest as forests
 from rwkvx_kernels.chunk_attention import tree
 from rwkvx_kernels.triton_device import device_kind
 
@@ -41,6 +42,7 @@ def tree_constants(forest: list[Tensor], topk: int) -> dict[str, int]:
         "RUN": tree.RUN,
         "GROWTH": tree.GROWTH,
         "FANOUT": tree.FANOUT,
+        "EXTRA": forests.EXTRA,
         "DENSE": tree.DENSE_NODES,
         "WHOLE": tree.scored_whole(topk),
     }
@@ -103,24 +105,23 @@ def scores_of(
     p_q, m_q, p_x, m_x,
     LEVEL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products of rows with chunk means, or with the best corners of boxes (`tree.box_queries`).
+    """Products of rows with chunk means, or with nodes (`tree.node_queries`).
 
     `BLOCK_D` columns at a time: exact products of float32 fill the registers with more.
     """
     b_score = tl.zeros((p_q.shape[0], p_x.shape[0]), tl.float32)
+    b_square = tl.zeros((p_q.shape[0],), tl.float32)
     for i_d in range(0, D, BLOCK_D):
         o_d = i_d + tl.arange(0, BLOCK_D)
         m_row = m_q[:, None] & (o_d < D)[None, :]
         b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_row, other=0.0).to(tl.float32)
         m_column = m_x[None, :] & (o_d < D)[:, None]
-        p_column = p_x[None, :] + o_d[:, None]
-        b_x = tl.load(p_column, mask=m_column, other=0.0)
-        if LEVEL == 0:
-            b_score = tl.dot(b_q, b_x, b_score, input_precision=PRECISION)
-        else:
-            b_score = tl.dot(tl.maximum(b_q, 0.0), b_x, b_score, input_precision=PRECISION)
-            b_low = tl.load(p_column + D, mask=m_column, other=0.0)
-            b_score = tl.dot(tl.minimum(b_q, 0.0), b_low, b_score, input_precision=PRECISION)
+        b_x = tl.load(p_x[None, :] + o_d[:, None], mask=m_column, other=0.0)
+        b_score = tl.dot(b_q, b_x, b_score, input_precision=PRECISION)
+        b_square += tl.sum(b_q * b_q, axis=1)
+    if LEVEL > 0:
+        b_radius = tl.load(p_x + D, mask=m_x, other=0.0)
+        b_score += tl.sqrt(b_square)[:, None] * b_radius[None, :]
     return b_score
 
 
@@ -131,7 +132,7 @@ def _best_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     SLOTS: tl.constexpr, CHUNK: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr,
     RUNS: tl.constexpr, LEVELS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constexpr,
-    FANOUT: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
+    FANOUT: tl.constexpr, EXTRA: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
@@ -167,11 +168,11 @@ def _best_kernel(
         b_stop = o_t * 0 + stop
     for i_c in range(root, stop, BLOCK_C):
         o_c = i_c + tl.arange(0, BLOCK_C)
-        o_place = i_n * members + o_c
+        p_x = p_table + (i_n * members + o_c) * D
         if LEVEL > 0:
             o_run = run_of(o_c * FANOUT**LEVEL, P, RUNS, RUN, GROWTH)
-            o_place = ((o_run.to(tl.int64) * groups + i_n) * members + o_c) * 2
-        p_x = p_table + o_place * D
+            o_place = (o_run.to(tl.int64) * groups + i_n) * members + o_c
+            p_x = p_table + o_place * (D + EXTRA)
         b_score = scores_of(p_q + o_row * D, m_t, p_x, o_c < stop, LEVEL, D, BLOCK_D, PRECISION)
         m_c = o_c[None, :] < b_stop[:, None]
         b_packed = pack(b_score, WIDTH * FANOUT + o_c - root, m_c, LOWEST)
@@ -213,7 +214,7 @@ def best_members(
 
     Args:
         q: [B, T, H, D], contiguous, at positions first ... first + T - 1.
-        table: means [B, G, C, D] for level 0, boxes [S, N, M, 2 D] above; float32, contiguous.
+        table: means [B, G, C, D] for level 0, nodes [S, N, M, D + EXTRA] above; float32, contiguous.
         forest: of the means (forest.py); [] if every chunk is scored.
         kept: [B, T, H, W] int32 entries of the level above; None at the highest.
         scores: [B, T, H, W · FANOUT] float32 of their children.
@@ -231,7 +232,7 @@ def best_members(
     groups, chunks = (table.shape[1], table.shape[2]) if not level else (0, 0)
     if forest:
         groups, chunks = forest[0].shape[1] // batch, forest[0].shape[2]
-    # Long lists and what is read of children fill the registers; a box is two rows.
+    # Long lists and what is read of children fill the registers.
     inner = level > 0 and kept is not None
     stages = 3 if not forest else 1 if inner or keep > 64 else 2
     warps = 8 if dim > 64 or kept is not None else 4

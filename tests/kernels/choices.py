@@ -36,8 +36,8 @@ def wide_forest(means_BGCD: Tensor, chunks: int) -> list[Tensor]:
     means = means_BGCD.flatten(0, 1).double()
     grown = forest.room_for(means)
     forest.grow(grown, means, 0, chunks)
-    order, *boxes = grown.tensors()
-    return [order, *(x.float() for x in boxes)]
+    order, *nodes = grown.tensors()
+    return [order, *(x.float() for x in nodes)]
 
 
 def check_choice(tokens: int, queries: int, topk: int, **sizes: int) -> None:

@@ -20,7 +20,7 @@ from rwkvx_kernels.chunk_attention import (
     tree,
 )
 from rwkvx_kernels.chunk_attention.cpu_largest import largest
-from rwkvx_kernels.chunk_attention.tree import FANOUT, RUN, ChunkTree, box_queries, trees_of
+from rwkvx_kernels.chunk_attention.tree import FANOUT, RUN, ChunkTree, node_queries, trees_of
 
 COARSE = "coarse_to_fine"
 
@@ -42,17 +42,18 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_tree(built: ChunkTree, means: Tensor) -> None:
-    """Every chunk once, within its run; every box a part of the way from the mean to the hull."""
+    """Every chunk once, within its run; every node the mean and 0.3 of the farthest distance."""
     assert torch.equal(built.order_NP.sort(dim=1)[0][0], torch.arange(built.chunks))
-    for level, boxes in enumerate(built.boxes, 1):
-        size, part = FANOUT**level, 0.4 if level == 1 else 0.5
-        assert boxes.shape[1] == built.chunks // size
-        for node in range(boxes.shape[1]):
+    for level, nodes in enumerate(built.nodes, 1):
+        size = FANOUT**level
+        assert nodes.shape[1] == built.chunks // size
+        for node in range(nodes.shape[1]):
             members = built.order_NP[0, node * size : (node + 1) * size]
             assert int(members.max() - members.min()) < max(size, built.chunks)
             own = means[0, members]
-            high, low = (part * x + (1 - part) * own.mean(0) for x in (own.amax(0), own.amin(0)))
-            assert torch.allclose(boxes[0, node], torch.cat([high, low]))
+            farthest = torch.cdist(own.mean(0)[None], own).amax()
+            assert torch.allclose(nodes[0, node, :-1], own.mean(0))
+            assert torch.allclose(nodes[0, node, -1], 0.3 * farthest)
 
 
 def test_tree_by_hand() -> None:
@@ -85,17 +86,19 @@ def test_growing_is_building(steps: list[int]) -> None:
         grown = grow(chunks)
     whole = trees_of(means)(1536)
     assert torch.equal(grown.order_NP, whole.order_NP)
-    for a, b in zip(grown.boxes, whole.boxes, strict=True):
+    for a, b in zip(grown.nodes, whole.nodes, strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
 
 
-def test_box_queries_bound_what_is_in_the_box() -> None:
+def test_node_queries_bound_what_is_in_the_node() -> None:
+    """With the whole radius; and a point that far away reaches the bound."""
     q, points = torch.randn(7, 5).double(), torch.randn(40, 5).double()
-    box = torch.cat([points.amax(0), points.amin(0)])
-    bound = box_queries(q) @ box
+    centre = points.mean(0)
+    radius = torch.cdist(centre[None], points).amax()
+    bound = node_queries(q) @ torch.cat([centre, radius[None]])
     assert (bound >= (q @ points.T).amax(1)).all()
-    corner = torch.where(q > 0, points.amax(0), points.amin(0))
-    assert torch.allclose(bound, (q * corner).sum(1))
+    reached = centre + radius * q / q.norm(dim=1, keepdim=True)
+    assert torch.allclose(bound, (q * reached).sum(1))
 
 
 @pytest.mark.usefixtures("narrow")
@@ -202,9 +205,10 @@ def test_largest_of_a_row(dtype: torch.dtype, count: int, wanted: int) -> None:
     torch.manual_seed(0)
     for scores in (torch.randn(50, 1088).to(dtype), torch.randint(4, (50, 1088)).to(dtype)):
         index = torch.full((wanted + 1,), 7)
-        maxima = torch.empty(64, dtype=dtype).numpy()
+        scratch = [torch.empty(2, 1088, dtype=dtype), torch.empty(1088, dtype=torch.int64)]
         for row in range(50):
-            largest(scores.numpy(), row, count, wanted, index.numpy(), maxima)
+            arrays = [x.numpy() for x in (index, *scratch)]
+            largest(scores.numpy(), row, count, wanted, *arrays)
             got = index[:wanted][index[:wanted] >= 0]
             assert got.max() < count
             assert len(set(got.tolist())) == len(got) == min(count, wanted)
