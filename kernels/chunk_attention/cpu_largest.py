@@ -40,10 +40,12 @@ def largest(scores, row, count, wanted, index, candidates, places):
     for i in range(count, blocks * LANES):
         scores[row, i] = -np.inf
     if wanted > LANES or count < 2 * LANES:
-        _halve(scores, row, count, wanted, index)
+        low, high = _bounds(scores, row, count)
+        _halve(scores, row, count, wanted, low, high, index)
         return
-    _largest_of_lanes(scores, row, blocks, candidates)
-    least, found = _reached(candidates, wanted), 0
+    _largest_of_lanes(scores, row, blocks, candidates)  # type: ignore[call-arg]
+    low, high = _bounds(candidates, 1, LANES)
+    least, found = _reached(candidates, wanted, low, high), 0
     for block in range(blocks):
         bits: int = _not_below(scores, row, block * LANES, least)  # type: ignore[call-arg]
         while bits:
@@ -53,7 +55,7 @@ def largest(scores, row, count, wanted, index, candidates, places):
     for i in range(found, -(-found // LANES) * LANES):
         candidates[0, i] = -np.inf
     if found > wanted:
-        _halve(candidates, 0, found, wanted, index)
+        _halve(candidates, 0, found, wanted, least, high, index)
         for i in range(wanted):
             index[i] = places[index[i]]
     else:
@@ -62,39 +64,30 @@ def largest(scores, row, count, wanted, index, candidates, places):
 
 
 @order_free
-def _largest_of_lanes(scores, row, blocks, candidates):
-    for i in range(LANES):
-        candidates[1, i] = scores[row, i]
-    for block in range(1, blocks):
-        for i in range(LANES):
-            candidates[1, i] = max(candidates[1, i], scores[row, block * LANES + i])
+def _bounds(scores, row, count):
+    """The smallest and the largest."""
+    low, high = scores[row, 0], scores[row, 0]
+    for i in range(count):
+        low, high = min(low, scores[row, i]), max(high, scores[row, i])
+    return low, high
 
 
 @order_free
-def _reached(candidates, wanted):
+def _reached(candidates, wanted, low, high):
     """A number that `wanted` lanes reach, and not many more."""
-    low, high = candidates[1, 0], candidates[1, 0]
-    for i in range(LANES):
-        low, high = min(low, candidates[1, i]), max(high, candidates[1, i])
     for _ in range(ROUGH_STEPS):
         middle = low + (high - low) * candidates.dtype.type(0.5)
         reached = _bits(_not_below(candidates, 1, 0, middle))  # type: ignore[call-arg]
-        if reached >= wanted:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if reached >= wanted else (low, middle)
         if reached == wanted:
             break
     return low
 
 
 @order_free
-def _halve(scores, row, count, wanted, index):
-    """`largest`, of more scores than wanted, all of them candidates."""
+def _halve(scores, row, count, wanted, low, high, index):
+    """`largest`, of more scores than wanted, all of them from `low` to `high`."""
     blocks = -(-count // LANES)
-    low, high = scores[row, 0], scores[row, 0]
-    for i in range(count):
-        low, high = min(low, scores[row, i]), max(high, scores[row, i])
     for _ in range(STEPS):
         middle, above = low + (high - low) * scores.dtype.type(0.5), 0
         for block in range(blocks):
@@ -119,6 +112,38 @@ def _halve(scores, row, count, wanted, index):
         index[i] = i
 
 
+def _load(builder, data):
+    """A vector of LANES numbers."""
+    lanes = ir.VectorType(data.type.pointee, LANES)
+    return builder.load(builder.bitcast(data, lanes.as_pointer()), align=4)
+
+
+@intrinsic
+def _largest_of_lanes(context, scores, row, blocks, candidates):
+    """candidates[1, i] = the largest of scores[row, i], scores[row, i + LANES], ..."""
+
+    def make(context, builder, signature, args):
+        arrays = (
+            context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 3)
+        )
+        index = ir.IntType(64)
+        source, target = (
+            cgutils.get_item_pointer(context, builder, signature.args[i], array, [at, index(0)])
+            for i, array, at in zip((0, 3), arrays, (args[1], index(1)), strict=True)
+        )
+        largest = cgutils.alloca_once_value(builder, _load(builder, source))
+        with cgutils.for_range_slice(builder, index(1), args[2], index(1), index) as (block, _):
+            place = builder.gep(source, [builder.mul(block, index(LANES))])
+            new, old = _load(builder, place), builder.load(largest)
+            greater = builder.fcmp_ordered(">", new, old)
+            builder.store(builder.select(greater, new, old), largest)
+        result = builder.load(largest)
+        builder.store(result, builder.bitcast(target, result.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.none(scores, types.int64, types.int64, candidates), make
+
+
 def _comparison(name):
     """Bit i of an int64: how x[row, start + i] compares with a threshold."""
 
@@ -126,10 +151,9 @@ def _comparison(name):
     def compare(context, x, row, start, threshold):
         def make(context, builder, signature, args):
             array = context.make_array(signature.args[0])(context, builder, args[0])
-            lanes = ir.VectorType(context.get_value_type(signature.args[0].dtype), LANES)
             place = cgutils.get_item_pointer(context, builder, signature.args[0], array, args[1:3])
-            values = builder.load(builder.bitcast(place, lanes.as_pointer()), align=4)
-            undefined = ir.Constant(lanes, ir.Undefined)
+            values = _load(builder, place)
+            undefined = ir.Constant(values.type, ir.Undefined)
             one = builder.insert_element(undefined, args[3], ir.IntType(32)(0))
             zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
             wide = builder.shuffle_vector(one, undefined, zeros)
