@@ -17,14 +17,13 @@ from rwkvx_kernels.chunk_attention.cpu_largest import LANES, largest
 from rwkvx_kernels.chunk_attention.tree import FANOUT, ChunkTree, node_queries
 from rwkvx_kernels.compiled import array_at, in_threads, loop, order_free, read_ahead
 
-# Rows that descend together, a quarter of the nodes of level 1 within these bounds: many share a
-# node that was read; few, and their scores stay in the second-level cache.
-TILE_ROWS = (128, 512)
+# Rows that descend together: many share a node that was read.
+TILE_ROWS = 512
 # Rows that meet a node's children together, which are loaded once for all of them.
 ROWS = 4
 # Sums that a score of a single row is made of: one would wait for each addition to end.
 SUMS = 8
-# Fewer rows than this do not pay for laying out a node's children.
+# Fewer rows than this do not pay for laying out the chunks after the tree.
 FEW_ROWS = 10
 # A pair of row and slot is row · SLOTS + slot.
 SLOTS = 1 << 16
@@ -51,16 +50,15 @@ def descend(
     groups, rows, _ = q_NQD.shape
     chosen = torch.empty((groups, rows, slots), dtype=torch.int64)
     late = (offset + (rows - 1) // heads) // chunk_size - tree.chunks
-    nodes = [x.contiguous() for x in tree.nodes]
-    leaves = np.concatenate([_addresses(run, 1) for run in tree.leaves], axis=1)
+    leaves = np.concatenate([_addresses(run) for run in tree.leaves], axis=1)
     tail = means_NCD[:, tree.chunks : tree.chunks + late].contiguous()
-    tables = [leaves, *(_addresses(x) for x in nodes), _addresses(tail)]
+    tables = [leaves, *(_addresses(x) for x in tree.nodes), _addresses(tail, FANOUT)]
     ends = np.cumsum([0, *(x.shape[1] for x in tables)])
-    sizes = np.array([tree.chunks, *(x.shape[1] for x in nodes), late], np.int64)
+    levels = range(len(tree.nodes) + 1)
+    sizes = np.array([*(tree.chunks // FANOUT**level for level in levels), late], np.int64)
     kept = np.array([slots, *widths], np.int64)
     arrays = [x.contiguous().numpy() for x in (node_queries(q_NQD), tree.order_NP)]
-    tile = min(max(TILE_ROWS[0], nodes[0].shape[1] // 4), TILE_ROWS[1])
-    tile = min(tile, max(1, -(-groups * rows // torch.get_num_threads())))
+    tile = min(TILE_ROWS, max(1, -(-groups * rows // torch.get_num_threads())))
     arguments = (tile, offset, heads, chunk_size, tree.first_level, kept, sizes, ends)
     everything = (*arguments, np.concatenate(tables, axis=1), *arrays, chosen.numpy())
     units = groups * -(-rows // tile)
@@ -71,8 +69,8 @@ def descend(
     return chosen
 
 
-def _addresses(x_NM: Tensor, block: int = FANOUT) -> np.ndarray:
-    """Where each block of members of each group begins: [N, M / block rounded up]."""
+def _addresses(x_NM: Tensor, block: int = 1) -> np.ndarray:
+    """Where every so many of M begin, for each group: [N, M / block rounded up]."""
     first = np.arange(0, x_NM.shape[1], block) * x_NM.stride(1)
     group = np.arange(len(x_NM))[:, None] * x_NM.stride(0)
     result: np.ndarray = x_NM.data_ptr() + (group + first) * x_NM.element_size()
@@ -92,7 +90,7 @@ def _descend(
     kept, index = np.empty((tile, most), np.int64), np.empty(most + 1, np.int64)
     scores, pairs = np.empty((tile, columns), q.dtype), np.empty(tile * most, np.int64)
     candidates, places = np.empty((2, columns), q.dtype), np.empty(columns, np.int64)
-    table, everyone = np.empty((dim + 1, FANOUT), q.dtype), np.arange(tile) * SLOTS
+    table, everyone = np.empty((dim, FANOUT), q.dtype), np.arange(tile) * SLOTS
     for unit in range(first, last):
         n, begin = unit // tiles, unit % tiles * tile
         mine = q[n, begin : min(rows, begin + tile)]
@@ -100,11 +98,11 @@ def _descend(
         for level in range(first_level, 0, -1):
             members, children = sizes[level], width * FANOUT
             blocks = addresses[n, ends[level] : ends[level + 1]]
-            _children(mine, kept, width, blocks[:parents], dim + 1, False, table, pairs, scores)
+            _children(mine, kept, width, blocks[:parents], dim + 1, pairs, scores)
             for i in range(parents, len(blocks)):  # without a parent
-                block = array_at(blocks[i], (min(FANOUT, members - i * FANOUT), dim + 1), table)
+                block = array_at(blocks[i], (dim + 1, FANOUT), scores)
                 place = children + (i - parents) * FANOUT
-                _meet(mine, everyone[: len(mine)], block, table, scores, place)
+                _score_pairs(mine, everyone[: len(mine)], block, scores, place)
             count = children + members - parents * FANOUT
             keep = min(widths[level], count)
             for row in range(len(mine)):
@@ -116,9 +114,9 @@ def _descend(
             width, parents = keep, members
         children = width * FANOUT
         blocks, tail = addresses[n, : ends[1]], addresses[n, ends[levels + 1] :]
-        _children(mine, kept, width, blocks, dim, True, table, pairs, scores)
+        _children(mine, kept, width, blocks, dim, pairs, scores)
         for i in range(len(tail)):
-            block = array_at(tail[i], (min(FANOUT, late - i * FANOUT), dim), table)
+            block = array_at(tail[i], (min(FANOUT, late - i * FANOUT), dim), scores)
             _meet(mine, everyone[: len(mine)], block, table, scores, children + i * FANOUT)
         for row in range(len(mine)):
             past = (offset + (begin + row) // heads) // chunk_size
@@ -141,11 +139,9 @@ def _member(column, kept, row, children, parentless):
 
 
 @loop
-def _children(q, kept, width, blocks, columns, laid_out, table, pairs, scores):
-    """Scores of the children of each row's nodes: F columns of `scores` for each of them.
-
-    Blocks are [F, columns], or `laid_out` as [columns, F].
-    """
+def _children(q, kept, width, blocks, columns, pairs, scores):
+    """Scores of the children of each row's nodes, blocks [columns, F]: F columns of `scores` for
+    each of them."""
     stops = np.zeros(len(blocks) + 1, np.int64)
     for row in range(len(q)):
         for i in range(width):
@@ -157,7 +153,7 @@ def _children(q, kept, width, blocks, columns, laid_out, table, pairs, scores):
         for i in range(width):
             pairs[place[kept[row, i]]] = row * SLOTS + i
             place[kept[row, i]] += 1
-    size = FANOUT * columns * table.itemsize
+    size = FANOUT * columns * scores.itemsize
     for node in range(len(blocks)):
         if stops[node] == stops[node + 1]:
             continue
@@ -167,20 +163,17 @@ def _children(q, kept, width, blocks, columns, laid_out, table, pairs, scores):
         if following < len(blocks):
             read_ahead(blocks[following], size)
         mine = pairs[stops[node] : stops[node + 1]]
-        if laid_out:
-            _score_pairs(q, mine, array_at(blocks[node], (columns, FANOUT), table), scores, 0)
-        else:
-            _meet(q, mine, array_at(blocks[node], (FANOUT, columns), table), table, scores, 0)
+        _score_pairs(q, mine, array_at(blocks[node], (columns, FANOUT), scores), scores, 0)
 
 
 @loop
 def _meet(q, pairs, block, table, scores, column):
-    """Scores of a block of members [F or fewer, E], for pair (row, i) at F i + `column`."""
+    """As `_score_pairs`, of members that are not laid out: [F or fewer, E]."""
     if len(pairs) >= FEW_ROWS:
         for f in range(len(block)):
             for e in range(block.shape[1]):
                 table[e, f] = block[f, e]
-        _score_pairs(q, pairs, table[: block.shape[1]], scores, column)
+        _score_pairs(q, pairs, table, scores, column)
         return
     for p in range(len(pairs)):
         row, slot = pairs[p] // SLOTS, pairs[p] % SLOTS
@@ -189,7 +182,7 @@ def _meet(q, pairs, block, table, scores, column):
 
 @loop
 def _score_pairs(q, pairs, table, scores, column):
-    """As `_meet`, of members laid out as [E, F]."""
+    """Scores of the F members of a table [E, F], for pair (row, i) at F i + `column`."""
     # No slices in here: each would count a reference, which costs as much as the scores.
     together = len(pairs) // ROWS * ROWS
     for p in range(0, together, ROWS):

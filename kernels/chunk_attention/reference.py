@@ -54,7 +54,7 @@ def competing_chunks(q_NTD: Tensor, means_NCD: Tensor, own_T: Tensor, topk: int)
         q_NQE = node_queries(q_NTD[:, queries])
         kept = q_NQE.new_zeros((*q_NQE.shape[:2], 0), dtype=torch.bool)
         for level in range(tree.first_level, 0, -1):
-            scores = q_NQE @ tree.nodes[level - 1].transpose(1, 2)
+            scores = q_NQE @ tree.level(level).transpose(1, 2)
             candidate = kept.repeat_interleave(FANOUT, dim=2)
             roots = scores.shape[2] - candidate.shape[2]
             candidate = torch.nn.functional.pad(candidate, (0, roots), value=True)

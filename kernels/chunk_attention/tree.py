@@ -53,9 +53,10 @@ class ChunkTree(NamedTuple):
     Attributes:
         order_NP: [N, P] int64, chunk numbers in the order of the leaves: node i of level j holds
             order_NP[:, i · FANOUT^j : (i + 1) · FANOUT^j].
-        nodes: for levels 1, 2, ...: [N, M, D + 1], to be multiplied with `node_queries`.
-        leaves: for each run: [N, chunks of the run / FANOUT, D, FANOUT], its means in the order of
-            the leaves, so that what a query reads of a node lies together, one chunk to a lane.
+        nodes: for levels 1, 2, ...: M of them, in blocks (`blocks_of`) of D + 1 columns, to be
+            multiplied with `node_queries`.
+        leaves: for each run: its means in the order of the leaves, in blocks of D columns, so that
+            what a query reads of a node lies together, one chunk to a lane.
     """
 
     order_NP: Tensor
@@ -66,6 +67,10 @@ class ChunkTree(NamedTuple):
     def chunks(self) -> int:
         """P."""
         return self.order_NP.shape[1]
+
+    def level(self, level: int) -> Tensor:
+        """The nodes of a level as rows: [N, M, D + 1]."""
+        return rows_of(self.nodes[level - 1], self.chunks // FANOUT**level)
 
     @property
     def first_level(self) -> int:
@@ -136,16 +141,16 @@ def grow_tree(tree: ChunkTree, means_NCD: Tensor, chunks: int) -> ChunkTree:
         for first in range(max(start, kept), stop, size):
             order = order_by_likeness(means_NCD[:, first : first + size], size) + first
             orders.append(order)
-            members = _in_order(means_NCD, order).unflatten(1, (-1, FANOUT))
-            leaves.append(members.transpose(2, 3).contiguous())
+            leaves.append(blocks_of(_in_order(means_NCD, order)))
     order_NP = torch.cat(orders, dim=1)
     nodes = []
     size, level = FANOUT, 1
     while size <= chunks:
-        old = tree.nodes[level - 1][:, : kept // size] if level <= len(tree.nodes) else None
-        first = 0 if old is None else old.shape[1] * size
-        new = nodes_of(means_NCD, order_NP[:, first : chunks // size * size], size)
-        nodes.append(new if old is None else torch.cat([old, new], dim=1))
+        first = kept // size
+        new = nodes_of(means_NCD, order_NP[:, first * size : chunks // size * size], size)
+        if first:
+            new = torch.cat([tree.level(level)[:, :first], new], dim=1)
+        nodes.append(blocks_of(new))
         size, level = size * FANOUT, level + 1
     return ChunkTree(order_NP, tuple(nodes), tuple(leaves))
 
@@ -191,6 +196,17 @@ def order_by_likeness(means_NCD: Tensor, run: int) -> Tensor:
 
 def _in_order(means_NCD: Tensor, order_NP: Tensor) -> Tensor:
     return means_NCD.gather(1, order_NP.unsqueeze(-1).expand(-1, -1, means_NCD.shape[-1]))
+
+
+def blocks_of(x_NMD: Tensor) -> Tensor:
+    """Members by `FANOUT`, one to a lane: [N, M / FANOUT, D, FANOUT], the last block with zeros."""
+    x_NMD = torch.nn.functional.pad(x_NMD, (0, 0, 0, -x_NMD.shape[1] % FANOUT))
+    return x_NMD.unflatten(1, (-1, FANOUT)).transpose(2, 3).contiguous()
+
+
+def rows_of(blocks: Tensor, members: int) -> Tensor:
+    """The first `members` of `blocks_of`: [N, M, D]."""
+    return blocks.transpose(2, 3).flatten(1, 2)[:, :members]
 
 
 def nodes_of(means_NCD: Tensor, order_NP: Tensor, size: int) -> Tensor:

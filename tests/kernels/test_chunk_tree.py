@@ -44,8 +44,8 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 def check_tree(built: ChunkTree, means: Tensor) -> None:
     """Every chunk once, within its run; every node the mean and 0.3 of the farthest distance."""
     assert torch.equal(built.order_NP.sort(dim=1)[0][0], torch.arange(built.chunks))
-    for level, nodes in enumerate(built.nodes, 1):
-        size = FANOUT**level
+    for level in range(1, len(built.nodes) + 1):
+        size, nodes = FANOUT**level, built.level(level)
         assert nodes.shape[1] == built.chunks // size
         for node in range(nodes.shape[1]):
             members = built.order_NP[0, node * size : (node + 1) * size]

@@ -98,7 +98,8 @@ def test_growing_is_building(cuts: list[int]) -> None:
             for i, run in reversed(list(enumerate(forest.run_lengths(length)))):
                 stop = length // run * run
                 assert torch.equal(kept.order_SNC[i, :, start:stop], built.order_NP[:, start:stop])
-                for level, nodes in enumerate(built.nodes, 1):
+                for level in range(1, len(built.nodes) + 1):
+                    nodes = built.level(level)
                     part = slice(start // tree.FANOUT**level, stop // tree.FANOUT**level)
                     got = kept.nodes[level - 1][i][:, part, : nodes.shape[2]]
                     assert torch.allclose(got, nodes[:, part])
