@@ -186,9 +186,9 @@ def _score_pairs(q, pairs, table, scores, column):
     # No slices in here: each would count a reference, which costs as much as the scores.
     together = len(pairs) // ROWS * ROWS
     for p in range(0, together, ROWS):
-        _score_together(q, pairs, p, table, scores, column)  # type: ignore[call-arg]
+        _score_together(q, pairs, p, table, scores, column)
     for p in range(together, len(pairs)):
-        _score_alone(q, pairs, p, table, scores, column)  # type: ignore[call-arg]
+        _score_alone(q, pairs, p, table, scores, column)
 
 
 def _scorer(rows, sums):
@@ -222,9 +222,7 @@ def _scorer(rows, sums):
             ]
 
             def add(e, which):
-                place = builder.gep(
-                    table_array.data, [builder.mul(e, ir.Constant(index, FANOUT))]
-                )
+                place = builder.gep(table_array.data, [builder.mul(e, ir.Constant(index, FANOUT))])
                 values = builder.load(builder.bitcast(place, lanes.as_pointer()), align=4)
                 for query, total in zip(queries, totals, strict=True):
                     x = builder.load(builder.gep(query, [e]))

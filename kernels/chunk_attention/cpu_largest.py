@@ -47,7 +47,7 @@ def largest(scores, row, count, wanted, index, candidates, places):
     low, high = _bounds(candidates, 1, LANES)
     least, found = _reached(candidates, wanted, low, high), 0
     for block in range(blocks):
-        bits: int = _not_below(scores, row, block * LANES, least)  # type: ignore[call-arg]
+        bits: int = _not_below(scores, row, block * LANES, least)
         while bits:
             place = block * LANES + trailing_zeros(bits)
             candidates[0, found], places[found] = scores[row, place], place
@@ -77,7 +77,7 @@ def _reached(candidates, wanted, low, high):
     """A number that `wanted` lanes reach, and not many more."""
     for _ in range(ROUGH_STEPS):
         middle = low + (high - low) * candidates.dtype.type(0.5)
-        reached = _bits(_not_below(candidates, 1, 0, middle))  # type: ignore[call-arg]
+        reached: int = _bits(_not_below(candidates, 1, 0, middle))  # type: ignore[call-arg]
         low, high = (middle, high) if reached >= wanted else (low, middle)
         if reached == wanted:
             break
@@ -101,9 +101,9 @@ def _halve(scores, row, count, wanted, low, high, index):
             low = middle
     found = 0
     for block in range(blocks):
-        bits: int = _above(scores, row, block * LANES, high)  # type: ignore[call-arg]
+        bits: int = _above(scores, row, block * LANES, high)
         while bits:
-            index[found] = block * LANES + trailing_zeros(bits)
+            index[found] = block * LANES + trailing_zeros(bits)  # type: ignore[call-arg]
             bits, found = bits & (bits - 1), found + 1
     for i in range(count if found < wanted else 0):  # equal, as far as numbers can tell
         if low <= scores[row, i] <= high and found < wanted:
@@ -123,9 +123,7 @@ def _largest_of_lanes(context, scores, row, blocks, candidates):
     """candidates[1, i] = the largest of scores[row, i], scores[row, i + LANES], ..."""
 
     def make(context, builder, signature, args):
-        arrays = (
-            context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 3)
-        )
+        arrays = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 3))
         index = ir.IntType(64)
         source, target = (
             cgutils.get_item_pointer(context, builder, signature.args[i], array, [at, index(0)])

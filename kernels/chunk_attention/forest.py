@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rwkvx_kernels.chunk_attention import tree
 
-# What a node's row has after its mean: the part of the radius, and room that nobody reads, so that rows are whole
-# multiples of 16 bytes.
+# What a node's row has after its mean: the part of the radius, and room that nobody reads, so that
+# rows are whole multiples of 16 bytes.
 EXTRA = 4
 
 

@@ -214,7 +214,8 @@ def best_members(
 
     Args:
         q: [B, T, H, D], contiguous, at positions first ... first + T - 1.
-        table: means [B, G, C, D] for level 0, nodes [S, N, M, D + EXTRA] above; float32, contiguous.
+        table: means [B, G, C, D] for level 0, nodes [S, N, M, D + EXTRA] above; float32,
+            contiguous.
         forest: of the means (forest.py); [] if every chunk is scored.
         kept: [B, T, H, W] int32 entries of the level above; None at the highest.
         scores: [B, T, H, W · FANOUT] float32 of their children.

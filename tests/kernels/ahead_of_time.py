@@ -232,14 +232,17 @@ def _compile(sender: Connection, launch: Launch, case: str, target: str) -> None
         sender.send(" ".join(str(error).split())[:500])
 
 
-def tasks(families: list[str], targets: list[str], quick: bool) -> Iterator[tuple[Any, ...]]:
-    """Every different launch of the cases, once for each target."""
+def tasks(
+    families: list[str], targets: list[str], quick: bool, kernels: list[str] | None = None
+) -> Iterator[tuple[Any, ...]]:
+    """Every different launch of the cases, or those of some kernels, once for each target."""
     for family in families:
         for target in targets:
             seen: set[str] = set()
             for i_case, case in enumerate(_cases(family, quick)):
                 for i_launch, launch in enumerate(record(case.call, TARGETS[target])):
-                    if launch.key not in seen:
+                    wanted = kernels is None or launch.kernel.__name__ in kernels
+                    if wanted and launch.key not in seen:
                         seen.add(launch.key)
                         yield family, target, quick, i_case, i_launch
 
@@ -249,6 +252,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("families", nargs="+", metavar="FAMILY", help="such as wkv7")
     parser.add_argument("--targets", default=",".join(TARGETS), help="of: %(default)s")
+    parser.add_argument("--kernels", help="only these, such as _best_kernel,_score_kernel")
     parser.add_argument("--quick", action="store_true", help="only the cases marked quick")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time")
     parser.add_argument("--json", type=Path, help="write what was found here")
@@ -257,7 +261,9 @@ def main() -> int:
         parser.error("nothing can be compiled under TRITON_INTERPRET")
     results = []
     with ProcessPoolExecutor(options.jobs) as pool:
-        work = list(tasks(options.families, options.targets.split(","), options.quick))
+        targets, kernels = options.targets.split(","), options.kernels
+        kernels = kernels.split(",") if kernels else None
+        work = list(tasks(options.families, targets, options.quick, kernels))
         for result in pool.map(_run, work):
             results.append(result)
             words = "; ".join(result.problems) or "ok"

@@ -62,7 +62,7 @@ def test_choice_by_two_levels() -> None:
 
 
 def test_choice_with_the_usual_beam() -> None:
-    check_choice(1800, 5, 8, heads=1, groups=1, dim=40)
+    check_choice(2700, 5, 8, heads=1, groups=1, dim=40)
 
 
 @pytest.mark.usefixtures("narrow")
