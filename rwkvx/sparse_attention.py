@@ -5,6 +5,8 @@ that of "Optimizing Mixture of Block Attention" (arXiv 2511.11571).
 Axes: B batch, T time, C width, H query heads, G key/value heads, N head size, W convolution width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,23 @@ from rwkvx_kernels.chunk_attention import (
     cached_chunk_attention,
     chunk_attention,
 )
+
+UNDEFINED = (
+    "gradients do not flow into a filled attention cache: start from state.recurrent(), or run "
+    "under torch.no_grad()"
+)
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """What was computed without a gradient: refuses to have one, but only when it is asked."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, like: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise InputError(UNDEFINED)
 
 
 class SparseAttention(nn.Module):
@@ -53,8 +72,7 @@ class SparseAttention(nn.Module):
         Returns:
             output [B, T, C], cached, conv.
 
-        Raises:
-            InputError: gradients through a non-empty cache are not defined.
+        Gradients through a filled cache are not defined: asking for them is an InputError.
         """
         q, k, v = self.receptance(x), self.key(x), self.value(x)
         y, cached, conv = self.attend(q, k, v, cached, conv, cu_seqlens, keep_cache)
@@ -72,16 +90,17 @@ class SparseAttention(nn.Module):
     ) -> tuple[Tensor, tuple[CachedRows, ...], Tensor | None]:
         """`forward` between its projections: q [B, T, C], k and v [B, T, G·N] -> y [B, T, C]."""
         size, selection = self.config.head_size, self.config.selection
+        training = torch.is_grad_enabled() and q.requires_grad
+        filled = any(length for _, length in cached)
+        if training and filled:
+            if torch.compiler.is_compiling():
+                raise InputError(UNDEFINED)
+            with torch.no_grad():
+                y, cached, conv = self.attend(q, k, v, cached, conv, cu_seqlens, keep_cache)
+            return _WithoutGradient.apply(y, q), cached, conv
         if conv is not None:
             k, conv = self._convolve(k, conv, cu_seqlens)
         q, k, v = (z.to(q.dtype).unflatten(-1, (-1, size)) for z in (q, k, v))
-        training = torch.is_grad_enabled() and q.requires_grad
-        filled = (training or not keep_cache) and any(length for _, length in cached)
-        if training and filled:
-            raise InputError(
-                "gradients do not flow into a filled attention cache: start from "
-                "state.recurrent(), or run under torch.no_grad()"
-            )
         if training or not (keep_cache or filled):
             shape = (self.config.chunk_size, self.topk)
             y = chunk_attention(q, k, v, *shape, cu_seqlens, selection=selection)

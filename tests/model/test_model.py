@@ -210,6 +210,19 @@ def test_a_state_without_cache_starts_attention_anew() -> None:
     assert error(model(ids, dropped)[0].detach(), model(ids, kept.recurrent())[0].detach()) < 1e-12
 
 
+def test_reading_on_needs_no_switch() -> None:
+    """Without `torch.no_grad()` too, a state may be continued, forked, and read on by tokens."""
+    model, ids = random_model(variant("key_conv")), random_ids(60)
+    with torch.no_grad():
+        expected, _ = model(ids)
+    first, state = model(ids[:, :40])
+    parts, last = [first, model(ids[:, 40:50], state)[0]], model(ids[:, 40:50], state)[1]
+    for t in range(50, 60):
+        logits, last = model(ids[:, t : t + 1], last)
+        parts.append(logits)
+    assert error(torch.cat(parts, dim=1).detach(), expected) < 1e-11
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_narrow_weights(dtype: torch.dtype) -> None:
@@ -276,7 +289,7 @@ def test_bad_states_and_offsets() -> None:
     with pytest.raises(InputError, match="batch size 1"):
         model(ids, cu_seqlens=torch.tensor([0, 20]))
     with pytest.raises(InputError, match=r"recurrent\(\)"):
-        model(ids, state)  # with gradients
+        model(ids, state)[0].sum().backward()
 
 
 def test_state_bytes_counts_tokens_not_capacity() -> None:
