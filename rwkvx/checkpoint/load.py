@@ -40,8 +40,8 @@ def find_model(path: str | Path) -> Path:
 
 def load(
     path: str | Path,
-    device: str = "cpu",
-    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
     *,
     verify: bool = False,
     **overrides: Any,
@@ -58,7 +58,7 @@ def load(
         device: where the weights go.
         dtype: "float32", "bfloat16", "float16", "float64", or "int8": projections and head in
             int8 with a scale for each row, the rest in bfloat16: for decoding; such a model
-            can be neither trained nor saved.
+            can be neither trained nor saved. torch's own, such as torch.float32, will do too.
         verify: check the file's checksums first: SHA-256 in folders, CRC-32 in `.pth`.
         overrides: fields of `ModelConfig` that leave the parameters as they are, such as
             chunk_size=..., topk=..., tokenizer=....
@@ -67,13 +67,14 @@ def load(
         InputError: nothing there, an unknown format, damage, weights that do not fit or are not
             finite.
     """
-    if dtype not in DTYPES:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    where = usable_device(device)
+    where = usable_device(str(device))
     model = read_checkpoint(find_model(path), overrides, verify).model()
-    if dtype == "int8":
+    if name == "int8":
         return quantize(model.to(where, torch.bfloat16))
-    return model.to(where, getattr(torch, dtype))
+    return model.to(where, getattr(torch, name))
 
 
 def read_checkpoint(path: Path, overrides: Mapping[str, Any], verify: bool = False) -> Checkpoint:

@@ -176,6 +176,12 @@ def test_missing_files(folder: Path, tmp_path: Path) -> None:
         rwkvx.load(tmp_path / "a.bin")
 
 
+def test_torchs_own_dtypes_and_devices() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = rwkvx.load("passkey-tiny", torch.device("cpu"), dtype)
+        assert model.emb.weight.dtype == dtype
+
+
 def test_bad_dtypes_and_devices(folder: Path) -> None:
     with pytest.raises(InputError, match=r"dtype must be one of .* got 'int4'"):
         rwkvx.load(folder, dtype="int4")
