@@ -19,19 +19,39 @@ from rwkvx_kernels.chunk_attention.triton_forward import (
     load_rows,
     store_rows,
 )
-from rwkvx_kernels.chunk_attention.triton_pairs import Blocks, Lists, blocks_of
+from rwkvx_kernels.chunk_attention.triton_pairs import Blocks, Lists, blocks_of, pairs_of
 
 # Pairs of a chunk that one program goes through: a chunk that everyone reads has many programs.
 SEGMENT = 1024
 
 
 @triton.jit
-def _weights(b_q, b_k, b_v, b_do, b_lse, b_delta, m_score, scale, PRECISION: tl.constexpr):
+def _load(p_q, p_do, p_lse, p_delta, o_row, m_row, o_d, D: tl.constexpr):
+    """Rows of q and dO, with their log-sum-exp and δ."""
+    b_q, b_do = load_rows(p_q, o_row, m_row, o_d, D), load_rows(p_do, o_row, m_row, o_d, D)
+    b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)
+    b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
+    return b_q, b_do, b_lse, b_delta
+
+
+@triton.jit
+def _weights(rows, b_k, b_v, m_score, scale, PRECISION: tl.constexpr):
     """P and dS of a block, in float32; zero where not `m_score`."""
+    b_q, b_do, b_lse, b_delta = rows
     b_score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
     b_p = tl.where(m_score, tl.exp2(b_score - b_lse[:, None]), 0.0)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     return b_p, b_p * (b_dp - b_delta[:, None])
+
+
+@triton.jit
+def _add_keys(b_dk, b_dv, b_k, b_v, rows, m_score, scale, PRECISION: tl.constexpr):
+    """Adds what the keys' and values' gradients get from a block of rows."""
+    b_q, b_do = rows[0], rows[1]
+    b_p, b_ds = _weights(rows, b_k, b_v, m_score, scale, PRECISION)
+    b_dk += tl.dot(tl.trans(b_ds.to(b_q.dtype)), b_q, input_precision=PRECISION)
+    b_dv += tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, input_precision=PRECISION)
+    return b_dk, b_dv
 
 
 @triton.jit(do_not_specialize=["keys", "chunks", "total"])
@@ -68,15 +88,9 @@ def _pairs_dq_kernel(
     i_chunk = tl.load(p_owner + i_block).to(tl.int64)
     if i_chunk >= total:
         return
-    o_pair = tl.load(p_offsets + i_chunk) + (i_block - tl.load(p_starts + i_chunk)) * BLOCK
-    o_pair += tl.arange(0, BLOCK)
-    m_pair = o_pair < tl.load(p_offsets + i_chunk + 1)
-    o_pair = tl.load(p_order + o_pair, mask=m_pair, other=0)
+    o_pair, m_pair = pairs_of(i_block, i_chunk, p_order, p_offsets, p_starts, BLOCK)
     o_row, o_d = o_pair // SLOTS, tl.arange(0, BLOCK_D)
-    b_q = load_rows(p_q, o_row, m_pair, o_d, D)
-    b_do = load_rows(p_do, o_row, m_pair, o_d, D)
-    b_lse = tl.load(p_lse + o_row, mask=m_pair, other=0.0)
-    b_delta = tl.load(p_delta + o_row, mask=m_pair, other=0.0)
+    rows = _load(p_q, p_do, p_lse, p_delta, o_row, m_pair, o_d, D)
     i_bg = i_chunk // chunks
     shift = (i_bg // G) * stride_b + (i_bg % G) * stride_g
     b_dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
@@ -84,7 +98,7 @@ def _pairs_dq_kernel(
         o_s = (i_chunk % chunks) * CHUNK + i_s + tl.arange(0, BLOCK)
         b_k = load_keys(p_k + shift, o_s, o_d, stride_s, keys, D)
         b_v = load_keys(p_v + shift, o_s, o_d, stride_s, keys, D)
-        _, b_ds = _weights(b_q, b_k, b_v, b_do, b_lse, b_delta, m_pair[:, None], scale, PRECISION)
+        _, b_ds = _weights(rows, b_k, b_v, m_pair[:, None], scale, PRECISION)
         b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)
     store_rows(p_part, o_pair, m_pair, o_d, b_dq, D)
 
@@ -124,10 +138,7 @@ def _own_dq_kernel(
     o_t = o_position - first
     m_t = (o_t >= 0) & (o_t < tokens)
     o_row = (i_b * tokens + o_t) * H + i_h
-    b_q = load_rows(p_q, o_row, m_t, o_d, D)
-    b_do = load_rows(p_do, o_row, m_t, o_d, D)
-    b_lse = tl.load(p_lse + o_row, mask=m_t, other=0.0)
-    b_delta = tl.load(p_delta + o_row, mask=m_t, other=0.0)
+    rows = _load(p_q, p_do, p_lse, p_delta, o_row, m_t, o_d, D)
     shift = i_b * stride_b + (i_h // (H // G)) * stride_g
     b_dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for i_s in range(start // CHUNK * CHUNK, start + 1, BLOCK):
@@ -135,7 +146,7 @@ def _own_dq_kernel(
         b_k = load_keys(p_k + shift, o_s, o_d, stride_s, keys, D)
         b_v = load_keys(p_v + shift, o_s, o_d, stride_s, keys, D)
         m_score = (o_s[None, :] <= o_position[:, None]) & m_t[:, None]
-        _, b_ds = _weights(b_q, b_k, b_v, b_do, b_lse, b_delta, m_score, scale, PRECISION)
+        _, b_ds = _weights(rows, b_k, b_v, m_score, scale, PRECISION)
         b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)
     for i_slot in range(SLOTS):
         o_pair = o_row * SLOTS + i_slot
@@ -194,13 +205,8 @@ def _pairs_dkv_kernel(
         o_pair = i_pair + tl.arange(0, BLOCK)
         m_pair = o_pair < end
         o_row = tl.load(p_order + o_pair, mask=m_pair, other=0) // SLOTS
-        b_q = load_rows(p_q, o_row, m_pair, o_d, D)
-        b_do = load_rows(p_do, o_row, m_pair, o_d, D)
-        b_lse = tl.load(p_lse + o_row, mask=m_pair, other=0.0)
-        b_delta = tl.load(p_delta + o_row, mask=m_pair, other=0.0)
-        b_p, b_ds = _weights(b_q, b_k, b_v, b_do, b_lse, b_delta, m_pair[:, None], scale, PRECISION)
-        b_dv += tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, input_precision=PRECISION)
-        b_dk += tl.dot(tl.trans(b_ds.to(b_q.dtype)), b_q, input_precision=PRECISION)
+        rows = _load(p_q, p_do, p_lse, p_delta, o_row, m_pair, o_d, D)
+        b_dk, b_dv = _add_keys(b_dk, b_dv, b_k, b_v, rows, m_pair[:, None], scale, PRECISION)
     o_out = i_segment * CHUNK + o_in
     store_rows(p_dk, o_out, o_in < CHUNK, o_d, b_dk, D)
     store_rows(p_dv, o_out, o_in < CHUNK, o_d, b_dv, D)
@@ -255,14 +261,9 @@ def _own_dkv_kernel(
             o_t = o_position - first
             m_t = (o_t >= 0) & (o_t < tokens)
             o_row = (i_b * tokens + o_t) * H + i_g * (H // G) + i_r
-            b_q = load_rows(p_q, o_row, m_t, o_d, D)
-            b_do = load_rows(p_do, o_row, m_t, o_d, D)
-            b_lse = tl.load(p_lse + o_row, mask=m_t, other=0.0)
-            b_delta = tl.load(p_delta + o_row, mask=m_t, other=0.0)
+            rows = _load(p_q, p_do, p_lse, p_delta, o_row, m_t, o_d, D)
             m_score = (o_s[None, :] <= o_position[:, None]) & m_t[:, None]
-            b_p, b_ds = _weights(b_q, b_k, b_v, b_do, b_lse, b_delta, m_score, scale, PRECISION)
-            b_dv += tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, input_precision=PRECISION)
-            b_dk += tl.dot(tl.trans(b_ds.to(b_q.dtype)), b_q, input_precision=PRECISION)
+            b_dk, b_dv = _add_keys(b_dk, b_dv, b_k, b_v, rows, m_score, scale, PRECISION)
     if SLOTS > 0:
         p_start = p_starts + i_bg * chunks + start // CHUNK
         for i_segment in range(tl.load(p_start), tl.load(p_start + 1)):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rwkvx_kernels.chunk_attention import forest as forests
 from rwkvx_kernels.chunk_attention import tree
-from rwkvx_kernels.chunk_attention.triton_pairs import blocks_of, lists_of
+from rwkvx_kernels.chunk_attention.triton_pairs import blocks_of, lists_of, pairs_of
 from rwkvx_kernels.chunk_attention.triton_select import (
     best_members,
     exact_products,
@@ -46,10 +46,7 @@ def _children_kernel(
     i_list = tl.load(p_owner + i_block).to(tl.int64)
     if i_list >= total:
         return
-    o_pair = tl.load(p_offsets + i_list) + (i_block - tl.load(p_starts + i_list)) * BLOCK
-    o_pair += tl.arange(0, BLOCK)
-    m_pair = o_pair < tl.load(p_offsets + i_list + 1)
-    o_pair = tl.load(p_pairs + o_pair, mask=m_pair, other=0)
+    o_pair, m_pair = pairs_of(i_block, i_list, p_pairs, p_offsets, p_starts, BLOCK)
     o_c = tl.arange(0, FANOUT)
     i_n, i_entry = i_list // (RUNS * parents), i_list % (RUNS * parents)
     i_run, o_in = i_entry // parents, i_entry % parents * FANOUT + o_c

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvx_kernels.chunk_attention.triton_pairs import Blocks, Lists
+from rwkvx_kernels.chunk_attention.triton_pairs import Blocks, Lists, pairs_of
 from rwkvx_kernels.chunk_attention.triton_select import exact_products
 
 LOG2E = math.log2(math.e)
@@ -137,10 +137,7 @@ def _pairs_kernel(
     i_chunk = tl.load(p_owner + i_block).to(tl.int64)
     if i_chunk >= total:
         return
-    o_pair = tl.load(p_offsets + i_chunk) + (i_block - tl.load(p_starts + i_chunk)) * BLOCK
-    o_pair += tl.arange(0, BLOCK)
-    m_pair = o_pair < tl.load(p_offsets + i_chunk + 1)
-    o_pair = tl.load(p_order + o_pair, mask=m_pair, other=0)
+    o_pair, m_pair = pairs_of(i_block, i_chunk, p_order, p_offsets, p_starts, BLOCK)
     o_row, o_d = o_pair // SLOTS, tl.arange(0, BLOCK_D)
     b_q = load_rows(p_q, o_row, m_pair, o_d, D)
     i_bg = i_chunk // chunks

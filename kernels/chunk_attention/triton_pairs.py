@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Which queries read a chunk: the choice of chunks turned around, for the Triton kernels.
 
 Everything has a size that is known without looking at the choice, so that nothing waits for the
@@ -7,6 +8,8 @@ device and graphs can hold it.
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 
@@ -60,3 +63,12 @@ def blocks_of(lists: Lists, size: int) -> Blocks:
     every = torch.arange(most, device=starts.device)
     owner = torch.searchsorted(starts[1:], every, right=True)
     return Blocks(owner.to(torch.int32), starts)
+
+
+@triton.jit
+def pairs_of(i_block, i_chunk, p_order, p_offsets, p_starts, BLOCK: tl.constexpr):
+    """The pairs of a block of a chunk's list, and which of them there are."""
+    o_pair = tl.load(p_offsets + i_chunk) + (i_block - tl.load(p_starts + i_chunk)) * BLOCK
+    o_pair += tl.arange(0, BLOCK)
+    m_pair = o_pair < tl.load(p_offsets + i_chunk + 1)
+    return tl.load(p_order + o_pair, mask=m_pair, other=0), m_pair
