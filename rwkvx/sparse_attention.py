@@ -26,6 +26,11 @@ UNDEFINED = (
 )
 
 
+def _filled(cached: tuple[CachedRows, ...]) -> bool:
+    """Whether tokens were read before; looks at the device where lengths are kept there."""
+    return any(bool(length) for _, length in cached)
+
+
 class _WithoutGradient(torch.autograd.Function):
     """What was computed without a gradient: refuses to have one, but only when it is asked."""
 
@@ -91,8 +96,7 @@ class SparseAttention(nn.Module):
         """`forward` between its projections: q [B, T, C], k and v [B, T, G·N] -> y [B, T, C]."""
         size, selection = self.config.head_size, self.config.selection
         training = torch.is_grad_enabled() and q.requires_grad
-        filled = any(length for _, length in cached)
-        if training and filled:
+        if training and _filled(cached):
             if torch.compiler.is_compiling():
                 raise InputError(UNDEFINED)
             with torch.no_grad():
@@ -101,7 +105,7 @@ class SparseAttention(nn.Module):
         if conv is not None:
             k, conv = self._convolve(k, conv, cu_seqlens)
         q, k, v = (z.to(q.dtype).unflatten(-1, (-1, size)) for z in (q, k, v))
-        if training or not (keep_cache or filled):
+        if training or not (keep_cache or _filled(cached)):
             shape = (self.config.chunk_size, self.topk)
             y = chunk_attention(q, k, v, *shape, cu_seqlens, selection=selection)
             k, v = k.detach(), v.detach()

@@ -234,8 +234,7 @@ def best_members(
     if forest:
         groups, chunks = forest[0].shape[1] // batch, forest[0].shape[2]
     # Long lists and what is read of children fill the registers.
-    inner = level > 0 and kept is not None
-    stages = 3 if not forest else 1 if inner or keep > 64 else 2
+    stages = 3 if not forest else 1 if keep > 64 else 2
     warps = 8 if dim > 64 or kept is not None else 4
     tiles = (first + tokens - 1) // block_q - first // block_q + 1
     _best_kernel[(tiles, batch * heads)](
