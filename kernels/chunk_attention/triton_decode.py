@@ -217,7 +217,7 @@ def _best(
     topk: int,
 ) -> Tensor:
     """As `triton_select.best_members`, by row: [B·T·H, width]."""
-    batch, tokens, heads, _ = q.shape
+    batch, tokens, heads, dim = q.shape
     rows, members = batch * tokens * heads, table.shape[2]
     slots = tree.beam_widths(topk)[level > 1] if level else topk - 1
     keep = max(2, triton.next_power_of_2(slots))
@@ -240,7 +240,7 @@ def _best(
         **tree_constants(forest, topk),
         LEVEL=level,
         WIDTH=0 if kept is None else kept.shape[1],
-        BLOCK_C=max(LEAST_BLOCK, keep),
+        BLOCK_C=max(keep, LEAST_BLOCK if dim <= 64 else LEAST_BLOCK // 2),
         SPLIT=SPLIT,
         K=keep,
         LOWEST=LOWEST,
