@@ -234,9 +234,9 @@ def best_members(
     if forest:
         groups, chunks = forest[0].shape[1] // batch, forest[0].shape[2]
     # What keeps the registers from spilling, by Triton 3.6 and 3.9 (docs/results/ahead_of_time.md).
-    inner = level > 0 and kept is not None
-    stages = 1 if keep > 64 else 2 if forest and not inner else 3
-    warps = 8 if dim > 64 or kept is not None else 4
+    nodes = level > 0 and keep <= 64
+    stages = 1 if keep > 64 else 3 if nodes or not forest else 2
+    warps = 8 if kept is not None or (dim > 64 and not nodes) else 4
     tiles = (first + tokens - 1) // block_q - first // block_q + 1
     _best_kernel[(tiles, batch * heads)](
         q,
