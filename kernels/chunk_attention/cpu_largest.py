@@ -72,7 +72,7 @@ def _bounds(scores, row, count):
     return low, high
 
 
-@order_free
+@loop
 def _reached(candidates, wanted, low, high):
     """A number that `wanted` lanes reach, and not many more."""
     for _ in range(ROUGH_STEPS):
@@ -84,7 +84,7 @@ def _reached(candidates, wanted, low, high):
     return low
 
 
-@order_free
+@loop
 def _halve(scores, row, count, wanted, low, high, index):
     """`largest`, of more scores than wanted, all of them from `low` to `high`."""
     blocks = -(-count // LANES)
@@ -102,7 +102,7 @@ def _halve(scores, row, count, wanted, low, high, index):
     found = 0
     for block in range(blocks):
         bits: int = _above(scores, row, block * LANES, high)
-        while bits:
+        while bits and found < wanted:  # never more, but among numbers that are none
             index[found] = block * LANES + trailing_zeros(bits)  # type: ignore[call-arg]
             bits, found = bits & (bits - 1), found + 1
     for i in range(count if found < wanted else 0):  # equal, as far as numbers can tell

@@ -216,6 +216,23 @@ def test_largest_of_a_row(dtype: torch.dtype, count: int, wanted: int) -> None:
             assert torch.equal(scores[row, got].sort(descending=True).values, expected)
 
 
+@pytest.mark.parametrize(("count", "wanted"), [(100, 48), (900, 48), (1000, 7), (1000, 70)])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_largest_among_numbers_that_are_none(count: int, wanted: int, odd: float) -> None:
+    """Nothing is written beyond what is wanted, and every place is one of the row."""
+    torch.manual_seed(0)
+    for share in (0.01, 0.3, 0.9, 1.0):
+        scores = torch.randn(50, 1088).masked_fill(torch.rand(50, 1088) < share, odd)
+        index = torch.full((2000,), -7)
+        scratch = [torch.empty(2, 1088), torch.empty(1088, dtype=torch.int64)]
+        for row in range(50):
+            arrays = [x.numpy() for x in (scores, index, *scratch)]
+            largest(arrays[0], row, count, wanted, *arrays[1:])
+            assert (index[wanted:] == -7).all()
+            assert (index[:wanted] >= 0).all()
+            assert (index[:wanted] < count).all()
+
+
 def test_leaves_are_the_means_in_order() -> None:
     means = torch.randn(2, 1600, 5)
     grow = trees_of(means)
