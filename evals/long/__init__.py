@@ -1,0 +1,1 @@
+"""Long-context tasks of exact token lengths, for any model."""
