@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from functools import wraps
 from importlib.util import find_spec
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -116,3 +116,10 @@ def without_autocast(operation: Callable[P, R]) -> Callable[P, R]:
             return operation(*args, **kwargs)
 
     return run
+
+
+class Choice(NamedTuple):
+    """What runs, and why."""
+
+    impl: str
+    why: str

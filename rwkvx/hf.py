@@ -6,12 +6,11 @@ Axes: B batch, T time, C width, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,10 +27,12 @@ from transformers.utils.generic import can_return_tuple
 from rwkvx.checkpoint.folder import CONFIG
 from rwkvx.checkpoint.hub import CONFIG_KEYS, MODEL_TYPE, TOKENIZER_CLASSES, write_hub_files
 from rwkvx.checkpoint.manifest import write_manifest
-from rwkvx.config import ModelConfig, hybrid_pattern
+from rwkvx.config import ModelConfig, field_names, hybrid_pattern
+from rwkvx.decoding import Decoder, start
 from rwkvx.errors import InputError
 from rwkvx.init import init_weights
 from rwkvx.model import Model
+from rwkvx.packing import Packing
 from rwkvx.state import ModelState, repeat_state, select_state
 from rwkvx.tokenizers import TOKENIZERS, ByteTokenizer, WorldTokenizer
 
@@ -50,7 +51,7 @@ class RwkvxConfig(PreTrainedConfig):
     attribute_map = {"hidden_size": "width"}  # noqa: RUF012
 
     def __init__(self, **kwargs: Any) -> None:
-        own = {f.name: kwargs.pop(f.name) for f in fields(ModelConfig) if f.name in kwargs}
+        own = {name: kwargs.pop(name) for name in field_names() if name in kwargs}
         use_cache = kwargs.pop("use_cache", True)
         common = {name: x for name, x in CONFIG_KEYS.items() if name != "model_type"}
         super().__init__(**{**common, "tie_word_embeddings": False, **kwargs})
@@ -64,16 +65,17 @@ class RwkvxConfig(PreTrainedConfig):
 
     def model_config(self) -> ModelConfig:
         """What `rwkvx.Model` is built from."""
-        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
+        found = {name: getattr(self, name) for name in field_names() if hasattr(self, name)}
+        return ModelConfig.from_dict(found)
 
     @property
     def num_hidden_layers(self) -> int:
-        """Blocks of both kinds."""
+        """Blocks."""
         return len(self.pattern)
 
     @property
     def num_attention_heads(self) -> int:
-        """Heads of both kinds of block."""
+        """Query heads."""
         return int(self.width // self.head_size)
 
     @property
@@ -96,13 +98,35 @@ class StateCache(Cache):
     def __init__(self, state: ModelState | None = None, seen: int = 0) -> None:
         """seen: columns of `input_ids` read so far, padding included, as `generate` counts."""
         super().__init__(layers=[])
-        self.state, self.seen = state, seen
+        self._state, self.seen = state, seen
+        self.room = 0  # tokens that are expected to follow one by one
+        self._decoder: Decoder | None = None
+
+    @property
+    def state(self) -> ModelState | None:
+        """After the tokens read so far; None before the first."""
+        return self._state if self._decoder is None else self._decoder.state
+
+    @state.setter
+    def state(self, state: ModelState | None) -> None:
+        self._state, self._decoder = state, None
+
+    def step(self, model: Model, ids: Tensor) -> Tensor:
+        """Read ids [B, 1] after a prompt, by a decoder that goes on from step to step."""
+        if self._decoder is None or self._decoder.room == 0:
+            self.state = self.state  # of a decoder without room
+            self._decoder, self.room = start(model, self._state, self.room), 0
+        self.seen += 1
+        return self._decoder.step(ids)
+
+    def __copy__(self) -> Self:
+        return type(self)(self.state, self.seen)
 
     def __repr__(self) -> str:
         return f"StateCache(rows={self.batch_size}, seen={self.seen})"
 
     def __len__(self) -> int:
-        return len(self.state.blocks) if self.state else 0
+        return len(self._state.blocks) if self._state else 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` read so far."""
@@ -115,7 +139,7 @@ class StateCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows, -1 before the first call."""
-        return len(self.state.blocks[0].ffn_shift) if self.state else -1
+        return self._state.rows if self._state else -1
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, in that order, repeats allowed."""
@@ -135,77 +159,6 @@ class StateCache(Cache):
         """Refused: a recurrent state cannot go back."""
         if tokens_to_remove:
             raise InputError("a recurrent state cannot be cropped: fork it with copy.copy before")
-
-
-class Packing(NamedTuple):
-    """How [B, T] inputs stand in packed sequences: which of the B·T are tokens (None: all, as they
-    are), and the sequences' offsets (None: a plain batch)."""
-
-    tokens: Tensor | None
-    cu_seqlens: Tensor | None
-
-    @classmethod
-    def of(
-        cls, inputs: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> "Packing":
-        """From a mask with padding, or from positions that start anew."""
-        rows, width = inputs.shape[:2]
-        if attention_mask is not None:
-            if attention_mask.dim() != 2 or attention_mask.shape[1] < width:
-                raise InputError(
-                    f"attention_mask must be [B, past + T] beside {width} tokens, got "
-                    f"{list(attention_mask.shape)}"
-                )
-            real = attention_mask[:, -width:] != 0
-            if not bool(real.any()):
-                raise InputError("attention_mask leaves no token at all")
-            return cls.of_mask(real)
-        if position_ids is not None and rows == 1:
-            starts = (position_ids.flatten().diff() != 1).nonzero().squeeze(1) + 1
-            if len(starts):
-                return cls(
-                    None, torch.cat([starts.new_tensor([0]), starts, starts.new_tensor([width])])
-                )
-        return cls(None, None)
-
-    @classmethod
-    def of_mask(cls, real_BT: Tensor) -> "Packing":
-        """From a mask with at least one token."""
-        if bool(real_BT.all()):
-            return cls(None, None)
-        offsets = F.pad(real_BT.sum(dim=1).cumsum(0), (1, 0))
-        return cls(real_BT.flatten().nonzero().squeeze(1), offsets)
-
-    def segments(
-        self, inputs: Tensor, model: Model, keep_cache: bool
-    ) -> list[tuple[Tensor, "Packing"]]:
-        """The inputs as one, or cut along T where a padded batch is read without gradients.
-
-        Memory then goes with the segment, as it does for a batch without padding (which the model
-        cuts by itself). Each part goes on from the caches of the one before: they must be kept.
-        """
-        rows, width = inputs.shape[:2]
-        widths = model.segment_lengths(rows, width)
-        if self.tokens is None or torch.is_grad_enabled() or not keep_cache or len(widths) == 1:
-            return [(inputs, self)]
-        real = torch.zeros(rows * width, dtype=torch.bool, device=inputs.device)
-        real[self.tokens] = True
-        masks = real.view(rows, width).split(widths, 1)
-        if not all(bool(mask.any()) for mask in masks):  # a mask with a gap in all rows
-            return [(inputs, self)]
-        parts = zip(inputs.split(widths, 1), masks, strict=True)
-        return [(part, Packing.of_mask(mask)) for part, mask in parts]
-
-    def pack(self, inputs: Tensor) -> Tensor:
-        """[B, T, ...] -> [1, tokens, ...], or as it is."""
-        return inputs if self.tokens is None else inputs.flatten(0, 1)[self.tokens].unsqueeze(0)
-
-    def unpack(self, x: Tensor, rows: int, width: int) -> Tensor:
-        """[1, tokens, C] -> [B, T, C] with zeros at padding, or as it is."""
-        if self.tokens is None:
-            return x
-        spread = x.new_zeros(rows * width, x.shape[-1]).index_copy(0, self.tokens, x[0])
-        return spread.unflatten(0, (rows, width))
 
 
 class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
@@ -274,6 +227,11 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         packing = Packing.of(inputs, attention_mask, None if past.seen else position_ids)
         if cu_seq_lens_q is not None:
             packing = Packing(None, cu_seq_lens_q)
+        plain = packing == Packing(None, None) and labels is None and not output_hidden_states
+        one = input_ids is not None and input_ids.shape[1] == 1 and not torch.is_grad_enabled()
+        if plain and one and past.seen and use_cache:
+            logits = past.step(self.model, cast(Tensor, input_ids))
+            return CausalLMOutputWithPast(logits=logits, **cast(Any, {_CACHE: past}))
         layers = self._read(inputs, packing, past, use_cache, output_hidden_states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(layers[-1][:, kept])
@@ -293,7 +251,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         """Hidden states [B, T, C]: the input of `every` block, and what the head reads."""
         parts = []
         for part, packed in packing.segments(inputs, self.model, keep):
-            with _block_inputs(self.model, every) as layers:
+            with _block_inputs(self.model, every, packed, *part.shape[:2]) as layers:
                 hidden, past.state = self.model(
                     packed.pack(part),
                     past.state,
@@ -301,7 +259,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
                     cu_seqlens=packed.cu_seqlens,
                     keep_cache=keep,
                 )
-            parts.append([packed.unpack(x, *part.shape[:2]) for x in [*layers(), hidden]])
+            parts.append([*layers(), packed.unpack(hidden, *part.shape[:2])])
         past.seen += inputs.shape[1]
         return [x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)]
 
@@ -359,8 +317,13 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         # The base class gives no cache to a class named like this one, only warnings where due.
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache and model_kwargs.get(_CACHE) is None:
+        if not generation_config.use_cache:
+            return
+        if model_kwargs.get(_CACHE) is None:
             model_kwargs[_CACHE] = StateCache()
+        cache, longest = model_kwargs[_CACHE], generation_config.max_length
+        if isinstance(cache, StateCache) and longest:
+            cache.room = max(0, longest - cache.seen)
 
 
 def _one_cache(past_key_values: Any, cache: Any) -> StateCache:
@@ -374,11 +337,21 @@ def _one_cache(past_key_values: Any, cache: Any) -> StateCache:
 
 
 @contextmanager
-def _block_inputs(model: Model, wanted: bool) -> Iterator[Any]:
-    """Collects the input of every block of a call: afterwards, a list of [B, T, C]."""
+def _block_inputs(
+    model: Model, wanted: bool, packed: Packing, rows: int, width: int
+) -> Iterator[Any]:
+    """Collects the input of every block of a call: afterwards, a list of [B, T, C].
+
+    They lie on the path to the logits: a block reads what is collected.
+    """
     parts: list[list[Tensor]] = [[] for _ in model.blocks] if wanted else []
+
+    def collect(part: list[Tensor], x: Tensor) -> Tensor:
+        part.append(packed.unpack(x, rows, width))
+        return packed.pack(part[-1])
+
     handles = [
-        block.register_forward_pre_hook(lambda _, args, part=part: part.append(args[0]))
+        block.register_forward_pre_hook(lambda _, a, part=part: (collect(part, a[0]), *a[1:]))
         for block, part in zip(model.blocks, parts, strict=False)
     ]
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkvx.decode_graph import one_token_steps
+from rwkvx.decoding import start
 from rwkvx.errors import InputError
 
 __all__ = ["generate", "pick_token"]
@@ -90,11 +90,11 @@ def _steps(
     if max_tokens == 0:
         return
     logits_BTV, state = model(torch.tensor([ids], device=device), None, logits="last")
-    step = one_token_steps(model, state, max_tokens - 1)
+    decoder = start(model, state, max_tokens - 1)
     for left in reversed(range(max_tokens)):
         token = pick(logits_BTV[0, -1])
         if token in stop_ids:
             return
         yield token
         if left:
-            logits_BTV = step(torch.tensor([[token]], device=device))
+            logits_BTV = decoder.step(torch.tensor([[token]], device=device))

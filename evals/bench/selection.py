@@ -16,8 +16,7 @@ from tqdm import tqdm
 import rwkvx
 from rwkvx.data.passkey import Filler, PasskeyBuilder
 from rwkvx.errors import InputError
-from rwkvx.sparse_attention import SparseAttention
-from rwkvx.state import SparseState
+from rwkvx.kinds.sparse import SparseAttention, SparseState
 from rwkvx_evals.bench.machine import describe
 from rwkvx_evals.files import write_json, write_text
 from rwkvx_evals.interface import read_tokens
@@ -118,7 +117,7 @@ def run(name: str, lengths: tuple[int, ...], filler: Filler | None, out: Path) -
 
     model = rwkvx.load(name, selection="coarse_to_fine")
     config = model.config
-    if "sparse" not in config.pattern:
+    if not any(isinstance(block.att, SparseAttention) for block in model.blocks):
         raise InputError(f"{name} has no sparse blocks: nothing is selected")
     if min(lengths) < 2 * WINDOW:
         raise InputError(f"lengths must be at least {2 * WINDOW} tokens, got {min(lengths)}")

@@ -25,6 +25,7 @@ from rwkvx.errors import InputError
 from rwkvx.quantize import quantize
 
 HYBRID_PEER, RWKV7_PEER = "rwkv-x", "rwkv"
+PEERS = {pth.RWKVX: HYBRID_PEER, pth.BLINKDL: RWKV7_PEER}  # by the layout that holds the model
 PEER_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 SEED = 0
 
@@ -135,11 +136,11 @@ def open_peer(model: rwkvx.Model, dtype: str, wanted: bool) -> tuple[Peer | None
     None where there is none; beside it the words that say which, or why not.
     """
     config = model.config
-    package = HYBRID_PEER if "sparse" in config.pattern else RWKV7_PEER
+    package = PEERS.get(pth.layout_of(config), HYBRID_PEER)
     reason = None if wanted else "not asked for"
     if wanted and find_spec(package.replace("-", "_")) is None:
         reason = "not installed (pip install 'rwkvx[peers]')"
-    elif wanted and (missing := pth.no_place_in_pth(config)):
+    elif wanted and (missing := pth.layout_of(config).no_place(config)):
         reason = f"cannot hold {missing}"
     elif wanted and config.head_size != 64:
         reason = f"knows heads of 64 only, not of {config.head_size}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rwkvx.decode_graph import one_token_steps
+from rwkvx.decoding import start
 from rwkvx_evals.interface import device_of, is_out_of_memory, read_tokens
 from rwkvx_evals.journal import Row
 from rwkvx_evals.lm.requests import BATCH_TOKENS, Ids
@@ -112,7 +112,7 @@ class Generator:
         ids_BT = torch.tensor([p.context for p in prompts]).to(device_of(self.model))
         piece = max(1, PIECE_TOKENS // len(prompts))
         logits_B1V, state = read_tokens(self.model, ids_BT, None, logits="last", piece=piece)
-        step = one_token_steps(self.model, state, max(p.limit for p in prompts))
+        decoder = start(self.model, state, max(p.limit for p in prompts))
         tokens: list[list[int]] = [[] for _ in prompts]
         texts: list[Text | None] = [None] * len(prompts)
         assert logits_B1V is not None
@@ -125,7 +125,7 @@ class Generator:
                     texts[row] = self._extend(prompt, tokens[row], int(chosen[row]), finite[row])
             if all(text is not None for text in texts):
                 return [text for text in texts if text is not None]
-            logits_B1V = step(chosen[:, None])
+            logits_B1V = decoder.step(chosen[:, None])
 
     def _extend(self, prompt: Prompt, tokens: list[int], token: int, finite: bool) -> Text | None:
         """Adds one token to a row; returns its text once it is complete."""

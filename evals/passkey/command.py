@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 import rwkvx
-from rwkvx.config import SELECTIONS
 from rwkvx.data.folder import data_folder
 from rwkvx_evals.passkey.evaluate import evaluate, find_haystack
 from rwkvx_evals.passkey.plan import Settings, depth_values, length_label, parse_lengths
 from rwkvx_evals.passkey.report import Results, percent
+from rwkvx_kernels.chunk_attention import SELECTIONS
 
 
 def model_label(model: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rwkvx.decode_graph import one_token_steps
+from rwkvx.decoding import start
 from rwkvx.errors import InputError
 from rwkvx_evals.interface import (
     LanguageModel,
@@ -245,7 +245,7 @@ class PasskeyRun:
         answers = [Answer([]) for _ in range(logits_B1V.shape[0])]
         pending = set(range(len(answers)))
         limit = self.plan.settings.max_new_tokens
-        read_one = one_token_steps(self.model, state, limit)
+        decoder = start(self.model, state, limit)
         for step in range(limit):
             row_logits = logits_B1V[:, -1].float()
             finite = torch.isfinite(row_logits).all(dim=-1).tolist()
@@ -255,7 +255,7 @@ class PasskeyRun:
                     pending.discard(row)
             if not pending or step + 1 == limit:
                 break
-            logits_B1V = read_one(chosen[:, None])
+            logits_B1V = decoder.step(chosen[:, None])
         return answers
 
     def _extend(self, answer: Answer, token: int, finite: bool) -> bool:

@@ -1,6 +1,7 @@
 """Top-k chunk attention: every query reads its own chunk and the best past chunks."""
 
 from rwkvx_kernels.chunk_attention.api import (
+    SELECTIONS,
     cached_chunk_attention,
     chosen_impl,
     chunk_attention,
@@ -10,6 +11,7 @@ from rwkvx_kernels.chunk_attention.api import (
 from rwkvx_kernels.chunk_attention.cache import KeyValueCache
 
 __all__ = [
+    "SELECTIONS",
     "KeyValueCache",
     "cached_chunk_attention",
     "chosen_impl",

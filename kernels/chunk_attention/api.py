@@ -178,7 +178,9 @@ def _triton(
     return o
 
 
-def has_decode_kernel(q: Tensor, chunk_size: int, selection: str = "flat") -> bool:
+def has_decode_kernel(
+    q: Tensor, chunk_size: int, selection: str = "flat", impl: str = "auto"
+) -> bool:
     """Whether `cached_chunk_attention` of q [B, T, H, D] takes lengths on the device."""
     return selection == "flat" and _resolve("auto", q, chunk_size) == "triton"
 

@@ -13,7 +13,9 @@ from torch import Tensor
 COMPILED = (torch.float32, torch.bfloat16)
 
 
-def linear(x: Tensor, weight_OI: Tensor, scale_O: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight_OI: Tensor, scale_O: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
     """`x @ weight.T`: [..., I] and [O, I] of one dtype -> [..., O].
 
     An int8 weight stands for `weight * scale[:, None]`, without gradients.
@@ -49,7 +51,9 @@ def _quantized(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
     return linear(x, weight_OI.to(x.dtype)) * scale_O.to(x.dtype)
 
 
-def low_rank(x: Tensor, down_IR: Tensor, up_RO: Tensor, activation: str = "none") -> Tensor:
+def low_rank(
+    x: Tensor, down_IR: Tensor, up_RO: Tensor, activation: str = "none", impl: str = "auto"
+) -> Tensor:
     """`activation(x @ down) @ up`: [..., I] -> [..., O]; activation "none", "tanh" or "sigmoid".
 
     One row on a CPU, without gradients, in a compiled loop: one call instead of three.

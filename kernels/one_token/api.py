@@ -38,10 +38,12 @@ class BlockWeights(NamedTuple):
     up: tuple[Tensor | None, ...] = (None,) * 4  # [rank, C]
     vectors: tuple[Tensor | None, ...] = (None,) * 8  # [C] w0, a0, v0, k_k, k_a, r_k, group norm
     conv: tuple[Tensor | None] = (None,)  # [W, G N]
+    eps: tuple[float, float, float] = (1e-5, 1e-5, 64e-5)  # of ln1, ln2 and the group norm
+    heads: int = 0
 
     def tensors(self) -> list[Tensor | None]:
         """All, one after the other."""
-        return [x for part in self for x in part]
+        return [x for part in self[:-2] for x in part]
 
     def fit(self, dtype: torch.dtype) -> bool:
         """Whether they are as said above, of that dtype."""
@@ -79,18 +81,16 @@ class OneToken:
     Weights are used where they are: when one has moved, make this anew.
     """
 
-    def __init__(self, blocks: list[BlockWeights], heads: int, eps: float) -> None:
-        """eps: of the group norm."""
+    def __init__(self, blocks: list[BlockWeights | None]) -> None:
         from rwkvx_kernels.one_token.cpu_compiled import Table
 
-        self._table = Table(blocks, heads, eps)
+        self._table = Table(blocks)
 
     def read(
         self,
         blocks: range,
         x: Tensor,
         v_first: Tensor,
-        attended: Tensor,
         shifts: list[tuple[Tensor, Tensor]],
         states: list[Tensor | None],
         caches: list[Cache | None],
@@ -113,5 +113,5 @@ class OneToken:
         Returns:
             [C + 2 G N] float32: queries, keys and values of the attention block that comes next.
         """
-        tokens = (x, v_first, attended)
+        tokens = (x, v_first, torch.empty_like(x))
         return self._table.read(blocks, tokens, shifts, states, caches, new_shifts, new_states)

@@ -39,10 +39,21 @@ MATRIX_INPUT, FACTOR_INPUT = (0, 2, 3), (1, 4, 3, 5)
 class Table:
     """The addresses of all weights, and sizes."""
 
-    def __init__(self, blocks: list[BlockWeights], heads: int, eps: float) -> None:
-        self._blocks = blocks
-        self._table = np.array([_addresses(block.tensors()) for block in blocks], np.int64)
-        ranks = [[0 if x is None else x.shape[1] for x in block.down] for block in blocks]
+    def __init__(self, given: list[BlockWeights | None]) -> None:
+        self._blocks = given
+        blocks = [x for x in given if x]
+        width = len(blocks[0].tensors())
+        rows = [[0] * width if x is None else _addresses(x.tensors()) for x in given]
+        none = [[0] * 4 for _ in given]
+        heads, eps = (
+            blocks[0].heads,
+            next((x.eps[2] for x in blocks if x.mixes[0] is not None), 0.0),
+        )
+        self._table = np.array(rows, np.int64)
+        ranks = [
+            n if b is None else [0 if x is None else x.shape[1] for x in b.down]
+            for b, n in zip(given, none)
+        ]
         self._ranks = np.array(ranks, np.int64)
         self._inner = len(blocks[0].channel[1])
         attention = [x.matrices[1] for x in blocks if x.mixes[0] is None]
@@ -111,7 +122,7 @@ def _read(
     for b in range(first, last):
         at, i = table[b], b - first
         if at[MIXES]:
-            now = new_shifts[b, 0]
+            now = new_shifts[i, 0]
             _layer_norm(x, at, LN1, vector, now)
             before = _at(shifts[i, 0], width, vector)
             for m in range(6):
@@ -123,7 +134,7 @@ def _read(
             activate(low[0, 3, : ranks[b, 3]], 2)
             old = _at(states[i], width * size, x).reshape((heads, size, size))
             _heads(
-                at, ranks[b], low[0], projected, raised, v_first, eps, old, new_states[b], gated,
+                at, ranks[b], low[0], projected, raised, v_first, eps, old, new_states[i], gated,
                 vector, parts,
             )  # fmt: skip
         elif caches[i, CACHED_K]:
@@ -135,7 +146,7 @@ def _read(
         _product(at[MATRICES + 3], at[SCALES + 3], matrix, gated, y, parts)
         for c in range(width):
             x[c] += y[c]
-        now = new_shifts[b, 1]
+        now = new_shifts[i, 1]
         _layer_norm(x, at, LN2, vector, now)
         _mix(now, _at(shifts[i, 1], width, vector), _at(at[X_K], width, vector), mixed[0])
         _product(at[KEY], at[KEY_SCALE], matrix, mixed[0], hidden, parts)
@@ -144,10 +155,6 @@ def _read(
         _product(at[VALUE], at[VALUE_SCALE], matrix, hidden, y, parts)
         for c in range(width):
             x[c] += y[c]
-    if last < len(table):
-        at = table[last]
-        _layer_norm(x, at, LN1, vector, y)
-        _project_attention(at, kv, y, projected_kv, matrix, parts)
 
 
 @loop

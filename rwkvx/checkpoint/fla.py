@@ -11,7 +11,7 @@ from torch import Tensor
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.files import write_json
 from rwkvx.checkpoint.folder import CONFIG, read_json
-from rwkvx.checkpoint.layout import BLOCK, Layout, Pattern, refuse_sparse
+from rwkvx.checkpoint.layout import BLOCK, Layout, Pattern
 from rwkvx.checkpoint.manifest import verify_manifest, write_manifest
 from rwkvx.checkpoint.shards import SHARD_BYTES, read_weights, write_weights
 from rwkvx.config import ModelConfig
@@ -55,8 +55,8 @@ def fla_name(name: str, pattern: Pattern) -> str:
 
 
 FLA = Layout(
+    name="fla",
     rename=fla_name,
-    blocks={"rwkv7": re.compile(r"(model\.layers\.)(\d+)\.")},
     deep=re.compile(r"\.att\.x_[rwkvag]$"),
     transposed=True,
     unused=re.compile(r"model\.layers\.0\.attn\.v_lora\..*"),
@@ -105,7 +105,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         InputError: sparse blocks, or a group norm that is not fla's for this head size.
     """
     config = checkpoint.config
-    refuse_sparse(config, "the layout of flash-linear-attention")
+    FLA.refuse_other_kinds(config, "the layout of flash-linear-attention")
     if not math.isclose(config.group_norm_eps, _group_norm_eps(config.head_size)):
         raise InputError(
             f"flash-linear-attention has no place for a group norm with eps "

@@ -19,7 +19,7 @@ from rwkvx.model import Model
 TITLE = "folder of rwkvx"
 SUFFIXES: tuple[str, ...] = ()  # whatever no other format claims
 CONFIG = "config.json"
-OWN = Layout(lambda name, _: name, {}, deep=NOTHING, transposed=False, unused=NOTHING)
+OWN = Layout("rwkvx", lambda name, _: name, deep=NOTHING, transposed=False, unused=NOTHING)
 
 
 def matches(path: Path) -> bool:

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.files import replacing
-from rwkvx.checkpoint.layout import Layout, refuse_sparse
+from rwkvx.checkpoint.layout import Layout
 from rwkvx.checkpoint.pth import BLINKDL, blinkdl_name
-from rwkvx.config import ModelConfig
 from rwkvx.errors import InputError
 
 TITLE = "ggml file of rwkv.cpp"
@@ -34,8 +33,8 @@ _LONGEST = 256  # bytes of a name
 _PACKED, _MIXES = "x_rwkvag", "rwkvag"
 
 GGML = Layout(
+    name="ggml",
     rename=blinkdl_name,
-    blocks=BLINKDL.blocks,
     deep=BLINKDL.deep,
     transposed=True,
     unused=BLINKDL.unused,
@@ -92,11 +91,8 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         InputError: sparse blocks, a group norm that is not RWKV-7's, or another dtype.
     """
     config = checkpoint.config
-    refuse_sparse(config, "the file of rwkv.cpp")
-    if config.group_norm_eps != ModelConfig.group_norm_eps:
-        raise InputError(
-            f"rwkv.cpp has no place for a group norm with eps {config.group_norm_eps:g}"
-        )
+    if reason := GGML.no_place(config):
+        raise InputError(f"the file of rwkv.cpp has no place for {reason}")
     for name, x in checkpoint.tensors.items():
         if x.dtype not in DTYPES.values():
             kind = str(x.dtype).removeprefix("torch.")

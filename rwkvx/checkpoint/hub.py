@@ -1,12 +1,11 @@
 """What a folder needs beside config and weights for Hugging Face's Auto classes to load it."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rwkvx.checkpoint.files import write_bytes, write_json
-from rwkvx.config import ModelConfig
+from rwkvx.config import field_names
 
 MODEL_TYPE = "rwkvx"
 TOKENIZER_CLASSES = {"world": "WorldTokenizer", "bytes": "ByteTokenizer"}
@@ -34,7 +33,7 @@ CONFIG_KEYS: dict[str, Any] = {
 
 def own_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a config.json is for `ModelConfig`: all, unless Hugging Face put its own beside."""
-    own = {f.name for f in fields(ModelConfig)}
+    own = field_names()
     return {k: v for k, v in config.items() if k in own or config.get("model_type") != MODEL_TYPE}
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.files import replacing
 from rwkvx.checkpoint.layout import BLOCK, Layout, Pattern, index_in_kind
-from rwkvx.config import ModelConfig, hybrid_pattern
+from rwkvx.config import ModelConfig
 from rwkvx.errors import InputError
+from rwkvx.kinds import KINDS
 
 TITLE = ".pth of RWKV-7 (BlinkDL) or RWKV-X"
 SUFFIXES: tuple[str, ...] = (".pth",)
@@ -35,24 +36,21 @@ def rwkvx_name(name: str, pattern: Pattern) -> str:
     if not (m := BLOCK.fullmatch(name)):
         return f"rwkv.{blinkdl_name(name, pattern)}"
     position = int(m[1])
-    place = "rwkv.blocks" if pattern[position] == "rwkv7" else "moba"
-    return f"{place}.{index_in_kind(position, pattern)}.{m[2]}"
+    prefix = KINDS[pattern[position]].prefixes["rwkv-x"]
+    return f"{prefix}{index_in_kind(position, pattern)}.{m[2]}"
 
 
 _DEEP = re.compile(r"\.(x_[rwkvag]|[wav]0|k_k|k_a)$")
 BLINKDL = Layout(
+    name="blinkdl",
     rename=blinkdl_name,
-    blocks={"rwkv7": re.compile(r"(blocks\.)(\d+)\.")},
     deep=_DEEP,
     transposed=False,
     unused=re.compile(r"blocks\.0\.att\.v[012]"),
 )
 RWKVX = Layout(
+    name="rwkv-x",
     rename=rwkvx_name,
-    blocks={
-        "rwkv7": re.compile(r"(rwkv\.blocks\.)(\d+)\."),
-        "sparse": re.compile(r"(moba\.)(\d+)\."),
-    },
     deep=_DEEP,
     transposed=False,
     unused=re.compile(r"rwkv\.blocks\.0\.att\.v[012]"),
@@ -97,9 +95,9 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         InputError: the model has what the layout cannot hold.
         OSError: the disk refuses; then there is no file, or the old one.
     """
-    if reason := no_place_in_pth(checkpoint.config):
+    layout = layout_of(checkpoint.config)
+    if reason := layout.no_place(checkpoint.config):
         raise InputError(f"the .pth layout has no place for {reason}")
-    layout = RWKVX if "sparse" in checkpoint.config.pattern else BLINKDL
     raw = layout.write(checkpoint)
     with replacing(path) as temporary:
         # A view would bring the whole mapping it belongs to.
@@ -124,21 +122,9 @@ def verify(path: Path) -> str:
     return f"CRC-32 of {count} parts"
 
 
-def no_place_in_pth(config: ModelConfig) -> str | None:
-    """What of a model the layout cannot hold, None if it holds everything."""
-    rwkv_blocks, sparse_blocks = (config.pattern.count(x) for x in ("rwkv7", "sparse"))
-    if not rwkv_blocks:
-        return "a model without RWKV-7 blocks"
-    uneven = sparse_blocks and rwkv_blocks % sparse_blocks
-    if uneven or config.pattern != hybrid_pattern(rwkv_blocks, sparse_blocks):
-        return "this order of blocks"
-    if config.key_conv and sparse_blocks:
-        return "a key convolution"
-    if config.kv_heads != config.heads and sparse_blocks:
-        return "grouped-query heads"
-    if config.group_norm_eps != ModelConfig.group_norm_eps:
-        return f"a group norm with eps {config.group_norm_eps:g}"
-    return None
+def layout_of(config: ModelConfig) -> Layout:
+    """BlinkDL's where it has all kinds of block, else that of RWKV-X."""
+    return BLINKDL if set(config.pattern) <= set(BLINKDL.kinds) else RWKVX
 
 
 def _load(path: Path, meta: bool) -> dict[str, Tensor]:

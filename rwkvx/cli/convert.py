@@ -21,8 +21,9 @@ __all__ = ["convert_command"]
     help="Default: every tensor keeps its own.",
 )
 @click.option(
-    "--expand", type=int, metavar="M", help="Add M sparse blocks to RWKV-7, one after every L/M."
+    "--expand", type=int, metavar="M", help="Add M blocks to RWKV-7, one after every L/M."
 )
+@click.option("--kind", default="sparse", show_default=True, help="Of the blocks that are added.")
 @click.option(
     "--init",
     type=click.Choice(["zero", "copy"]),
@@ -40,6 +41,7 @@ def convert_command(
     to: str | None,
     dtype: str | None,
     expand: int | None,
+    kind: str,
     init: str,
     chunk_size: int | None,
     topk: int | None,
@@ -60,7 +62,7 @@ def convert_command(
     import torch
 
     from rwkvx.checkpoint.expand import assert_same_function
-    from rwkvx.checkpoint.expand import expand as add_sparse_blocks
+    from rwkvx.checkpoint.expand import expand as add_blocks
     from rwkvx.checkpoint.formats import format_of_target
     from rwkvx.checkpoint.load import find_model, read_checkpoint
     from rwkvx.errors import InputError
@@ -73,7 +75,7 @@ def convert_command(
     checkpoint = read_checkpoint(find_model(source), overrides, verify)
     if expand is not None:
         before = checkpoint
-        checkpoint = add_sparse_blocks(before, expand, init)
+        checkpoint = add_blocks(before, expand, init, kind)
         if init == "zero":
             assert_same_function(before, checkpoint)
             click.echo("checked: the function is that of SOURCE, logit for logit")

@@ -1,7 +1,6 @@
 """``rwkvx info``: what a model is made of, from its config and tensor headers alone."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 
@@ -9,28 +8,11 @@ from rwkvx.checkpoint.checkpoint import check_vocabulary
 from rwkvx.checkpoint.formats import detect
 from rwkvx.checkpoint.load import find_model, shipped_models
 from rwkvx.config import ModelConfig
+from rwkvx.costs import state_memory
 from rwkvx.errors import InputError
+from rwkvx.kinds import kind_of
 
-__all__ = ["Memory", "info_command", "memory"]
-
-
-class Memory(NamedTuple):
-    """Bytes of one sequence's state: what it always takes, and what each token read adds."""
-
-    constant: int
-    per_token: float
-
-
-def memory(config: ModelConfig, element: int = 4) -> Memory:
-    """State of one sequence. `element`: bytes of a number of the model's dtype."""
-    kv_width = config.kv_heads * config.head_size
-    wkv = config.heads * config.head_size**2 * 4  # the matrix state is float32 always
-    rwkv = 2 * config.width * element + wkv
-    sparse = (config.width + max(config.key_conv - 1, 0) * kv_width) * element
-    # Keys and values, and one float32 mean of the keys for each chunk.
-    per_token = kv_width * (2 * element + 4 / config.chunk_size)
-    counts = {kind: config.pattern.count(kind) for kind in ("rwkv7", "sparse")}
-    return Memory(counts["rwkv7"] * rwkv + counts["sparse"] * sparse, counts["sparse"] * per_token)
+__all__ = ["info_command"]
 
 
 def size(number: float) -> str:
@@ -64,28 +46,27 @@ def describe(path: Path) -> list[tuple[str, str]]:
     """Rows of the table that ``rwkvx info`` prints; no weight is read."""
     found = detect(path)
     config, tensors = found.read(path, {}, True)
-    state = memory(config)
-    conv = f", key convolution of {config.key_conv}" if config.key_conv else ""
     rows = [
         ("model", str(path)),
         ("format", found.TITLE),
         ("blocks", f"{len(config.pattern)}: {shape_of_pattern(config.pattern)}"),
         ("width", f"{config.width}, {config.heads} heads of {config.head_size}"),
-        ("low ranks", ", ".join(f"{name} {rank}" for name, rank in config.ranks.items())),
         ("vocabulary", vocabulary(config)),
     ]
-    if "sparse" in config.pattern:
-        text = f"chunks of {config.chunk_size}, top {config.topk}, {config.kv_heads} kv heads{conv}"
-        rows.append(("sparse blocks", text))
+    for kind in dict.fromkeys(config.pattern):
+        rows.append((f"{kind} blocks", kind_of(kind).describe(config)))
     kinds = sorted({str(x.dtype).removeprefix("torch.") for x in tensors.values()})
     stored = sum(x.numel() * x.element_size() for x in tensors.values())
     rows += [
         ("parameters", f"{sum(x.numel() for x in tensors.values()):,}"),
         ("weights", f"{size(stored)}, {', '.join(kinds)}"),
-        ("state", f"{size(state.constant)} + {state.per_token:,.0f} B per token (float32)"),
     ]
-    totals = ((name, state.constant + state.per_token * n) for name, n in _LENGTHS)
-    rows.append(("state at", ", ".join(f"{name}: {size(total)}" for name, total in totals)))
+    memory = state_memory(config)
+    constant = sum(block.constant for block in memory)
+    growing = sum(block.per_token for block in memory if block.most is None)
+    rows.append(("state", f"{size(constant)} + {growing:,.0f} B per token (float32)"))
+    at = ((name, sum(block.at(n) for block in memory)) for name, n in _LENGTHS)
+    rows.append(("state at", ", ".join(f"{name}: {size(total)}" for name, total in at)))
     return rows
 
 

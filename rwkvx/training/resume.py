@@ -13,8 +13,9 @@ from rwkvx.checkpoint.files import write_json, write_tensors
 from rwkvx.checkpoint.folder import save_folder
 from rwkvx.checkpoint.shards import read_file, read_weights
 from rwkvx.errors import InputError
+from rwkvx.kinds.contract import tensors_of
 from rwkvx.model import Model
-from rwkvx.state import ModelState, Rwkv7State, SparseState
+from rwkvx.state import ModelState
 from rwkvx.training.config import TrainConfig
 
 OPTIMIZER, STATE, PROGRESS = "optimizer.safetensors", "carried.safetensors", "progress.json"
@@ -126,22 +127,15 @@ def _flatten(state: ModelState) -> dict[str, Tensor]:
     return {
         f"{i}.{name}": x
         for i, block in enumerate(state.blocks)
-        for name, x in block._asdict().items()
-        if isinstance(x, Tensor)
+        for name, x in tensors_of(block).items()
     }
 
 
 def _unflatten(model: Model, tensors: dict[str, Tensor]) -> ModelState:
-    def get(index: int, name: str) -> Tensor:
-        return tensors[f"{index}.{name}"].to(model.device)
-
-    blocks: list[Rwkv7State | SparseState] = []
+    blocks = []
     for i, empty in enumerate(model.fresh_state(1).blocks):
-        if isinstance(empty, Rwkv7State):
-            blocks.append(Rwkv7State(get(i, "shift"), get(i, "wkv"), get(i, "ffn_shift")))
-        else:
-            conv = None if empty.conv is None else get(i, "conv")
-            blocks.append(SparseState((), conv, get(i, "ffn_shift")))
+        found = {name: tensors[f"{i}.{name}"].to(model.device) for name in tensors_of(empty)}
+        blocks.append(empty._replace(**found))
     return ModelState(tuple(blocks), 0)
 
 

@@ -23,7 +23,7 @@ from rwkvx.checkpoint.shards import read_weights
 from rwkvx.errors import InputError
 from rwkvx.init import init_weights
 from rwkvx.model import Model
-from rwkvx.state import ModelState, Rwkv7State, map_tensors
+from rwkvx.state import ModelState
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.data import Batch, Source, build_source
 from rwkvx.training.events import Events
@@ -187,15 +187,15 @@ class Trainer:
         keep[:, 0] = torch.rand(stage.batch, generator=generator) < stage.state_passing
         draw = torch.rand(stage.batch, stage.pieces, generator=generator)
         blocks = []
-        for block in self.carried.blocks:
-            pieces = stage.pieces if isinstance(block, Rwkv7State) else 1
-            rows = (draw[:, :pieces].flatten() * len(block.ffn_shift)).long().to(self.model.device)
+        for block, old in zip(self.model.blocks, self.carried.blocks, strict=True):
+            pieces = stage.pieces if block.att.recurrent else 1
+            rows = (draw[:, :pieces].flatten() * len(old.ffn_shift)).long().to(self.model.device)
             kept = keep[:, :pieces].flatten().to(self.model.device)
 
             def passed(x: Tensor, rows: Tensor = rows, kept: Tensor = kept) -> Tensor:
                 return x[rows] * kept.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
 
-            blocks.append(map_tensors(block, passed))
+            blocks.append(old.map(passed))
         return ModelState(tuple(blocks), 0)
 
     def _to_device(self, batch: Batch) -> Batch:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from equations import Equations
 from torch import Tensor
 from weights import HYBRID, config, error, random_checkpoint, random_ids, random_model, told
 
 import rwkvx
 from rwkvx.checkpoint import pth
 from rwkvx.checkpoint.checkpoint import Checkpoint
+from rwkvx.equations import Equations
 
 if TYPE_CHECKING:
     from rwkv_x.model import RWKV_X

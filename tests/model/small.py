@@ -32,6 +32,8 @@ VARIANTS = {
     "sparse_first": {"pattern": ("sparse", "rwkv7", "rwkv7", "sparse")},
     "only_rwkv7": {"pattern": ("rwkv7", "rwkv7")},
     "only_sparse": {"pattern": ("sparse",)},
+    "window": {"pattern": ("rwkv7", "window", "rwkv7", "sparse"), "window": 20},
+    "only_window": {"pattern": ("window",), "window": 13, "sparse_kv_heads": 2},
 }
 TOKENS = 240  # five times topk · chunk_size
 

@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from equations import Equations
 from small import HYBRID, TOKENS, VARIANTS, error, random_ids, random_model, variant
 from torch import Tensor
 
 import rwkvx
 from rwkvx import InputError, Model, ModelState, repeat_state, select_state
+from rwkvx.equations import Equations
 from rwkvx.state import state_bytes
 
 # Chunks of a few hundred tokens against one token at a time: the sums are ordered differently.
@@ -276,10 +276,12 @@ def test_bad_states_and_offsets() -> None:
     with pytest.raises(InputError, match=r"state is of 2 sequences .* reads 1"):
         model(ids[:1], state)
     other = random_model(variant("only_rwkv7"))
-    with pytest.raises(InputError, match="the state is of blocks"):
+    with pytest.raises(InputError, match="the state is of 4 blocks, the model has 2"):
         other(ids, state)
+    with pytest.raises(InputError, match="block 0 takes a SparseState, not a Rwkv7State"):
+        random_model(variant("sparse_first"))(ids, state)
     wide = {**HYBRID.to_dict(), "width": 64}
-    with pytest.raises(InputError, match="of width 32"):
+    with pytest.raises(InputError, match=r"shift is \[2, 32\], expected \[2, 64\]"):
         random_model(rwkvx.ModelConfig.from_dict(wide))(ids, state)
     with pytest.raises(InputError, match="logits must be one of"):
         model(ids, logits="some")

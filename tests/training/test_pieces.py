@@ -9,7 +9,7 @@ import torch
 
 from rwkvx import InputError
 from rwkvx.data.passkey import needle_text
-from rwkvx.state import Rwkv7State
+from rwkvx.kinds.rwkv7 import Rwkv7State
 from rwkvx.tokenizers import get_tokenizer
 from rwkvx.training.config import DataConfig, StageConfig, read_config
 from rwkvx.training.data import PasskeySource

@@ -1,15 +1,18 @@
-"""The hybrid model written once more, token by token in numpy, from the published equations.
+"""The whole model in one sitting: token by token in numpy, from the published equations.
 
-RWKV-7: arXiv 2503.14456; top-k attention: arXiv 2502.13189 (MoBA). Shares nothing with the package
-but the names of the parameters. One sequence at a time; v is a vector, S a matrix [value, key].
+RWKV-7: arXiv 2503.14456; top-k attention: arXiv 2502.13189 (MoBA); windows: arXiv 2004.05150.
+Shares nothing with the rest of the package but the names of the parameters, and is what `rwkvx
+check` compares everything else with. One sequence at a time; v is a vector, S a matrix [value, key].
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Read = Callable[[Any, Array, list[Array]], list[int]]
 
 
 def sigmoid(x: Array) -> Array:
@@ -37,7 +40,7 @@ class Equations:
                 mixed, values = self.time_mix(normed, f"{name}.att", v_first)
                 v_first = v_first or values
             else:
-                mixed = self.attention(normed, f"{name}.att")
+                mixed = self.attention(normed, f"{name}.att", READ[kind])
             hidden = [x + y for x, y in zip(hidden, mixed, strict=True)]
             normed = [self.norm(x, f"{name}.ln2") for x in hidden]
             mixed = self.channel_mix(normed, f"{name}.ffn")
@@ -52,6 +55,7 @@ class Equations:
     ) -> tuple[list[Array], list[Array]]:
         p = {k.removeprefix(f"{name}."): x for k, x in self.p.items() if k.startswith(f"{name}.")}
         size, heads = self.config.head_size, self.config.width // self.config.head_size
+        eps = self.config.group_norm_eps
         states = np.zeros((heads, size, size))
         last, outputs, values = np.zeros_like(xs[0]), [], []
         for t, x in enumerate(xs):
@@ -78,24 +82,21 @@ class Equations:
                 )
                 states[h] = state
                 out = state @ r[s]
-                out = layer_norm(out, p["ln_x.weight"][s], p["ln_x.bias"][s], 64e-5)
+                out = layer_norm(out, p["ln_x.weight"][s], p["ln_x.bias"][s], eps)
                 y[s] = out + (r[s] * k[s] * p["r_k"][h]).sum() * v[s]
             outputs.append(p["output.weight"] @ (y * g))
         return outputs, values
 
-    def attention(self, xs: list[Array], name: str) -> list[Array]:
+    def attention(self, xs: list[Array], name: str, read: Read) -> list[Array]:
         c, p = self.config, self.p
         size, heads = c.head_size, c.width // c.head_size
         q, k, v = (
             [p[f"{name}.{n}.weight"] @ x for x in xs] for n in ("receptance", "key", "value")
         )
-        if c.key_conv:
+        if f"{name}.key_conv" in p:
             taps, before = p[f"{name}.key_conv"], [np.zeros_like(k[0])] * (c.key_conv - 1)
             padded = before + k
-            k = [
-                sum(taps[i] * padded[t + i] for i in range(c.key_conv))  # type: ignore[misc]
-                for t in range(len(xs))
-            ]
+            k = [sum(taps[i] * padded[t + i] for i in range(len(taps))) for t in range(len(xs))]
         group = heads // (c.sparse_kv_heads or heads)
         outputs = []
         for t in range(len(xs)):
@@ -103,21 +104,12 @@ class Equations:
             for h in range(heads):
                 s = slice(h * size, (h + 1) * size)
                 g = slice(h // group * size, (h // group + 1) * size)
-                own = t // c.chunk_size
-                score = {
-                    j: q[t][s] @ np.mean([k[i][g] for i in self.chunk(j)], axis=0)
-                    for j in range(own)
-                }
-                best = sorted(score, key=lambda j: -score[j])[: c.topk - 1]
-                read = [i for j in best for i in self.chunk(j)]
-                read += range(own * c.chunk_size, t + 1)
-                weights = np.exp([q[t][s] @ k[i][g] / np.sqrt(size) for i in read])
-                row.append(weights @ np.stack([v[i][g] for i in read]) / weights.sum())
+                keys = [x[g] for x in k[: t + 1]]
+                seen = read(c, q[t][s], keys)
+                weights = np.exp([q[t][s] @ keys[i] / np.sqrt(size) for i in seen])
+                row.append(weights @ np.stack([v[i][g] for i in seen]) / weights.sum())
             outputs.append(p[f"{name}.output.weight"] @ np.concatenate(row))
         return outputs
-
-    def chunk(self, number: int) -> range:
-        return range(number * self.config.chunk_size, (number + 1) * self.config.chunk_size)
 
     def channel_mix(self, xs: list[Array], name: str) -> list[Array]:
         p, last, outputs = self.p, np.zeros_like(xs[0]), []
@@ -126,3 +118,21 @@ class Equations:
             outputs.append(p[f"{name}.value.weight"] @ np.maximum(key, 0) ** 2)
             last = x
         return outputs
+
+
+def chunks_read(config: Any, query: Array, keys: list[Array]) -> list[int]:
+    """The own chunk up to the query, the last of the keys, and the best completed chunks."""
+    size, t = config.chunk_size, len(keys) - 1
+    chunks = [range(j * size, (j + 1) * size) for j in range(t // size)]
+    score = [query @ np.mean([keys[i] for i in chunk], axis=0) for chunk in chunks]
+    best = sorted(range(len(chunks)), key=lambda j: -score[j])[: config.topk - 1]
+    return [i for j in best for i in chunks[j]] + list(range(t // size * size, t + 1))
+
+
+def window_read(config: Any, query: Array, keys: list[Array]) -> list[int]:
+    """The last keys."""
+    return list(range(max(0, len(keys) - config.option("window")), len(keys)))
+
+
+# Which keys a query attends to, by kind of block.
+READ: dict[str, Read] = {"sparse": chunks_read, "window": window_read}

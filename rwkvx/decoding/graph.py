@@ -1,4 +1,4 @@
-"""One token at a time with static shapes, on a GPU replayed as a CUDA graph.
+"""Decoding on a GPU: one CUDA graph, replayed for every token.
 
 A decoded token is hundreds of small kernels, and launching them takes longer than they do. In a
 graph they are launched at once; in return, everything must stay in its place: tokens are
@@ -6,76 +6,36 @@ written where lengths on the device say, into caches with room reserved.
 Axes: B batch, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from rwkvx.errors import InputError
-from rwkvx.model import Model
-from rwkvx.state import BlockState, CachedRows, ModelState, Rwkv7State, SparseState, map_tensors
-from rwkvx_kernels import wkv7
-from rwkvx_kernels.chunk_attention import KeyValueCache, has_decode_kernel
+from rwkvx.kinds.attention import Cached, CachedRows, DeviceRows
+from rwkvx.kinds.contract import tensors_of
+from rwkvx.model import Block, Model
+from rwkvx.state import ModelState
+from rwkvx_kernels.chunk_attention import KeyValueCache
 
-# Capturing costs about as much as some steps.
-WORTHWHILE = 32
 # Steps before capturing: kernels are compiled, libraries take their workspaces.
 WARM_UP = 2
 
 
-def one_token_steps(model: Any, state: Any, tokens: int) -> Callable[[Tensor], Tensor]:
-    """How to read one token after the other, of which there are `tokens` at most.
-
-    Args:
-        model: `Model`, or anything called as ``model(ids, state, logits="last")``.
-        state: after the prompt; it stays valid.
-
-    Returns:
-        a function from ids [B, 1] to the logits [B, 1, V] after them: by a CUDA graph where that
-        is possible and worthwhile, otherwise by calling the model.
-    """
-    if tokens >= WORTHWHILE and isinstance(model, Model) and can_capture(model):
-        return DecodeGraph(model, state, tokens).step
-
-    def step(ids: Tensor) -> Tensor:
-        nonlocal state
-        logits, state = model(ids, state, logits="last")
-        return cast(Tensor, logits)
-
-    return step
-
-
-def can_capture(model: Model) -> bool:
-    """Whether a step of this model is the same kernels every time: on a GPU, with Triton's."""
-    config, weight = model.config, model.emb.weight
-    if weight.device.type != "cuda" or model.recurrent_pieces != 1:
-        return False
+def can_capture(model: Model) -> str | None:
+    """Why a step of a model is not the same kernels every time; None if it is."""
+    if model.device.type != "cuda":
+        return f"there are no CUDA graphs on {model.device.type}"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        return False  # a graph would not call them
-    sizes = (config.head_size, config.head_size)
-    kinds = set(config.pattern)
-    queries = weight.new_empty(0, 1, config.heads, config.head_size)
-    return (
-        "rwkv7" not in kinds
-        or wkv7.chosen_impl(weight.device, "auto", weight.dtype, sizes) == "triton"
-    ) and ("sparse" not in kinds or has_decode_kernel(queries, config.chunk_size, config.selection))
+        return "a graph would not call the hooks"
+    for block in model.blocks:
+        if not block.att.decodes_in_place(model.emb.weight):
+            return f"{type(block.att).__name__} has no kernel here that waits for nothing"
+    return None
 
 
-class DeviceRows(NamedTuple):
-    """As `CachedRows`, with the length of each row on the device: [B] int64."""
-
-    cache: KeyValueCache
-    length: Tensor
-
-    def append(self, k_BTGD: Tensor, v_BTGD: Tensor) -> "DeviceRows":
-        """With one more token in each row, in place."""
-        self.cache.append_each(self.length, k_BTGD, v_BTGD)
-        return DeviceRows(self.cache, self.length + 1)
-
-
-class DecodeGraph:
-    """The continuation of a state, token by token.
+class GraphDecoder:
+    """See `rwkvx.decoding.Decoder`.
 
     Static: the batch, the room, `topk`, where the weights lie and the memory of the state, which
     each step updates in place. The state given stays valid: caches are shared with it,
@@ -86,13 +46,12 @@ class DecodeGraph:
     def __init__(self, model: Model, state: ModelState, tokens: int) -> None:
         """tokens: how many may be read, at most."""
         self._model, self._read, self._room, self._steps = model, state.length, tokens, 0
-        rows = len(state.blocks[0].ffn_shift)
-        sparse = (b for b in state.blocks if isinstance(b, SparseState))
-        self._lengths = _lengths(next(sparse, None), rows)
-        device = model.device
+        rows, device = state.rows, model.device
+        self._lengths = _lengths(state) or [0] * rows
         self._ids = torch.zeros((rows, 1), dtype=torch.int64, device=device)
         self._length = torch.tensor(self._lengths, device=device)
-        self._state = ModelState(tuple(self._own(b) for b in state.blocks), 0)
+        pairs = zip(model.blocks, state.blocks, strict=True)
+        self._state = ModelState(tuple(self._own(block, own) for block, own in pairs), 0)
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             with torch.cuda.device(device):
@@ -100,7 +59,7 @@ class DecodeGraph:
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
-        """Read ids [B, 1]: the logits after them, [B, 1, V].
+        """See `Decoder.step`.
 
         Raises:
             InputError: ids of another shape, no room left.
@@ -116,12 +75,18 @@ class DecodeGraph:
         self._graph.replay()
         return self._logits.clone()
 
+    @property
+    def room(self) -> int:
+        """See `Decoder.room`."""
+        return self._room - self._steps
+
+    @property
     def state(self) -> ModelState:
-        """After the tokens read so far; further steps leave it as it is."""
+        """See `Decoder.state`."""
         blocks = []
         for block in self._state.blocks:
-            own = map_tensors(block, Tensor.clone)
-            if isinstance(own, SparseState):
+            own = block.map(Tensor.clone)
+            if "cached" in own._fields:
                 own = own._replace(cached=self._rows(own.cached[0].cache))
             blocks.append(own)
         return ModelState(tuple(blocks), self._read + self._steps)
@@ -149,25 +114,22 @@ class DecodeGraph:
         with torch.cuda.graph(self._graph):
             self._logits = self._run()
 
-    def _own(self, block: BlockState) -> BlockState:
+    def _own(self, block: Block, state: Any) -> Any:
         """A block's state in memory of its own, caches with room."""
-        own = map_tensors(block, Tensor.clone)
-        if isinstance(own, Rwkv7State):
+        own = state.map(Tensor.clone)
+        if "cached" not in own._fields:
             return own
-        rows = own.cached
+        rows: Cached = own.cached
         if len(rows) > 1:
             cache = KeyValueCache.joined(rows, max(self._lengths) + self._room)
-        else:
-            if not rows:
-                config, batch = self._model.config, len(own.ffn_shift)
-                sizes = (batch, config.kv_heads, config.head_size, config.chunk_size)
-                rows = (CachedRows(KeyValueCache(*sizes, own.ffn_shift, self._room), 0),)
+        elif rows:
             cache, length = rows[0]
             cache = cache.reserve(length, length + self._room)
-        static: Any = DeviceRows(cache, self._length)
-        return own._replace(cached=(static,))
+        else:
+            cache = block.att.empty_cache(own.ffn_shift, len(own.ffn_shift), self._room)
+        return own._replace(cached=(DeviceRows(cache, self._length),))
 
-    def _rows(self, cache: KeyValueCache) -> tuple[CachedRows, ...]:
+    def _rows(self, cache: KeyValueCache) -> Cached:
         lengths = [length + self._steps for length in self._lengths]
         if len(set(lengths)) == 1:
             return (CachedRows(cache, lengths[0]),)
@@ -177,12 +139,12 @@ class DecodeGraph:
         )
 
 
-def _lengths(block: SparseState | None, rows: int) -> list[int]:
+def _lengths(state: ModelState) -> list[int]:
     """Tokens in the cache of each row."""
-    cached = block.cached if block else ()
-    return [x.length for x in cached for _ in range(x.cache.batch)] or [0] * rows
+    cached = next((x.cached for x in state.blocks if "cached" in x._fields), ())
+    return [rows.length for rows in cached for _ in range(rows.cache.batch)]
 
 
 def _tensors(state: ModelState) -> list[Tensor]:
     """What a step replaces: everything but the caches."""
-    return [x for block in state.blocks for x in block if isinstance(x, Tensor)]
+    return [x for block in state.blocks for x in tensors_of(block).values()]
