@@ -56,7 +56,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, list | tuple) or not self.pattern:
-            raise InputError(f"pattern must be a list of kinds of block, got {self.pattern!r}")
+            raise InputError(f"pattern must name kinds of block in a list, got {self.pattern!r}")
         object.__setattr__(self, "pattern", tuple(self.pattern))
         if self.tokenizer is not None and self.tokenizer not in TOKENIZERS:
             raise InputError(

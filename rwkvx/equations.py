@@ -1,8 +1,8 @@
 """The whole model in one sitting: token by token in numpy, from the published equations.
 
 RWKV-7: arXiv 2503.14456; top-k attention: arXiv 2502.13189 (MoBA); windows: arXiv 2004.05150.
-Shares nothing with the rest of the package but the names of the parameters, and is what `rwkvx
-check` compares everything else with. One sequence at a time; v is a vector, S a matrix [value, key].
+Shares nothing with the rest of the package but the names of the parameters; `rwkvx check`
+compares all else with it. One sequence at a time; v is a vector, S a matrix [value, key].
 """
 
 from collections.abc import Callable

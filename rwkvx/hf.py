@@ -168,7 +168,6 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = RwkvxConfig
-    base_model_prefix = "model"  # checkpoints hold the names of `rwkvx.Model`, without it
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _is_stateful = True
@@ -177,8 +176,18 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RwkvxConfig) -> None:
         super().__init__(config)
-        self.model = Model(config.model_config())
+        self.gradient_checkpointing = False
+        # Not a child: its children are ours, so that parameters have the names that files have,
+        # for everything that loads a file by itself.
+        vars(self)["model"] = Model(config.model_config())
+        for name, child in self.model.named_children():
+            setattr(self, name, child)
         self.post_init()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._modules and "model" in vars(self):
+            setattr(self.model, name, value)
 
     @can_return_tuple
     def forward(
@@ -232,6 +241,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         if plain and one and past.seen and use_cache:
             logits = past.step(self.model, cast(Tensor, input_ids))
             return CausalLMOutputWithPast(logits=logits, **cast(Any, {_CACHE: past}))
+        self.model.gradient_checkpointing = self.gradient_checkpointing
         layers = self._read(inputs, packing, past, use_cache, output_hidden_states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(layers[-1][:, kept])
@@ -264,23 +274,28 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         return [x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)]
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.emb
+        return self.emb
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.emb = value
+        self.emb = value
         self.model.config = replace(self.model.config, vocab_size=value.num_embeddings)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.model.head
+        return self.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.model.head = cast(Any, new_embeddings)
+        self.head = new_embeddings
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """RWKV-7's initial values, for every parameter that came from no checkpoint."""
-        parameters = self.model.named_parameters()
-        missing = {n: x for n, x in parameters if not getattr(x, "_is_hf_initialized", False)}
+        """RWKV-7's initial values, once, for every parameter that came from no checkpoint."""
+        missing: dict[str, Tensor] = {}
+        for path, module in self.named_modules():
+            own = {f"{path}.{n}": x for n, x in module.named_parameters(recurse=False)}
+            if not getattr(module, "_is_hf_initialized", False):
+                missing |= {n: x for n, x in own.items() if not hasattr(x, "_is_hf_initialized")}
+            for known in (module, *own.values()):
+                known._is_hf_initialized = True  # type: ignore[assignment]
         if missing:
             seed = int(torch.randint(1 << 31, ()))
             with torch.device("cpu"):
@@ -299,7 +314,6 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         tensors = self.state_dict() if state_dict is None else state_dict
         if getattr(self, "_hf_peft_config_loaded", False):  # then only adapters are written
             return super().save_pretrained(save_directory, is_main_process, tensors, **kwargs)
-        tensors = {name.removeprefix("model."): x for name, x in tensors.items()}
         folder = Path(save_directory)
         if is_main_process:  # first: the base class may upload the folder
             code = write_hub_files(folder, self.config.tokenizer)

@@ -55,6 +55,7 @@ cli = LazyGroup(
         "convert": ("rwkvx.cli.convert:convert_command", "Checkpoints in other formats."),
         "bench": ("rwkvx_evals.bench.command:bench_command", "Measure speed on this machine."),
         "info": ("rwkvx.cli.info:info_command", "Show what a model is made of."),
+        "check": ("rwkvx.cli.check:check_command", "Compare all ways of running a model."),
     },
 )
 click.version_option(__version__, prog_name="rwkvx")(cli)

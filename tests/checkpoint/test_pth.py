@@ -142,7 +142,7 @@ def test_tokenizer_by_vocabulary(tmp_path: Path) -> None:
 def test_an_explicit_pattern(tmp_path: Path) -> None:
     pattern = ["rwkv7", "sparse", "rwkv7", "rwkv7", "sparse"]
     path = write(tmp_path / "m.pth", published(3, 2))
-    with pytest.raises(InputError, match=r"m\.pth: 3 RWKV-7 blocks cannot be spread evenly"):
+    with pytest.raises(InputError, match=r"m\.pth: 3 rwkv7 blocks cannot be spread evenly"):
         rwkvx.load(path)
     model = rwkvx.load(path, pattern=pattern)
     assert model.config.pattern == tuple(pattern)
@@ -205,7 +205,7 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     ),
     "uneven": (
         lambda r: [r.pop(n) for n in list(r) if n.startswith("rwkv.blocks.3.")],
-        "3 RWKV-7 blocks cannot be spread evenly before 2",
+        "3 rwkv7 blocks cannot be spread evenly before 2",
     ),
     "a hole": (
         lambda r: [r.pop(n) for n in list(r) if n.startswith(("rwkv.blocks.1.", "moba.0."))],

@@ -75,7 +75,7 @@ def test_expand(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("source.pth", "out", "--expand", "3"), "4 RWKV-7 blocks cannot be spread evenly"),
+        (("source.pth", "out", "--expand", "3"), "4 rwkv7 blocks cannot be spread evenly"),
         (("source.pth", "source.pth"), "source.pth exists already"),
         (("nothing", "out"), "no model 'nothing'"),
         (("source.pth", "out.safetensors"), "files of .safetensors are not written"),

@@ -191,7 +191,7 @@ def test_missing_and_wrong_tensors_are_named(folders: list[Path]) -> None:
     save_file(tensors, folders[0] / "model.safetensors", metadata={"format": "pt"})
     torch.manual_seed(0)
     hf, info = AutoModelForCausalLM.from_pretrained(folders[0], output_loading_info=True)
-    assert set(info["missing_keys"]) == {"model.blocks.1.ffn.value.weight"}
+    assert set(info["missing_keys"]) == {"blocks.1.ffn.value.weight"}
     assert set(info["unexpected_keys"]) == {"blocks.9.extra"}
     assert not hf.model.blocks[1].ffn.value.weight.any()  # the initial value of this one
     assert torch.equal(hf.model.head.weight, tensors["head.weight"])

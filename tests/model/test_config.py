@@ -71,5 +71,5 @@ def test_patterns() -> None:
     assert hybrid_pattern(12, 4) == (r, r, r, s) * 4
     assert hybrid_pattern(4, 1) == (r, r, r, r, s)
     assert hybrid_pattern(3, 0) == (r, r, r)
-    with pytest.raises(InputError, match="13 RWKV-7 blocks cannot be spread evenly before 4"):
+    with pytest.raises(InputError, match="13 rwkv7 blocks cannot be spread evenly before 4"):
         hybrid_pattern(13, 4)
