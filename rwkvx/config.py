@@ -83,7 +83,7 @@ class ModelConfig:
         """Let every kind look at the config, and fill in the options of those in the pattern."""
         from rwkvx.kinds import kind_of, options  # brings torch, which a config does without
 
-        known, filled = options(), {}
+        known, filled = options(), dict[str, int]()
         for name, value in self.options.items():
             if name not in known:
                 raise InputError(f"unknown option {name!r}; known: {', '.join(sorted(known))}")

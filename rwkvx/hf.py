@@ -179,7 +179,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = False
         # Not a child: its children are ours, so that parameters have the names that files have,
         # for everything that loads a file by itself.
-        vars(self)["model"] = Model(config.model_config())
+        self.__dict__["model"] = Model(config.model_config())
         for name, child in self.model.named_children():
             setattr(self, name, child)
         self.post_init()
@@ -295,7 +295,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
             if not getattr(module, "_is_hf_initialized", False):
                 missing |= {n: x for n, x in own.items() if not hasattr(x, "_is_hf_initialized")}
             for known in (module, *own.values()):
-                known._is_hf_initialized = True  # type: ignore[assignment]
+                known._is_hf_initialized = True
         if missing:
             seed = int(torch.randint(1 << 31, ()))
             with torch.device("cpu"):

@@ -55,7 +55,7 @@ class Block(nn.Module):
 class Blocks(nn.ModuleList):
     """The blocks from the input to the output."""
 
-    def __iter__(self) -> Iterator[Block]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Block]:
         return cast(Iterator[Block], super().__iter__())
 
 
@@ -185,7 +185,7 @@ class Model(nn.Module):
         """Let every sparse block read `topk` chunks, in place of the config's number."""
         for module in self.modules():
             if hasattr(module, "topk"):
-                module.topk = topk
+                setattr(module, "topk", topk)  # noqa: B010 (a plain attribute)
 
     def check_ids(self, ids: Tensor) -> None:
         """Raise InputError for what cannot be read: shape, dtype, and on the CPU the range."""
@@ -226,7 +226,7 @@ class Model(nn.Module):
         self._impl = name
         for module in self.modules():
             if "impl" in vars(module):
-                module.impl = name
+                setattr(module, "impl", name)  # noqa: B010
 
     @property
     def device(self) -> torch.device:

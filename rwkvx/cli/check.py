@@ -1,5 +1,7 @@
 """``rwkvx check``: every route that this machine has, against the equations."""
 
+from typing import Any
+
 import click
 
 __all__ = ["check_command"]
@@ -31,7 +33,7 @@ def check_command(model: str, tokens: int, seed: int, device: str) -> None:
 
     loaded = rwkvx.load(model, device, "float32")
     config = loaded.config
-    smaller = {"chunk_size": min(CHUNK, config.chunk_size)}
+    smaller: dict[str, Any] = {"chunk_size": min(CHUNK, config.chunk_size)}
     if "window" in config.options:
         smaller["window"] = min(WINDOW, config.option("window"))
     loaded = rwkvx.load(model, device, "float32", **smaller)

@@ -55,9 +55,12 @@ def start(model: Any, state: Any, tokens: int) -> Decoder:
         return EagerDecoder(model, state)
     rows = state.rows
     model.check_state(state, rows)
-    decoders = {"eager": EagerDecoder, "compiled": CompiledDecoder}
-    name = choose(model, rows, tokens).impl
-    return GraphDecoder(model, state, tokens) if name == "graph" else decoders[name](model, state)
+    match choose(model, rows, tokens).impl:
+        case "graph":
+            return GraphDecoder(model, state, tokens)
+        case "compiled":
+            return CompiledDecoder(model, state)
+    return EagerDecoder(model, state)
 
 
 def choose(model: Model, rows: int, tokens: int) -> Choice:

@@ -146,10 +146,6 @@ class AttentionMixer(Mixer):
         self.value = Linear(config.width, kv_width)
         self.output = Linear(config.width, config.width)
 
-    def empty_cache(self, like: Tensor, rows: int, capacity: int = 0) -> KeyValueCache:
-        """For this block's keys and values."""
-        raise NotImplementedError
-
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cached: Cached, cu_seqlens: Tensor | None, keep: bool
     ) -> tuple[Tensor, Cached]:

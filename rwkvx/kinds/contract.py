@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkvx.errors import InputError
+from rwkvx_kernels.chunk_attention import KeyValueCache
 from rwkvx_kernels.one_token import BlockWeights, Cache
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Mixer(nn.Module):
             pieces that start from states of their own.
     """
 
-    State: ClassVar[type]
+    State: ClassVar[Any]
     options: ClassVar[Mapping[str, Option]] = {}
     prefixes: ClassVar[Mapping[str, str]] = {}
     recurrent: ClassVar[bool] = False
@@ -140,6 +141,10 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def empty_cache(self, like: Tensor, rows: int, capacity: int = 0) -> KeyValueCache:
+        """For the keys and values of a kind that keeps them (kinds/attention.py)."""
+        raise NotImplementedError
+
     # The state
 
     def state_shapes(self) -> dict[str, Shape | None]:
@@ -165,7 +170,7 @@ class Mixer(nn.Module):
         Raises:
             InputError: another kind, other sizes, another number of rows, another device.
         """
-        if not isinstance(state, self.State):
+        if type(state) is not self.State:
             raise InputError(
                 f"block {self.position} takes a {self.State.__name__}, not a {type(state).__name__}"
             )

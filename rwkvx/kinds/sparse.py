@@ -90,8 +90,8 @@ class SparseAttention(AttentionMixer):
         q, k, v, conv = self.receptance(x), self.key(x), self.value(x), state.conv
         if conv is not None:
             k, conv = self._convolve(k, conv, cu_seqlens)
-        heads = (z.to(q.dtype).unflatten(-1, (-1, self.config.head_size)) for z in (q, k, v))
-        y, cached = self.attend(*heads, state.cached, cu_seqlens, keep_cache)
+        q, k, v = (z.to(q.dtype).unflatten(-1, (-1, self.config.head_size)) for z in (q, k, v))
+        y, cached = self.attend(q, k, v, state.cached, cu_seqlens, keep_cache)
         return self.output(y.flatten(-2)), SparseState(cached, conv, state.ffn_shift), v_first
 
     def attend_whole(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -82,7 +82,8 @@ class WindowAttention(AttentionMixer):
         if cu_seqlens is None:
             return window_attention(q, k, v, self.window)
         bounds = [(a, b) for a, b in pairwise(cu_seqlens.tolist()) if a < b]
-        parts = [window_attention(*(x[:, a:b] for x in (q, k, v)), self.window) for a, b in bounds]
+        each = [(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in bounds]
+        parts = [window_attention(*sequence, self.window) for sequence in each]
         return torch.cat(parts, dim=1)
 
     def attend_cached(self, q: Tensor, rows: CachedRows) -> Tensor:
