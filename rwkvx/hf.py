@@ -236,11 +236,10 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         packing = Packing.of(inputs, attention_mask, None if past.seen else position_ids)
         if cu_seq_lens_q is not None:
             packing = Packing(None, cu_seq_lens_q)
-        plain = packing == Packing(None, None) and labels is None and not output_hidden_states
-        one = input_ids is not None and input_ids.shape[1] == 1 and not torch.is_grad_enabled()
-        if plain and one and past.seen and use_cache:
-            logits = past.step(self.model, cast(Tensor, input_ids))
-            return CausalLMOutputWithPast(logits=logits, **cast(Any, {_CACHE: past}))
+        if use_cache and labels is None and not output_hidden_states:
+            logits = self._step(input_ids, packing, past)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, **cast(Any, {_CACHE: past}))
         self.model.gradient_checkpointing = self.gradient_checkpointing
         layers = self._read(inputs, packing, past, use_cache, output_hidden_states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -254,6 +253,12 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=tuple(layers) if output_hidden_states else None,
             **cast(Any, {_CACHE: past if use_cache else None}),
         )
+
+    def _step(self, ids: Tensor | None, packing: Packing, past: StateCache) -> Tensor | None:
+        """Logits [B, 1, V] after one more token in each row by a decoder; None for other calls."""
+        if ids is None or ids.shape[1] != 1 or not past.seen or torch.is_grad_enabled():
+            return None
+        return past.step(self.model, ids) if packing.is_plain else None
 
     def _read(
         self, inputs: Tensor, packing: Packing, past: StateCache, keep: bool, every: bool

@@ -20,6 +20,11 @@ class Packing(NamedTuple):
     tokens: Tensor | None
     cu_seqlens: Tensor | None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a batch as it is."""
+        return self.tokens is None and self.cu_seqlens is None
+
     @classmethod
     def of(
         cls, inputs: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
