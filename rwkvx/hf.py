@@ -213,12 +213,12 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: [B, past + T], 0 for padding, wherever it stands. Logits there are 0.
             position_ids: [1, T], without a mask: where they do not go on by one, a new sequence
                 starts (padding-free batches). Otherwise unused: the model counts by itself.
-            past_key_values: what an earlier call returned; changed in place.
+            past_key_values, cache: what an earlier call returned, changed in place; two names of
+                one thing (transformers 5.24 renamed it).
             labels: [B, T], -100 for none; they are shifted here.
-            use_cache: return `past_key_values`; default: the config's, never in training.
+            use_cache: return the cache; default: the config's, never in training.
             logits_to_keep: logits of so many last positions only, or of these positions; 0: all.
             cu_seq_lens_q: [sequences + 1] offsets of packed sequences, in place of position_ids.
-            cache: another name of past_key_values, transformers' own from 5.24 on.
 
         Raises:
             InputError: arguments that do not fit together; attention matrices, which are not made.
@@ -228,14 +228,12 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
             raise InputError("give either input_ids or inputs_embeds")
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise InputError("attention matrices are never formed: output_attentions is not there")
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         past = _one_cache(past_key_values, cache)
-        packing = Packing.of(inputs, attention_mask, None if past.seen else position_ids)
-        if cu_seq_lens_q is not None:
-            packing = Packing(None, cu_seq_lens_q)
+        positions = None if past.seen else position_ids
+        packing = Packing.of(inputs, attention_mask, positions, cu_seq_lens_q)
         if use_cache and labels is None and not output_hidden_states:
             logits = self._step(input_ids, packing, past)
             if logits is not None:
@@ -246,7 +244,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.model.head(layers[-1][:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

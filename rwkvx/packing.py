@@ -27,9 +27,15 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(
-        cls, inputs: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+        cls,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seqlens: Tensor | None = None,
     ) -> "Packing":
-        """From a mask with padding, or from positions that start anew."""
+        """From offsets, from a mask with padding, or from positions that start anew."""
+        if cu_seqlens is not None:
+            return cls(None, cu_seqlens)
         rows, width = inputs.shape[:2]
         if attention_mask is not None:
             if attention_mask.dim() != 2 or attention_mask.shape[1] < width:
