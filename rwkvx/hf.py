@@ -229,26 +229,25 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise InputError("attention matrices are never formed: output_attentions is not there")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if output_hidden_states is None:
-            output_hidden_states = bool(self.config.output_hidden_states)
+        every = self.config.output_hidden_states
+        every = bool(every if output_hidden_states is None else output_hidden_states)
         past = _one_cache(past_key_values, cache)
         positions = None if past.seen else position_ids
         packing = Packing.of(inputs, attention_mask, positions, cu_seq_lens_q)
-        if use_cache and labels is None and not output_hidden_states:
+        if use_cache and labels is None and not every:
             logits = self._step(input_ids, packing, past)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, **cast(Any, {_CACHE: past}))
         self.model.gradient_checkpointing = self.gradient_checkpointing
-        layers = self._read(inputs, packing, past, use_cache, output_hidden_states)
+        layers = self._read(inputs, packing, past, use_cache, every)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.head(layers[-1][:, kept])
-        loss = None
+        logits, loss = self.model.head(layers[-1][:, kept]), None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            hidden_states=tuple(layers) if output_hidden_states else None,
+            hidden_states=tuple(layers) if every else None,
             **cast(Any, {_CACHE: past if use_cache else None}),
         )
 
