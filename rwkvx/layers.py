@@ -11,6 +11,12 @@ from rwkvx_kernels.linear import linear
 from rwkvx_kernels.token_shift import token_shift
 
 
+# What a model's `impl` means for operations that do not come in all of them: products by Triton would
+# be slower than torch's, and compiled loops would gain nothing between products.
+PRODUCTS = {"triton": "torch"}
+ELEMENTWISE = {"compiled": "torch"}
+
+
 class Linear(nn.Linear):
     """A product with a weight matrix, without bias; an int8 weight has a scale for each row."""
 
@@ -23,7 +29,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
-        return linear(x, self.weight, self.scale, self.impl)
+        return linear(x, self.weight, self.scale, PRODUCTS.get(self.impl, self.impl))
 
 
 class ChannelMix(nn.Module):
@@ -40,8 +46,9 @@ class ChannelMix(nn.Module):
         self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C], normalised, and the last input before it [B, C] -> output, new shift."""
-        (mixed,) = token_shift(x, shift, [self.x_k], cu_seqlens, self.impl)
-        hidden = squared_relu(self.key(mixed), self.impl)
+        impl = ELEMENTWISE.get(self.impl, self.impl)
+        (mixed,) = token_shift(x, shift, [self.x_k], cu_seqlens, impl)
+        hidden = squared_relu(self.key(mixed), impl)
         return self.value(hidden), last_token(x, shift, cu_seqlens)
 
 

@@ -43,6 +43,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
     *,
+    impl: str = "auto",
     verify: bool = False,
     **overrides: Any,
 ) -> Model:
@@ -59,6 +60,8 @@ def load(
         dtype: "float32", "bfloat16", "float16", "float64", or "int8": projections and head in
             int8 with a scale for each row, the rest in bfloat16: for decoding; such a model
             can be neither trained nor saved. torch's own, such as torch.float32, will do too.
+        impl: which implementations run: "auto", "reference" (the equations, slowly), "torch",
+            "compiled" (Numba; a CPU, no gradients) or "triton" (a GPU). See `rwkvx.explain`.
         verify: check the file's checksums first: SHA-256 in folders, CRC-32 in `.pth`.
         overrides: fields of `ModelConfig` that leave the parameters as they are, such as
             chunk_size=..., topk=..., tokenizer=....
@@ -72,6 +75,7 @@ def load(
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     where = usable_device(str(device))
     model = read_checkpoint(find_model(path), overrides, verify).model()
+    model.impl = impl
     if name == "int8":
         return quantize(model.to(where, torch.bfloat16))
     return model.to(where, getattr(torch, name))

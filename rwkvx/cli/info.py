@@ -76,7 +76,22 @@ _LENGTHS = (("16K", 2**14), ("64K", 2**16), ("1M", 2**20))
 @click.command("info")
 @click.argument("model", required=False)
 @click.option("--verify", is_flag=True, help="Check the checksums too, which reads everything.")
-def info_command(model: str | None, verify: bool) -> None:
+@click.option("--route", is_flag=True, help="Show which implementations run, and why.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="For --route.")
+@click.option("--tokens", type=click.IntRange(1), default=1, show_default=True, help="For --route.")
+@click.option("--device", default="cpu", show_default=True, help="For --route.")
+@click.option("--dtype", default="float32", show_default=True, help="For --route.")
+@click.option("--impl", default="auto", show_default=True, help="For --route.")
+def info_command(
+    model: str | None,
+    verify: bool,
+    route: bool,
+    batch: int,
+    tokens: int,
+    device: str,
+    dtype: str,
+    impl: str,
+) -> None:
     """Show architecture, parameters and memory of MODEL: a file, a folder or a shipped name.
 
     Knows every format that `rwkvx convert` knows. Reads headers, not weights. Without MODEL, names
@@ -88,11 +103,21 @@ def info_command(model: str | None, verify: bool) -> None:
       rwkvx info passkey-tiny
       rwkvx info RWKV-X-0.2B-64k-Base.pth
       rwkvx info --verify runs/my-model
+      rwkvx info passkey-tiny --route --tokens 4096
     """
     if model is None:
         click.echo("\n".join(shipped_models()) or "no model ships with this installation")
         return
     path = find_model(model)
+    if route:
+        import rwkvx
+
+        steps = rwkvx.explain(rwkvx.load(path, device, dtype, impl=impl), batch, tokens)
+        columns = [max(map(len, column)) for column in list(zip(*steps, strict=True))[:3]]
+        for step in steps:
+            parts = [f"{text:<{width}}" for text, width in zip(step, columns, strict=False)]
+            click.echo("  ".join([*parts, step.why]))
+        return
     rows = describe(path)
     if verify:
         rows.append(("verified", detect(path).verify(path)))

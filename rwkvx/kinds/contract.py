@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rwkvx.errors import InputError
 from rwkvx_kernels.chunk_attention import KeyValueCache
+from rwkvx_kernels.dispatch import Choice, Facts
 from rwkvx_kernels.one_token import BlockWeights, Cache
 
 if TYPE_CHECKING:
@@ -214,6 +215,13 @@ class Mixer(nn.Module):
     def decodes_in_place(self, like: Tensor) -> bool:
         """Whether a decoded token is the same launches every time, so that a graph can hold it."""
         return False
+
+    def route(self, facts: Facts, rows: int, tokens: int) -> dict[str, Choice]:
+        """Which implementations the mixer's own operations run, by name.
+
+        rows: rows of a product; tokens: of each sequence, in one call.
+        """
+        return {}
 
     # The config and the costs, before there is a mixer
 

@@ -19,12 +19,14 @@ from rwkvx.kinds.contract import (
     orthogonal,
     positions,
 )
-from rwkvx.layers import Linear, last_token
+from rwkvx.layers import ELEMENTWISE, PRODUCTS, Linear, last_token
+from rwkvx_kernels.dispatch import Choice, Facts
 from rwkvx_kernels.linear import low_rank
+from rwkvx_kernels.linear.api import choose as choose_linear
 from rwkvx_kernels.one_token import BlockWeights
 from rwkvx_kernels.time_mix import TimeMixWeights, time_mix
+from rwkvx_kernels.time_mix.api import choose as choose_time_mix
 from rwkvx_kernels.token_shift import token_shift
-from rwkvx_kernels.wkv7 import chosen_impl
 
 if TYPE_CHECKING:
     from rwkvx.config import ModelConfig
@@ -121,14 +123,16 @@ class TimeMix(Mixer):
     ) -> tuple[Tensor, Rwkv7State, Tensor]:
         """See `Mixer.forward`."""
         mixes = [getattr(self, f"x_{name}") for name in MIXES]
-        x_r, x_w, x_k, x_v, x_a, x_g = token_shift(x, state.shift, mixes, cu_seqlens, self.impl)
+        shifted = token_shift(x, state.shift, mixes, cu_seqlens, ELEMENTWISE.get(self.impl, self.impl))
+        x_r, x_w, x_k, x_v, x_a, x_g = shifted
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        w = low_rank(x_w, self.w1, self.w2, "tanh", self.impl)
-        a = low_rank(x_a, self.a1, self.a2, impl=self.impl)
-        g = low_rank(x_g, self.g1, self.g2, "sigmoid", self.impl)
+        impl = PRODUCTS.get(self.impl, self.impl)
+        w = low_rank(x_w, self.w1, self.w2, "tanh", impl)
+        a = low_rank(x_a, self.a1, self.a2, impl=impl)
+        g = low_rank(x_g, self.g1, self.g2, "sigmoid", impl)
         residual, v0 = None, None
         if v_first is not None:
-            residual, v0 = (low_rank(x_v, self.v1, self.v2, impl=self.impl), v_first), self.v0
+            residual, v0 = (low_rank(x_v, self.v1, self.v2, impl=impl), v_first), self.v0
         vectors = (self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias)
         weights = TimeMixWeights(self.w0, self.a0, v0, *vectors)
         tokens = (r, w, k, v, a, g)
@@ -216,8 +220,14 @@ class TimeMix(Mixer):
 
     def decodes_in_place(self, like: Tensor) -> bool:
         """With the Triton kernels."""
-        sizes = (self.config.head_size, self.config.head_size)
-        return chosen_impl(like.device, self.impl, like.dtype, sizes) == "triton"
+        facts = Facts(like.device, like.dtype)
+        return choose_time_mix(facts, self.config.head_size, self.impl).impl == "triton"
+
+    def route(self, facts: Facts, rows: int, tokens: int) -> dict[str, Choice]:
+        """See `Mixer.route`."""
+        products = choose_linear(facts, rows, PRODUCTS.get(self.impl, self.impl))
+        recurrence = choose_time_mix(facts, self.config.head_size, self.impl)
+        return {"low-rank products": products, "decay, recurrence, norm and gate": recurrence}
 
     @classmethod
     def describe(cls, config: "ModelConfig") -> str:

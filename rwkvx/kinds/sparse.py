@@ -28,6 +28,9 @@ from rwkvx_kernels.chunk_attention import (
     chunk_attention,
     has_decode_kernel,
 )
+from rwkvx_kernels.chunk_attention.api import choose as choose_attention
+from rwkvx_kernels.chunk_select.api import choose as choose_select
+from rwkvx_kernels.dispatch import Choice, Facts
 from rwkvx_kernels.one_token import BlockWeights, Cache
 
 if TYPE_CHECKING:
@@ -171,6 +174,13 @@ class SparseAttention(AttentionMixer):
         config = self.config
         queries = like.new_empty(0, 1, config.heads, config.head_size)
         return has_decode_kernel(queries, config.chunk_size, config.selection, self.impl)
+
+    def route(self, facts: Facts, rows: int, tokens: int) -> dict[str, Choice]:
+        """See `Mixer.route`."""
+        config = self.config
+        selection = choose_select(facts, config.selection, self.impl)
+        sizes = (config.chunk_size, self.topk, tokens, config.head_size)
+        return {"selection": selection, "attention": choose_attention(facts, *sizes, self.impl)}
 
     @classmethod
     def check_config(cls, config: "ModelConfig") -> None:

@@ -24,6 +24,7 @@ from rwkvx.kinds.attention import (
 )
 from rwkvx.kinds.contract import Memory, Option, Shape
 from rwkvx_kernels.chunk_attention import KeyValueCache
+from rwkvx_kernels.dispatch import Choice, Facts
 
 if TYPE_CHECKING:
     from rwkvx.config import ModelConfig
@@ -126,6 +127,10 @@ class WindowAttention(AttentionMixer):
         super().check_state(state, rows, like)
         sizes = (self.config.kv_heads, self.config.head_size, self.window)
         check_cached(state.cached, rows, *sizes, f"block {self.position}")
+
+    def route(self, facts: Facts, rows: int, tokens: int) -> dict[str, Choice]:
+        """One form, on every device."""
+        return {"attention": Choice("torch", "scaled_dot_product_attention is the only form")}
 
     @classmethod
     def check_config(cls, config: "ModelConfig") -> None:
