@@ -9,6 +9,7 @@ from rwkvx.errors import InputError
 
 BLOCK_KINDS = ("rwkv7", "sparse")
 TOKENIZERS = {"world": 65536, "bytes": 256}  # and how many ids they have
+TOKENIZER_FILE = "file"  # a tokenizer.json beside the weights
 SELECTIONS = ("flat", "coarse_to_fine")
 
 
@@ -33,7 +34,8 @@ class ModelConfig:
             None for RWKV-7's own rule.
         group_norm_eps: of the group norm in the time mix; RWKV-7's own number unless a checkpoint
             of another kind says otherwise.
-        tokenizer: "world", "bytes", or None for a vocabulary that is neither.
+        tokenizer: "world", "bytes", "file" for the tokenizer.json in the model's folder, or None
+            for a vocabulary without one.
     """
 
     vocab_size: int
@@ -60,10 +62,9 @@ class ModelConfig:
         for kind in self.pattern:
             if kind not in BLOCK_KINDS:
                 raise InputError(f"pattern must name blocks of {BLOCK_KINDS}, got {kind!r}")
-        if self.tokenizer is not None and self.tokenizer not in TOKENIZERS:
-            raise InputError(
-                f"tokenizer must be one of {tuple(TOKENIZERS)} or null, got {self.tokenizer!r}"
-            )
+        known = (*TOKENIZERS, TOKENIZER_FILE)
+        if self.tokenizer is not None and self.tokenizer not in known:
+            raise InputError(f"tokenizer must be one of {known} or null, got {self.tokenizer!r}")
         if not isinstance(self.group_norm_eps, float) or not 0 < self.group_norm_eps < 1:
             raise InputError(f"group_norm_eps must be in (0, 1), got {self.group_norm_eps!r}")
         if self.selection not in SELECTIONS:

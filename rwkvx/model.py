@@ -249,6 +249,10 @@ class Model(nn.Module):
             self._tokenizer = get_tokenizer(self.config.tokenizer)
         return self._tokenizer
 
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Take a tokenizer that was read from a file, in place of one that the config names."""
+        self._tokenizer = tokenizer
+
     def fingerprint(self) -> str:
         """SHA-256 over config and weights, hexadecimal: equal for equal functions only."""
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())

@@ -6,16 +6,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkvx.config import TOKENIZERS, ModelConfig
+from rwkvx.config import TOKENIZER_FILE, TOKENIZERS, ModelConfig
 from rwkvx.errors import InputError
 from rwkvx.model import Model
 
 
 class Checkpoint(NamedTuple):
-    """A whole model as data; the names are those of `Model(config).state_dict()`."""
+    """A whole model as data; the names are those of `Model(config).state_dict()`.
+
+    tokenizer: Hugging Face's, where the config says "file".
+    """
 
     config: ModelConfig
     tensors: dict[str, Tensor]
+    tokenizer: Any = None
 
     @classmethod
     def of(cls, model: Model) -> "Checkpoint":
@@ -29,13 +33,15 @@ class Checkpoint(NamedTuple):
                 raise InputError(
                     f"{name} is int8: save the model that was loaded, in its own dtype"
                 )
-        return cls(model.config, {n: x.detach() for n, x in model.state_dict().items()})
+        tokenizer = model.tokenizer if model.config.tokenizer == TOKENIZER_FILE else None
+        return cls(model.config, {n: x.detach() for n, x in model.state_dict().items()}, tokenizer)
 
     def model(self) -> Model:
         """A model in evaluation mode on these very tensors, whatever their dtypes."""
         with torch.device("meta"):
             model = Model(self.config)
         model.load_state_dict(self.tensors, assign=True)
+        model.use_tokenizer(self.tokenizer)
         return model.eval()
 
     def to(self, dtype: torch.dtype) -> "Checkpoint":
@@ -68,13 +74,20 @@ def check_finite(checkpoint: Checkpoint, origin: str) -> None:
                 raise InputError(f"{origin}: {name} holds NaN or infinite values")
 
 
-def check_vocabulary(config: ModelConfig, origin: str) -> None:
+def check_vocabulary(config: ModelConfig, origin: str, tokenizer: Any = None) -> None:
     """Refuse an embedding with fewer rows than the tokenizer has ids.
+
+    tokenizer: the one that "file" stands for, if it is at hand.
 
     Raises:
         InputError: it has.
     """
-    ids = 0 if config.tokenizer is None else TOKENIZERS[config.tokenizer]
+    if config.tokenizer == TOKENIZER_FILE:
+        from rwkvx.tokenizers.file import count_ids
+
+        ids = count_ids(tokenizer) if tokenizer is not None else 0
+    else:
+        ids = 0 if config.tokenizer is None else TOKENIZERS[config.tokenizer]
     if config.vocab_size < ids:
         raise InputError(
             f"{origin}: emb.weight has {config.vocab_size} rows, but the tokenizer "

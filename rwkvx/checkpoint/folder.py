@@ -12,7 +12,7 @@ from rwkvx.checkpoint.hub import CONFIG_KEYS, own_keys, write_hub_files
 from rwkvx.checkpoint.layout import BLOCK, NOTHING, Layout
 from rwkvx.checkpoint.manifest import verify_manifest, write_manifest
 from rwkvx.checkpoint.shards import SHARD_BYTES, read_weights, write_weights
-from rwkvx.config import ModelConfig
+from rwkvx.config import TOKENIZER_FILE, ModelConfig
 from rwkvx.errors import InputError
 from rwkvx.model import Model
 
@@ -36,6 +36,10 @@ def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTES) 
     """Write the weights, the config, then their sums, each file complete or not at all."""
     written = write_weights(folder, checkpoint.tensors, shard_bytes)
     write_json(folder / CONFIG, {**CONFIG_KEYS, **checkpoint.config.to_dict()})
+    if checkpoint.tokenizer is not None:
+        from rwkvx.tokenizers.file import save_tokenizer
+
+        written += save_tokenizer(checkpoint.tokenizer, folder)
     code = write_hub_files(folder, checkpoint.config.tokenizer)
     write_manifest(folder, [CONFIG, code, *written])
 
@@ -55,7 +59,16 @@ def read(folder: Path, overrides: Mapping[str, Any], meta: bool = False) -> Chec
         raise InputError(
             f"{origin} holds {depth} blocks, the pattern of its config {len(config.pattern)}"
         )
-    return OWN.fit(tensors, config, origin)
+    return OWN.fit(tensors, config, origin)._replace(tokenizer=_tokenizer(config, folder))
+
+
+def _tokenizer(config: ModelConfig, folder: Path) -> Any:
+    """The tokenizer that lies in the folder, if the config says that one does."""
+    if config.tokenizer != TOKENIZER_FILE:
+        return None
+    from rwkvx.tokenizers.file import read_tokenizer
+
+    return read_tokenizer(folder)
 
 
 def verify(folder: Path) -> str:

@@ -87,7 +87,7 @@ def read_checkpoint(path: Path, overrides: Mapping[str, Any], verify: bool = Fal
     if verify:
         found.verify(path)
     checkpoint = found.read(path, overrides)
-    check_vocabulary(checkpoint.config, str(path))
+    check_vocabulary(checkpoint.config, str(path), checkpoint.tokenizer)
     check_finite(checkpoint, str(path))
     return checkpoint
 

@@ -56,7 +56,8 @@ class DataConfig:
     """Where the tokens come from.
 
     Attributes:
-        kind: "passkey" (synthetic, fresh samples), "text" (files) or "hub" (Hugging Face).
+        kind: "passkey" (synthetic, fresh samples), "text" (files), "tokens" (one file that
+            `rwkvx tokenize` wrote) or "hub" (Hugging Face).
         paths: text files (.txt, .xz, .jsonl with a "text" field, .tar.xz of .txt), relative to
             the data folder; for "passkey", the prose used as filler; for "hub", name and subset.
         prose: passkey: share of samples whose filler is prose, the rest has the standard sentences.
@@ -102,7 +103,8 @@ class TrainConfig:
 
     Attributes:
         name: of the run; out: folder of its files (default runs/NAME).
-        model: the architecture; init: weights to start from (a name or folder), else fresh ones.
+        model: the architecture; tokenizer: folder with the tokenizer.json of a model whose config
+            says "file"; init: weights to start from (a name or folder), else fresh ones.
         stages: run one after the other.
         steps: total steps, if fewer than the stages have; 0 for all of them.
         accumulate: micro-batches of a step.
@@ -121,6 +123,7 @@ class TrainConfig:
     stages: tuple[StageConfig, ...]
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     out: str = ""
+    tokenizer: str = ""
     init: str = ""
     steps: int = 0
     accumulate: int = 1
@@ -137,7 +140,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, ("float32", "bf16"))
-        _one_of("data.kind", self.data.kind, ("passkey", "text", "hub"))
+        _one_of("data.kind", self.data.kind, ("passkey", "text", "tokens", "hub"))
         _one_of("keep", self.keep, ("last", "best"))
         _one_of("optimizer.schedule", self.optimizer.schedule, ("cosine", "wsd"))
         if not self.stages:

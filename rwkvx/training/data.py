@@ -3,12 +3,7 @@
 Axes: B batch, T time.
 """
 
-import io
-import json
-import lzma
-import tarfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rwkvx.data.folder import data_folder
+from rwkvx.data.documents import find_files, read_documents
 from rwkvx.data.passkey import Filler, Ids, PasskeyBuilder, standard_filler
+from rwkvx.data.tokens import open_tokens
 from rwkvx.errors import InputError
 from rwkvx.training.config import DataConfig, StageConfig
 
@@ -43,6 +39,9 @@ class Source(Protocol):
 
 def build_source(config: DataConfig, tokenizer: Any, data: str | None = None) -> Source:
     """The source that `config` names; text is read and tokenised once, here."""
+    if config.kind == "tokens":
+        file = open_tokens(find_files(config.paths, data)[0], tokenizer)
+        return TextSource(file.tokens[: file.training], file.tokens[file.training :])
     if config.kind == "hub":
         return TextSource(_hub_tokens(config, tokenizer))
     tokens = read_tokens(config, tokenizer, data) if config.paths else None
@@ -54,10 +53,15 @@ def build_source(config: DataConfig, tokenizer: Any, data: str | None = None) ->
 
 
 class TextSource:
-    """Random windows of documents that stand one after the other, each ended by token 0."""
+    """Windows of documents that stand one after the other, each ended by its token.
 
-    def __init__(self, tokens: NDArray[np.int32]) -> None:
-        self.tokens = tokens
+    Training takes them in a random order, each once before any is taken again; an evaluation takes
+    random ones of `held_out`, where there is such.
+    """
+
+    def __init__(self, tokens: NDArray[Any], held_out: NDArray[Any] | None = None) -> None:
+        self.tokens, self.held_out = tokens, held_out
+        self.orders: dict[int, NDArray[np.int64]] = {}
 
     def batch(self, stage: StageConfig, seed: tuple[int, ...]) -> Batch:
         """Windows of `stage.length` + 1 tokens; every token counts alike."""
@@ -65,12 +69,33 @@ class TextSource:
             raise InputError(
                 f"the text has {len(self.tokens)} tokens, a sequence needs {stage.length + 1}"
             )
-        rng = np.random.default_rng(seed)
-        starts = rng.integers(0, len(self.tokens) - stage.length, size=stage.batch)
-        rows = np.stack([self.tokens[s : s + stage.length + 1] for s in starts]).astype(np.int64)
+        tokens = self.tokens
+        if len(seed) == 4:
+            starts = self._in_order(stage, *seed)
+        else:
+            tokens = tokens if self.held_out is None else self.held_out
+            starts = np.random.default_rng(seed).integers(
+                0, len(tokens) - stage.length, size=stage.batch
+            )
+        rows = np.stack([tokens[s : s + stage.length + 1] for s in starts]).astype(np.int64)
         ids = torch.from_numpy(rows)
         weights = torch.full((stage.batch, stage.length), 1.0 / (stage.batch * stage.length))
         return Batch(ids[:, :-1], ids[:, 1:], weights, torch.zeros_like(weights, dtype=torch.bool))
+
+    def _in_order(
+        self, stage: StageConfig, seed: int, purpose: int, step: int, micro: int
+    ) -> NDArray[np.int64]:
+        """Starts of the windows of one micro-batch (the only one of its step)."""
+        windows = (len(self.tokens) - 1) // stage.length
+        first, starts = step * stage.batch, []
+        for number in range(first, first + stage.batch):
+            epoch, index = divmod(number, windows)
+            if epoch not in self.orders:
+                rng = np.random.default_rng((seed, purpose, epoch))
+                shift = int(rng.integers(0, len(self.tokens) - windows * stage.length))
+                self.orders = {epoch: rng.permutation(windows) * stage.length + shift}
+            starts.append(self.orders[epoch][index])
+        return np.asarray(starts)
 
     def evaluations(self, stage: StageConfig) -> dict[str, StageConfig]:
         """The same as training."""
@@ -202,60 +227,17 @@ def _random_key(rng: np.random.Generator) -> int:
 
 def read_tokens(config: DataConfig, tokenizer: Any, data: str | None) -> NDArray[np.int32]:
     """All text of `config.paths`, tokenised: int32 [tokens], each document ended by token 0."""
-    folder = data_folder(data)
     parts: list[NDArray[np.int32]] = []
     room = int(config.limit_mb * 1e6)
-    for name in config.paths:
-        path = Path(name)
-        if not path.is_absolute() and not path.exists() and folder is not None:
-            path = folder / name
-        if not path.exists():
-            raise InputError(
-                f"text {name} is not there: name the data folder with --data or RWKVX_DATA"
-            )
-        for document in _documents(path):
-            if room <= 0:
-                break
-            ids = tokenizer.encode(document, add_special_tokens=False)
-            parts.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32))
-            room -= len(document.encode())
+    for document in read_documents(find_files(config.paths, data)):
+        if room <= 0:
+            break
+        ids = tokenizer.encode(document, add_special_tokens=False)
+        parts.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32))
+        room -= len(document.encode())
     if not parts:
         raise InputError(f"no text in {', '.join(config.paths)}")
     return np.concatenate(parts)
-
-
-def _documents(path: Path) -> Any:
-    """The documents of one file, one after the other."""
-    try:
-        if path.name.endswith((".tar.xz", ".tar.gz", ".tar")):
-            with tarfile.open(path) as archive:
-                for member in archive:
-                    file = archive.extractfile(member) if member.isfile() else None
-                    if file is not None and member.name.endswith((".txt", ".md")):
-                        yield file.read().decode("utf-8", errors="replace")
-            return
-        raw = path.read_bytes()
-        if path.suffix == ".xz":
-            raw = lzma.decompress(raw)
-        text = raw.decode("utf-8")
-    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read text {path}: {error}") from error
-    if ".jsonl" not in path.suffixes:
-        yield text
-        return
-    for number, line in enumerate(io.StringIO(text), start=1):
-        if line.strip():
-            yield _text_field(line, f"{path}, line {number}")
-
-
-def _text_field(line: str, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise InputError(f'{where}: no JSON object with a "text" field')
-    return text
 
 
 def _hub_tokens(config: DataConfig, tokenizer: Any) -> NDArray[np.int32]:

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from rwkvx.checkpoint import load
+from rwkvx.checkpoint.checkpoint import check_vocabulary
 from rwkvx.checkpoint.folder import save_folder
 from rwkvx.checkpoint.load import usable_device
 from rwkvx.checkpoint.shards import read_weights
@@ -24,6 +25,7 @@ from rwkvx.errors import InputError
 from rwkvx.init import init_weights
 from rwkvx.model import Model
 from rwkvx.state import ModelState, Rwkv7State, map_tensors
+from rwkvx.tokenizers.file import read_tokenizer
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.data import Batch, Source, build_source
 from rwkvx.training.events import Events
@@ -47,6 +49,9 @@ class Trainer:
         else:
             device = usable_device(config.device)
             self.model = init_weights(Model(config.model), config.seed).to(device)
+        if config.tokenizer:
+            self.model.use_tokenizer(read_tokenizer(config.tokenizer))
+            check_vocabulary(self.model.config, str(config.tokenizer), self.model.tokenizer)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.source: Source = build_source(config.data, self.model.tokenizer, data)
