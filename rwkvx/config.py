@@ -9,7 +9,7 @@ from rwkvx.errors import InputError
 
 BLOCK_KINDS = ("rwkv7", "sparse")
 TOKENIZERS = {"world": 65536, "bytes": 256}  # and how many ids they have
-TOKENIZER_FILE = "file"  # a tokenizer.json beside the weights
+TOKENIZER_FILE, TOKENIZER_JSON = "file", "tokenizer.json"  # the latter beside the weights
 SELECTIONS = ("flat", "coarse_to_fine")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkvx.channel_mix import ChannelMix
-from rwkvx.config import ModelConfig
+from rwkvx.config import TOKENIZER_FILE, ModelConfig
 from rwkvx.errors import InputError
 from rwkvx.linear import Linear
 from rwkvx.one_token import OneTokenReader
@@ -249,8 +249,13 @@ class Model(nn.Module):
             self._tokenizer = get_tokenizer(self.config.tokenizer)
         return self._tokenizer
 
+    @property
+    def tokenizer_of_file(self) -> Any:
+        """What `use_tokenizer` was given, for a config that says "file"; else None."""
+        return self._tokenizer if self.config.tokenizer == TOKENIZER_FILE else None
+
     def use_tokenizer(self, tokenizer: Any) -> None:
-        """Take a tokenizer that was read from a file, in place of one that the config names."""
+        """Take a tokenizer that was read from a file."""
         self._tokenizer = tokenizer
 
     def fingerprint(self) -> str:

@@ -33,8 +33,8 @@ class Checkpoint(NamedTuple):
                 raise InputError(
                     f"{name} is int8: save the model that was loaded, in its own dtype"
                 )
-        tokenizer = model.tokenizer if model.config.tokenizer == TOKENIZER_FILE else None
-        return cls(model.config, {n: x.detach() for n, x in model.state_dict().items()}, tokenizer)
+        tensors = {n: x.detach() for n, x in model.state_dict().items()}
+        return cls(model.config, tensors, model.tokenizer_of_file)
 
     def model(self) -> Model:
         """A model in evaluation mode on these very tensors, whatever their dtypes."""

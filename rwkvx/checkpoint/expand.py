@@ -57,7 +57,7 @@ def expand(source: Checkpoint, sparse_blocks: int, init: str = "zero") -> Checkp
         ratio = 1 - (index / rwkv_blocks if init == "copy" else position / len(config.pattern))
         tensors |= _renamed(_sparse_block(config, before, init, ratio, generator), position)
     outer = {n: x for n, x in source.tensors.items() if not n.startswith("blocks.")}
-    return Checkpoint(config, tensors | outer)
+    return Checkpoint(config, tensors | outer, source.tokenizer)
 
 
 @torch.inference_mode()

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.files import write_json
-from rwkvx.checkpoint.folder import CONFIG, read_json
+from rwkvx.checkpoint.folder import CONFIG, read_json, tokenizer_beside, write_tokenizer
+from rwkvx.checkpoint.hub import special_ids
 from rwkvx.checkpoint.layout import BLOCK, Layout, Pattern, refuse_sparse
 from rwkvx.checkpoint.manifest import verify_manifest, write_manifest
 from rwkvx.checkpoint.shards import SHARD_BYTES, read_weights, write_weights
-from rwkvx.config import ModelConfig
+from rwkvx.config import TOKENIZER_FILE, TOKENIZER_JSON, ModelConfig
 from rwkvx.errors import InputError
 
 TITLE = "Hugging Face folder of flash-linear-attention"
@@ -88,14 +89,16 @@ def read(folder: Path, overrides: Mapping[str, Any], meta: bool = False) -> Chec
     if data.get("tie_word_embeddings") and head not in raw and embedding in raw:
         raw[head] = raw[embedding].clone()
     layers = data.get("num_hidden_layers")
-    known = {}
+    known: dict[str, Any] = {}
     if (r_k := raw.get("model.layers.0.attn.r_k")) is not None and r_k.dim() == 2:
         known["group_norm_eps"] = _group_norm_eps(r_k.shape[1])
+    if (folder / TOKENIZER_JSON).exists():
+        known["tokenizer"] = TOKENIZER_FILE
     checkpoint = FLA.read(raw, origin, overrides, **known)
     found = len(checkpoint.config.pattern)
     if layers is not None and layers != found:
         raise InputError(f"{origin} holds {found} blocks, its {CONFIG} tells of {layers}")
-    return checkpoint
+    return checkpoint._replace(tokenizer=tokenizer_beside(checkpoint.config, folder))
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
@@ -114,7 +117,9 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         )
     written = write_weights(folder, FLA.write(checkpoint), SHARD_BYTES)
     dtype = str(checkpoint.tensors["head.weight"].dtype).removeprefix("torch.")
-    write_json(folder / CONFIG, {**_config(config), "torch_dtype": dtype})
+    ends = special_ids(checkpoint.tokenizer)
+    write_json(folder / CONFIG, {**_config(config), **ends, "torch_dtype": dtype})
+    written += write_tokenizer(checkpoint, folder)
     write_manifest(folder, [CONFIG, *written])
 
 

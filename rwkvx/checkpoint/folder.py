@@ -8,11 +8,11 @@ from typing import Any
 
 from rwkvx.checkpoint.checkpoint import Checkpoint, merge_config
 from rwkvx.checkpoint.files import write_json
-from rwkvx.checkpoint.hub import CONFIG_KEYS, own_keys, write_hub_files
+from rwkvx.checkpoint.hub import CONFIG_KEYS, own_keys, special_ids, write_hub_files
 from rwkvx.checkpoint.layout import BLOCK, NOTHING, Layout
 from rwkvx.checkpoint.manifest import verify_manifest, write_manifest
 from rwkvx.checkpoint.shards import SHARD_BYTES, read_weights, write_weights
-from rwkvx.config import TOKENIZER_FILE, ModelConfig
+from rwkvx.config import TOKENIZER_FILE, TOKENIZER_JSON, ModelConfig
 from rwkvx.errors import InputError
 from rwkvx.model import Model
 
@@ -35,11 +35,9 @@ def save_folder(model: Model, folder: str | Path) -> None:
 def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the weights, the config, then their sums, each file complete or not at all."""
     written = write_weights(folder, checkpoint.tensors, shard_bytes)
-    write_json(folder / CONFIG, {**CONFIG_KEYS, **checkpoint.config.to_dict()})
-    if checkpoint.tokenizer is not None:
-        from rwkvx.tokenizers.file import save_tokenizer
-
-        written += save_tokenizer(checkpoint.tokenizer, folder)
+    ends = special_ids(checkpoint.tokenizer)
+    write_json(folder / CONFIG, {**CONFIG_KEYS, **ends, **checkpoint.config.to_dict()})
+    written += write_tokenizer(checkpoint, folder)
     code = write_hub_files(folder, checkpoint.config.tokenizer)
     write_manifest(folder, [CONFIG, code, *written])
 
@@ -59,16 +57,25 @@ def read(folder: Path, overrides: Mapping[str, Any], meta: bool = False) -> Chec
         raise InputError(
             f"{origin} holds {depth} blocks, the pattern of its config {len(config.pattern)}"
         )
-    return OWN.fit(tensors, config, origin)._replace(tokenizer=_tokenizer(config, folder))
+    return OWN.fit(tensors, config, origin)._replace(tokenizer=tokenizer_beside(config, folder))
 
 
-def _tokenizer(config: ModelConfig, folder: Path) -> Any:
+def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Write the tokenizer, if the model's is a file; the names of the files."""
+    if checkpoint.tokenizer is None:
+        return []
+    from rwkvx.tokenizers.file import save_tokenizer
+
+    return save_tokenizer(checkpoint.tokenizer, folder)
+
+
+def tokenizer_beside(config: ModelConfig, folder: Path) -> Any:
     """The tokenizer that lies in the folder, if the config says that one does."""
     if config.tokenizer != TOKENIZER_FILE:
         return None
     from rwkvx.tokenizers.file import read_tokenizer
 
-    return read_tokenizer(folder)
+    return read_tokenizer(folder) if (folder / TOKENIZER_JSON).exists() else None
 
 
 def verify(folder: Path) -> str:

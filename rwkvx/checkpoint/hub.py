@@ -32,6 +32,13 @@ CONFIG_KEYS: dict[str, Any] = {
 }
 
 
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """Of config.json: the special ids of a tokenizer that is a file; none for None."""
+    if tokenizer is None:
+        return {}
+    return {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos", "pad")}
+
+
 def own_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a config.json is for `ModelConfig`: all, unless Hugging Face put its own beside."""
     own = {f.name for f in fields(ModelConfig)}

@@ -1,7 +1,7 @@
 """``rwkvx info``: what a model is made of, from its config and tensor headers alone."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
@@ -51,10 +51,10 @@ def shape_of_pattern(pattern: tuple[str, ...]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in runs)
 
 
-def vocabulary(config: ModelConfig) -> str:
+def vocabulary(config: ModelConfig, tokenizer: Any) -> str:
     """Rows of the embedding and the tokenizer, and whether they fit."""
     try:
-        check_vocabulary(config, "not to be loaded")
+        check_vocabulary(config, "not to be loaded", tokenizer)
     except InputError as error:
         return str(error)
     return f"{config.vocab_size}, tokenizer {config.tokenizer or 'unknown'}"
@@ -63,7 +63,7 @@ def vocabulary(config: ModelConfig) -> str:
 def describe(path: Path) -> list[tuple[str, str]]:
     """Rows of the table that ``rwkvx info`` prints; no weight is read."""
     found = detect(path)
-    config, tensors = found.read(path, {}, True)
+    config, tensors, tokenizer = found.read(path, {}, True)
     state = memory(config)
     conv = f", key convolution of {config.key_conv}" if config.key_conv else ""
     rows = [
@@ -72,7 +72,7 @@ def describe(path: Path) -> list[tuple[str, str]]:
         ("blocks", f"{len(config.pattern)}: {shape_of_pattern(config.pattern)}"),
         ("width", f"{config.width}, {config.heads} heads of {config.head_size}"),
         ("low ranks", ", ".join(f"{name} {rank}" for name, rank in config.ranks.items())),
-        ("vocabulary", vocabulary(config)),
+        ("vocabulary", vocabulary(config, tokenizer)),
     ]
     if "sparse" in config.pattern:
         text = f"chunks of {config.chunk_size}, top {config.topk}, {config.kv_heads} kv heads{conv}"

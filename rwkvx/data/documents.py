@@ -1,22 +1,23 @@
 """Documents out of files: plain text, JSON lines, archives, compressed or not."""
 
-import io
-import json
-import lzma
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 from rwkvx.data.folder import data_folder
 from rwkvx.errors import InputError
+from rwkvx.files import open_packed, parse_json, read_text, tar_members, user_path
+from rwkvx.files.packed import text_of
 
-__all__ = ["find_files", "held_out_tail", "read_documents", "unwrap"]
+__all__ = ["find_files", "held_out_tail", "json_lines", "read_documents", "unwrap"]
 
-ARCHIVES = (".tar", ".tar.gz", ".tar.xz")
+ARCHIVES = (".tar", ".tar.gz", ".tar.xz", ".tar.bz2")
 TEXTS = (".txt", ".md")  # of what an archive holds
-# Of a text whose lines were wrapped by a width: nearly all are at most so long.
-WRAPPED_AT_MOST, NEARLY_ALL = 90, 0.98
+MOST_BYTES = 1 << 42  # of a file of many documents, which is never held as a whole
+LARGEST_TEXT = 1 << 34  # of a file that is one document
+# A text was wrapped by a width if nearly all of its lines are shorter than one of these widths.
+WIDTHS, NEARLY_ALL = range(40, 91), 0.98
 
 
 def find_files(names: Sequence[str], data: str | None = None) -> list[Path]:
@@ -27,10 +28,10 @@ def find_files(names: Sequence[str], data: str | None = None) -> list[Path]:
     """
     folder, found = data_folder(data), []
     for name in names:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if not path.is_absolute() and not path.exists() and folder is not None:
             path = folder / name
-        if not path.is_file():
+        if not path.exists():
             raise InputError(
                 f"text {name} is not there: name the data folder with --data or RWKVX_DATA"
             )
@@ -41,8 +42,8 @@ def find_files(names: Sequence[str], data: str | None = None) -> list[Path]:
 def read_documents(paths: Sequence[Path], unwrapped: bool = False) -> Iterator[str]:
     """The documents of these files, one after the other.
 
-    A document is a text file (.txt, .xz, whatever has no other meaning), a line of JSON with a
-    "text" field (.jsonl), or a text file in a tar archive.
+    A document is a text file (.txt, whatever has no other meaning), a line of JSON with a "text"
+    field (.jsonl), or a text file in a tar archive; each may be compressed (.xz, .gz, .bz2).
 
     Args:
         unwrapped: see `unwrap`.
@@ -51,39 +52,37 @@ def read_documents(paths: Sequence[Path], unwrapped: bool = False) -> Iterator[s
         InputError: a file that cannot be read, with its name.
     """
     for path in paths:
-        try:
-            for text in _documents(path):
-                yield unwrap(text) if unwrapped else text
-        except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read text {path}: {error}") from error
+        for text in _documents(path):
+            yield unwrap(text) if unwrapped else text
 
 
 def _documents(path: Path) -> Iterator[str]:
     if path.name.endswith(ARCHIVES):
-        with tarfile.open(path) as archive:
-            for member in archive:
-                file = archive.extractfile(member) if member.isfile() else None
-                if file is not None and member.name.endswith(TEXTS):
-                    yield file.read().decode("utf-8", errors="replace")
-        return
-    raw = path.read_bytes()
-    text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")
-    if ".jsonl" not in path.suffixes:
-        yield text
-        return
-    for number, line in enumerate(io.StringIO(text), start=1):
-        if line.strip():
-            yield _text_field(line, f"{path}, line {number}")
+        for name, content in tar_members(path, TEXTS, MOST_BYTES):
+            yield text_of(content, f"{path}: {name}")
+    elif ".jsonl" in path.suffixes:
+        for where, item in json_lines(path):
+            if not isinstance(item.get("text"), str):
+                raise InputError(f'{where}: no JSON object with a "text" field')
+            yield item["text"]
+    else:
+        yield read_text(path, LARGEST_TEXT)
 
 
-def _text_field(line: str, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise InputError(f'{where}: no JSON object with a "text" field')
-    return text
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each line stands, in words, and the object that it holds; empty lines left out.
+
+    Raises:
+        InputError: a line that holds no JSON object.
+    """
+    with open_packed(path, MOST_BYTES) as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                item = parse_json(line, where)
+                if not isinstance(item, dict):
+                    raise InputError(f"{where}: no JSON object")
+                yield where, item
 
 
 def unwrap(text: str) -> str:
@@ -95,7 +94,7 @@ def unwrap(text: str) -> str:
     lines = text.replace("\r\n", "\n").split("\n")
     lengths = sorted(len(line) for line in lines if line.strip())
     width = lengths[int(NEARLY_ALL * (len(lengths) - 1))] if lengths else 0
-    if not 0 < width <= WRAPPED_AT_MOST:
+    if width not in WIDTHS:
         return text
     joined = [lines[0]]
     for before, line in pairwise(lines):
@@ -119,10 +118,10 @@ def held_out_tail(
         share: of all characters that the tail has at most.
     """
     starts = list(accumulate(sizes, initial=0))
-    first = starts[-1] if share == 0 else starts[-1] - int(share * starts[-1])
+    first = starts[-1] - int(share * starts[-1])
     whole = next((s for s in starts[:-1] if s >= first), None)
     for start, text in zip(starts, documents, strict=False):
-        if share == 0 or whole is not None or start + len(text) < starts[-1]:
+        if first == starts[-1] or whole is not None or start + len(text) < starts[-1]:
             yield text, whole is not None and start >= whole
         else:
             cut = text.find(" ", first - start) + 1 or first - start

@@ -19,14 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from rwkvx.checkpoint.files import replacing
 from rwkvx.errors import InputError
+from rwkvx.files import replacing
 from rwkvx.tokenizers.file import count_ids, fingerprint
 
 __all__ = ["TokenFile", "open_tokens", "write_tokens"]
 
 HEADER_BYTES = 4096  # room that is left for the header, whose numbers are known at the end
 FORMAT = "rwkvx-tokens-1"
+_DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype(np.uint16), "U32": np.dtype(np.uint32)}
 
 
 class TokenFile(NamedTuple):
@@ -55,15 +56,23 @@ def open_tokens(path: Path, tokenizer: Any) -> TokenFile:
             if about.get("format") != FORMAT:
                 raise InputError(f"{path} is no file of tokens: `rwkvx tokenize` writes one")
             documents = file.get_tensor("documents")
-            count = file.get_slice("tokens").get_shape()[0]
-    except (SafetensorError, OSError) as error:
+            part = file.get_slice("tokens")
+            (count,), dtype = part.get_shape(), _DTYPES[part.get_dtype()]
+        made_with, training = about["tokenizer"], int(about["training"])
+        rising = documents[0] == 0 and (np.diff(documents) > 0).all()
+        if not (rising and documents[-1] == count and 0 <= training <= count):
+            raise ValueError("its documents do not fill it")
+    except (SafetensorError, OSError, KeyError, ValueError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} is no file of tokens, or is damaged: {error}") from error
-    if about["tokenizer"] != fingerprint(tokenizer):
-        raise InputError(f"{path} was made with another tokenizer ({about['tokenizer_name']})")
+    if made_with != fingerprint(tokenizer):
+        name = about.get("tokenizer_name", "unknown")
+        raise InputError(f"{path} was made with another tokenizer ({name})")
     with path.open("rb") as stream:
         header = int.from_bytes(stream.read(8), "little")
-    tokens = np.memmap(path, np.dtype(about["dtype"]), "r", offset=8 + header, shape=(count,))
-    return TokenFile(tokens, documents, int(about["training"]))
+    tokens = np.memmap(path, dtype, "r", offset=8 + header, shape=(count,))
+    return TokenFile(tokens, documents, training)
 
 
 def write_tokens(
@@ -98,7 +107,6 @@ def write_tokens(
         file.write(np.asarray(offsets, dtype=np.int64).tobytes())
         facts = {
             "format": FORMAT,
-            "dtype": dtype.name,
             "tokenizer": fingerprint(tokenizer),
             "source": source.hexdigest(),
             "training": str(training),
@@ -112,7 +120,7 @@ def _write_header(
 ) -> None:
     """At the start of the file, filled up with spaces as the format allows."""
     end = offsets[-1] * dtype.itemsize
-    name = {"uint16": "U16", "uint32": "U32"}[dtype.name]
+    name = next(name for name, known in _DTYPES.items() if known == dtype)
     header = {
         "__metadata__": about,
         "tokens": {"dtype": name, "shape": [offsets[-1]], "data_offsets": [0, end]},

@@ -28,7 +28,7 @@ def get_tokenizer(name: str | None) -> Any:
     if name in TOKENIZERS:
         return TOKENIZERS[name]()
     if name == TOKENIZER_FILE:
-        raise InputError("this model's tokenizer is a file beside its weights: load it from there")
+        raise InputError("this model's folder lacks its tokenizer.json: it reads ids only")
     if Path(name).exists():
         from rwkvx.tokenizers.file import read_tokenizer
 

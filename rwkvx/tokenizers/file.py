@@ -11,11 +11,11 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rwkvx.config import TOKENIZER_JSON
 from rwkvx.errors import InputError
 
-__all__ = ["TOKENIZER_JSON", "count_ids", "fingerprint", "read_tokenizer", "train_bpe"]
+__all__ = ["count_ids", "fingerprint", "read_tokenizer", "save_tokenizer", "train_bpe"]
 
-TOKENIZER_JSON = "tokenizer.json"
 END_OF_DOCUMENT = "<|endoftext|>"  # id 0 of a tokenizer that is trained here
 
 

@@ -1,7 +1,10 @@
 """`rwkvx train`."""
 
+from pathlib import Path
+
 import click
 
+from rwkvx.errors import InputError, shown
 from rwkvx.training.config import field_names, read_config
 
 EPILOG = """Example: rwkvx train configs/passkey_tiny.yaml --seed 1 --optimizer.lr 2e-3
@@ -32,14 +35,21 @@ def train_command(context: click.Context, config: str, data: str | None) -> None
 
 
 def find_config(name: str) -> str:
-    """A path as it is; a bare name is looked up among the shipped configs."""
-    from importlib.resources import files
-    from pathlib import Path
+    """A path as it is; a bare name is looked up among the shipped configs.
 
-    if Path(name).exists() or "/" in name:
+    Raises:
+        InputError: neither is there.
+    """
+    from importlib.resources import files
+
+    if "/" in name or Path(name).exists():
         return name
-    shipped = files("rwkvx_configs") / f"{name.removesuffix('.yaml')}.yaml"
-    return str(shipped) if shipped.is_file() else name
+    folder = files("rwkvx_configs")
+    shipped = folder / f"{name.removesuffix('.yaml')}.yaml"
+    if not shipped.is_file():
+        known = sorted(x.name.removesuffix(".yaml") for x in folder.iterdir() if ".yaml" in x.name)
+        raise InputError(f"no config {shown(name)}: not a file, nor shipped ({', '.join(known)})")
+    return str(shipped)
 
 
 def _overrides(arguments: list[str]) -> dict[str, str]:
@@ -53,7 +63,8 @@ def _overrides(arguments: list[str]) -> dict[str, str]:
         word = rest.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if not word.startswith("--") or name not in known:
+        inner = name.partition(".")[0] in ("data", "stages")  # checked where they are read
+        if not word.startswith("--") or not (name in known or inner):
             raise click.UsageError(f"no field {word}; fields: {', '.join(sorted(known))}")
         if not equals:
             if not rest:

@@ -9,9 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -21,20 +19,19 @@ from rwkvx.checkpoint.checkpoint import check_vocabulary
 from rwkvx.checkpoint.folder import save_folder
 from rwkvx.checkpoint.load import usable_device
 from rwkvx.checkpoint.shards import read_weights
+from rwkvx.data.sources import Data, Reader, Source
 from rwkvx.errors import InputError
 from rwkvx.init import init_weights
 from rwkvx.model import Model
-from rwkvx.state import ModelState, Rwkv7State, map_tensors
+from rwkvx.state import ModelState
 from rwkvx.tokenizers.file import read_tokenizer
+from rwkvx.training.batches import Batch, evaluation_batch, step_batch
 from rwkvx.training.config import StageConfig, TrainConfig
-from rwkvx.training.data import Batch, Source, build_source
 from rwkvx.training.events import Events
 from rwkvx.training.optim import build_optimizer, learning_rate, set_learning_rate
+from rwkvx.training.passing import PASSING, carried_state, initial_state
 from rwkvx.training.resume import load_checkpoint, save_checkpoint
 from rwkvx_kernels.linear import linear_cross_entropy
-
-# First number of a data seed: training and evaluation never share a sample.
-TRAINING, EVALUATION, CARRYING = 0, 1, 2
 
 
 class Trainer:
@@ -54,7 +51,10 @@ class Trainer:
             check_vocabulary(self.model.config, str(config.tokenizer), self.model.tokenizer)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.source: Source = build_source(config.data, self.model.tokenizer, data)
+        self.reader, self._sources = Reader(self.model.tokenizer, data), dict[Data, Source]()
+        for step in range(config.total_steps):  # what is wrong with any stage's data is said now
+            if config.stage_at(step)[1] == 0:
+                step_batch(self.source(config.stage(step)), config, step)
         self.average = None
         if config.average:
             averaging = get_ema_multi_avg_fn(config.average)
@@ -125,20 +125,19 @@ class Trainer:
         self.model.recurrent_pieces = stage.pieces
         rate = learning_rate(self.step, config.total_steps, config.optimizer)
         set_learning_rate(self.optimizer, rate)
-        total = 0.0
+        whole, total = step_batch(self.source(stage), config, self.step), 0.0
         for micro in range(config.accumulate):
-            seed = (config.seed, TRAINING, self.step, micro)
-            batch = self.source.batch(stage, seed)
-            state = self._initial_state(stage, micro)
-            loss, final = self._loss(batch, state)
-            (loss / config.accumulate).backward()
-            total += loss.item() / config.accumulate
+            batch = whole.rows(micro * stage.batch, (micro + 1) * stage.batch).to(config.device)
+            seed = (config.seed, PASSING, self.step, micro)
+            loss, final = self._loss(batch, initial_state(self.carried, stage, batch, seed))
+            loss.backward()
+            total += loss.item()
             if not math.isfinite(total):
                 raise InputError(
                     f"the loss of step {self.step + 1} is {total}: lower optimizer.lr or raise "
                     f"optimizer.warmup; the last checkpoint in {config.folder} is from before"
                 )
-            self.carried = final.recurrent()
+            self.carried = carried_state(final, batch)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -147,81 +146,64 @@ class Trainer:
         self.step += 1
         return total
 
+    def source(self, stage: StageConfig) -> Source:
+        """Where a stage's rows come from, opened when the first stage that reads it begins."""
+        data = self.config.data_of(stage)
+        if data not in self._sources:
+            self._sources[data] = data.open(self.reader)
+        return self._sources[data]
+
     def evaluate(self) -> dict[str, float]:
-        """Loss and, for tasks with answers, the share of samples answered exactly, on new data."""
+        """Loss and, for data with answers, the share of rows answered exactly, on other data."""
         stage = self.config.stage(max(0, self.step - 1))
         metrics = {}
-        for name, part in self.source.evaluations(stage).items():
-            loss, accuracy = self._evaluate(part)
+        for name, part in self.source(stage).evaluations().items():
+            loss, accuracy = self._evaluate(part, stage)
             metrics[f"loss/{name}"] = loss
             if accuracy is not None:
                 metrics[f"accuracy/{name}"] = accuracy
         return metrics
 
     @torch.no_grad()
-    def _evaluate(self, stage: StageConfig) -> tuple[float, float | None]:
+    def _evaluate(self, source: Source, stage: StageConfig) -> tuple[float, float | None]:
         losses, right, asked, model = 0.0, 0, 0, self.result
         model.set_topk(stage.topk or self.config.model.topk)
         model.recurrent_pieces = 1
         for index in range(self.config.eval_batches):
-            batch = self._to_device(self.source.batch(stage, (self.config.seed, EVALUATION, index)))
+            batch = evaluation_batch(source, self.config, stage, index).to(self.config.device)
             with self._autocast():
-                logits, _ = model(batch.inputs, keep_cache=False)
-            losses += _weighted_loss(logits, batch).item()
-            if batch.answers.any():
-                wrong = (logits.argmax(-1) != batch.targets) & batch.answers
-                right += int((~wrong.any(dim=1)).sum())
-                asked += len(wrong)
+                hidden, _ = self._hidden(model, batch, None)
+                losses += self._head_loss(model, hidden, batch).item()
+                if batch.answers.any():
+                    guessed = model.head(hidden[batch.answers]).argmax(-1)
+                    wrong = torch.zeros_like(batch.answers)
+                    wrong[batch.answers] = guessed != batch.targets[batch.answers]
+                    right += int((~wrong.any(dim=1)).sum())
+                    asked += len(wrong)
         return losses / self.config.eval_batches, right / asked if asked else None
 
     def _loss(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
-        batch = self._to_device(batch)
         with self._autocast():
-            hidden, final = self.model(batch.inputs, state, logits="hidden", keep_cache=False)
-            flat = (hidden.flatten(0, 1), self.model.head.weight, batch.targets.flatten())
-            loss = linear_cross_entropy(*flat, batch.weights.flatten())
-        return loss, final
+            hidden, final = self._hidden(self.model, batch, state)
+            return self._head_loss(self.model, hidden, batch), final
 
-    def _initial_state(self, stage: StageConfig, micro: int) -> ModelState | None:
-        """Rows of the carried recurrent states, others zero; None for all zero."""
-        if self.carried is None or (stage.state_passing == 0 and stage.pieces == 1):
-            return None
-        seed = _generator_seed(self.config.seed, CARRYING, self.step, micro)
-        generator = torch.Generator().manual_seed(seed)
-        keep = torch.ones(stage.batch, stage.pieces)  # later pieces always go on from some state
-        keep[:, 0] = torch.rand(stage.batch, generator=generator) < stage.state_passing
-        draw = torch.rand(stage.batch, stage.pieces, generator=generator)
-        blocks = []
-        for block in self.carried.blocks:
-            pieces = stage.pieces if isinstance(block, Rwkv7State) else 1
-            rows = (draw[:, :pieces].flatten() * len(block.ffn_shift)).long().to(self.model.device)
-            kept = keep[:, :pieces].flatten().to(self.model.device)
+    def _hidden(
+        self, model: Model, batch: Batch, state: ModelState | None
+    ) -> tuple[Tensor, ModelState]:
+        """[B, T, C] that the head reads; documents inside of rows are read as packed sequences."""
+        offsets = batch.offsets
+        ids = batch.inputs if offsets is None else batch.inputs.reshape(1, -1)
+        hidden, final = model(ids, state, logits="hidden", cu_seqlens=offsets, keep_cache=False)
+        return hidden.view(*batch.inputs.shape, -1), final
 
-            def passed(x: Tensor, rows: Tensor = rows, kept: Tensor = kept) -> Tensor:
-                return x[rows] * kept.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-
-            blocks.append(map_tensors(block, passed))
-        return ModelState(tuple(blocks), 0)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return Batch(*(x.to(self.config.device, non_blocking=True) for x in batch))
+    def _head_loss(self, model: Model, hidden: Tensor, batch: Batch) -> Tensor:
+        flat = (hidden.flatten(0, 1), model.head.weight, batch.targets.flatten())
+        return linear_cross_entropy(*flat, batch.weights.flatten())
 
     def _autocast(self) -> Any:
         if self.config.precision == "float32":
             return nullcontext()
         return torch.autocast(torch.device(self.config.device).type, dtype=torch.bfloat16)
-
-
-def _weighted_loss(logits_BTV: Tensor, batch: Batch) -> Tensor:
-    losses = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), reduction="none"
-    )
-    return (losses * batch.weights.flatten()).sum()
-
-
-def _generator_seed(*numbers: int) -> int:
-    """One seed for torch out of several numbers, the same on every machine."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _tokens(config: TrainConfig, step: int) -> int:

@@ -2,11 +2,13 @@
 
 import errno
 import json
+import math
 import os
 import resource
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from running import Stopped, Writer, assert_same_bits, stop_at, weights
@@ -16,10 +18,12 @@ import rwkvx
 from rwkvx import InputError, Model
 from rwkvx.cli import main
 from rwkvx.training import trainer as trainer_module
+from rwkvx.training.batches import Batch, evaluation_batch
 from rwkvx.training.config import read_config
-from rwkvx.training.data import Batch
 from rwkvx.training.events import Events
 from rwkvx.training.trainer import Trainer
+
+STAGE = {"steps": 3, "length": 24, "batch": 2}
 
 
 @pytest.mark.parametrize(
@@ -79,20 +83,13 @@ def test_what_a_run_leaves_behind(write_config: Writer, tmp_path: Path) -> None:
 
 def test_accumulation_equals_a_larger_batch(write_config: Writer) -> None:
     """Two micro-batches of 2 have the gradient of one batch of the same 4 sequences."""
-    stages = [{"steps": 3, "length": 24, "batch": 2}]
-    small = Trainer(read_config(write_config("a", stages=stages, accumulate=2)))
-    large = Trainer(read_config(write_config("b", stages=stages)))
-    source = small.source
-
-    class Joined:
-        def batch(self, stage, seed):  # type: ignore[no-untyped-def]
-            parts = [source.batch(stage, (*seed[:3], micro)) for micro in range(2)]
-            batch = type(parts[0])(*(torch.cat(x) for x in zip(*parts, strict=True)))
-            return batch._replace(weights=batch.weights / 2)
-
-    large.source = Joined()
-    for model in (small.model, large.model):  # float64: Adam amplifies the roundings of zero
-        model.double()
+    trainers = [
+        Trainer(read_config(write_config(name, stages=[{**STAGE, "batch": size}], accumulate=n)))
+        for name, size, n in (("a", 2, 2), ("b", 4, 1))
+    ]
+    for trainer in trainers:  # float64: Adam amplifies the roundings of zero
+        trainer.model.double()
+    small, large = trainers
     for _ in range(3):
         assert small.train_step() == pytest.approx(large.train_step(), rel=1e-6)
     for (name, a), b in zip(small.model.named_parameters(), large.model.parameters(), strict=True):
@@ -107,7 +104,8 @@ def test_loss_by_tiles_is_the_plain_loss(
     optimizer = {"lr": 0.01, "warmup": 2, "clip": 1e9}
     config = read_config(write_config(stages=stages, optimizer=optimizer))
     ids, chances = torch.randint(256, (2, 3, 24)), torch.rand(3, 24)
-    batch = Batch(ids[0], ids[1], chances, torch.zeros(3, 24, dtype=torch.bool))
+    none = torch.zeros(3, 24, dtype=torch.bool)
+    batch = Batch(ids[0], ids[1], chances, none, none)
 
     def plain(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         chosen = (x @ weight.T).log_softmax(1).gather(1, targets[:, None])[:, 0]
@@ -118,7 +116,7 @@ def test_loss_by_tiles_is_the_plain_loss(
         monkeypatch.setattr(trainer_module, "linear_cross_entropy", loss)
         trainer = Trainer(config)
         trainer.model.double()
-        monkeypatch.setattr(trainer.source, "batch", lambda *_: batch)
+        monkeypatch.setattr(trainer_module, "step_batch", lambda *_: batch)
         monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
         monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda **_: None)
         total = torch.tensor(trainer.train_step(), dtype=torch.float64)
@@ -129,34 +127,24 @@ def test_loss_by_tiles_is_the_plain_loss(
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
-def test_states_are_passed_on(write_config: Writer) -> None:
-    """With share 1 every row starts from a carried state, with 0 from nothing."""
-    for share, expected in ((1.0, True), (0.0, False)):
-        stages = [{"steps": 4, "length": 16, "batch": 3, "state_passing": share}]
-        trainer = Trainer(read_config(write_config(stages=stages)))
-        assert trainer._initial_state(trainer.config.stages[0], 0) is None
-        trainer.train_step()
-        state = trainer._initial_state(trainer.config.stages[0], 0)
-        assert (state is not None) == expected
-        if state is not None:
-            assert state.length == 0
-            assert all(row.any() for row in state.blocks[0].wkv)  # type: ignore[union-attr]
-            assert not state.blocks[0].ffn_shift.requires_grad
-            assert state.blocks[1].cached == ()  # type: ignore[union-attr]
-
-
-def test_some_rows_start_afresh(write_config: Writer) -> None:
-    stages = [{"steps": 4, "length": 16, "batch": 64, "state_passing": 0.5}]
-    trainer = Trainer(read_config(write_config(stages=stages)))
-    trainer.train_step()
-    state = trainer._initial_state(trainer.config.stages[0], 0)
-    again = trainer._initial_state(trainer.config.stages[0], 0)
-    assert state is not None
-    assert again is not None
-    carried = [bool(row.any()) for row in state.blocks[0].wkv]  # type: ignore[union-attr]
-    assert 16 < sum(carried) < 48
-    for x, y in zip(state.blocks[0], again.blocks[0], strict=True):
-        assert torch.equal(x, y)
+def test_noise_is_not_learned(write_config: Writer, tmp_path: Path) -> None:
+    """A model that knows its random letters by heart has nothing to say about those held out."""
+    rng = np.random.default_rng()
+    (tmp_path / "noise.txt").write_bytes(rng.choice(np.frombuffer(b"abcdefgh", np.uint8), 300))
+    trainer = Trainer(
+        read_config(
+            write_config(
+                data={"kind": "text", "paths": [str(tmp_path / "noise.txt")], "eval_share": 0.5},
+                stages=[{"steps": 400, "length": 37, "batch": 4}],
+                model={**_model(write_config), "width": 32, "head_size": 16},
+                optimizer={"lr": 0.02, "warmup": 5},
+            )
+        )
+    )
+    losses = [trainer.train_step() for _ in range(200)]
+    floor = math.log(8)
+    assert sum(losses[-10:]) / 10 < 0.7 * floor
+    assert trainer.evaluate()["loss/eval"] > floor
 
 
 def test_evaluation_is_always_the_same(write_config: Writer) -> None:
@@ -170,20 +158,27 @@ def test_evaluation_is_always_the_same(write_config: Writer) -> None:
 def test_passkey_accuracy_is_of_whole_answers(write_config: Writer) -> None:
     stages = [{"steps": 1, "length": 300, "batch": 4}]
     data = {"kind": "passkey", "prose": 0.0}
-    trainer = Trainer(read_config(write_config(stages=stages, data=data)))
-    plain = trainer.model
+    trainer = Trainer(read_config(write_config(stages=stages, data=data, eval_batches=1)))
+    stage = trainer.config.stages[0]
+    source = trainer.source(stage).evaluations()["standard"]
+    batch = evaluation_batch(source, trainer.config, stage, 0)
 
     class Knowing(Model):
         def forward(self, ids, state=None, **kwargs):  # type: ignore[no-untyped-def]
-            batch = trainer.source.batch(trainer.config.stages[0], (3, 1, 0))
-            logits = torch.nn.functional.one_hot(batch.targets, 256).float()
-            logits[0, batch.answers[0].nonzero()[1]] = 0  # one digit of one row is wrong
-            return logits, state
+            self.head = torch.nn.Linear(256, 256, bias=False)
+            torch.nn.init.eye_(self.head.weight)
+            hidden = torch.nn.functional.one_hot(batch.targets, 256).float()
+            if self.wrong:
+                hidden[0, batch.answers[0].nonzero()[1]] = 0  # one digit of one row is wrong
+            return hidden, state
+
+        wrong = True
 
     assert trainer.evaluate()["accuracy/standard"] == 0.0
-    trainer.model = Knowing(plain.config)
+    trainer.model = Knowing(trainer.model.config)
     assert trainer.evaluate()["accuracy/standard"] == 0.75
-    trainer.model = plain
+    Knowing.wrong = False
+    assert trainer.evaluate()["accuracy/standard"] == 1.0
 
 
 def test_starting_from_a_model(write_config: Writer, tmp_path: Path) -> None:
@@ -354,4 +349,6 @@ def test_the_config_comes_first(write_config: Writer, capsys: pytest.CaptureFixt
     status, _, err = run_command(["--seed", "1", str(write_config())], capsys)
     assert status == 2
     assert "CONFIG" in err
-    assert run_command(["no_such_config"], capsys)[2].startswith("error: cannot read config")
+    assert run_command(["no_such_config"], capsys)[2].startswith(
+        "error: no config 'no_such_config': "
+    )
