@@ -34,12 +34,14 @@ class TokenFile(NamedTuple):
     """What a token file holds.
 
     tokens: [N] uint16 or uint32, mapped; documents: [D + 1] int64 offsets; training: the tokens
-    before the held-out tail, which neither training nor a vocabulary trained with it has seen.
+    before the held-out tail, which neither training nor a vocabulary trained with it has seen;
+    name: equal for equal tokens.
     """
 
     tokens: NDArray[Any]
     documents: NDArray[np.int64]
     training: int
+    name: str
 
 
 def open_tokens(path: Path, tokenizer: Any) -> TokenFile:
@@ -58,7 +60,7 @@ def open_tokens(path: Path, tokenizer: Any) -> TokenFile:
             documents = file.get_tensor("documents")
             part = file.get_slice("tokens")
             (count,), dtype = part.get_shape(), _DTYPES[part.get_dtype()]
-        made_with, training = about["tokenizer"], int(about["training"])
+        made_with, source, training = about["tokenizer"], about["source"], int(about["training"])
         rising = documents[0] == 0 and (np.diff(documents) > 0).all()
         if not (rising and documents[-1] == count and 0 <= training <= count):
             raise ValueError("its documents do not fill it")
@@ -72,7 +74,7 @@ def open_tokens(path: Path, tokenizer: Any) -> TokenFile:
     with path.open("rb") as stream:
         header = int.from_bytes(stream.read(8), "little")
     tokens = np.memmap(path, dtype, "r", offset=8 + header, shape=(count,))
-    return TokenFile(tokens, documents, training)
+    return TokenFile(tokens, documents, training, f"{source} by {made_with}")
 
 
 def write_tokens(

@@ -1,5 +1,6 @@
 """What a training run is, as frozen data: YAML files, overridden field by field."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from rwkvx.files import parse_yaml, read_yaml, user_path
 from rwkvx.ranges import Number, OneOf, Whole, check_ranges
 from rwkvx.settings import from_plain
 
+_NAME = re.compile(r"(?!\.)[\w.+-]{1,100}")  # of a folder as well
 _Steps = Whole(1, 10**9)
 _Tokens = Whole(0, 1 << 24)
 
@@ -101,6 +103,8 @@ class TrainConfig:
         keep: "last": the weights at the end become the model; "best": those of the evaluation in
             the last stage that runs that had the lowest loss.
         precision: "float32" or "bf16" (autocast).
+        most_skipped: steps in a row that a loss or gradient that is not finite may leave without
+            an update; one more ends the run.
         eval_every, save_every: steps between evaluations and checkpoints. seed: of everything.
         threads: CPU threads, 0 for torch's own choice.
     """
@@ -120,6 +124,7 @@ class TrainConfig:
     precision: Annotated[str, OneOf("float32", "bf16")] = "float32"
     device: str = "cpu"
     gradient_checkpointing: bool = False
+    most_skipped: Annotated[int, Whole(0, 10**6)] = 10
     eval_every: Annotated[int, _Steps] = 200
     eval_batches: Annotated[int, Whole(1, 10**6)] = 4
     save_every: Annotated[int, _Steps] = 200
@@ -128,6 +133,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if not _NAME.fullmatch(self.name):
+            raise InputError(
+                f"name must be 1 to 100 letters, digits and any of ._+-, got {shown(self.name)}"
+            )
         if not self.stages:
             raise InputError("stages must hold at least one stage")
         if len(self.stages) > 1000:
@@ -144,6 +153,31 @@ class TrainConfig:
         """Where the run writes."""
         return user_path(self.out or f"runs/{self.name}")
 
+    def stage_start(self, number: int) -> int:
+        """The step (from 0) that a stage begins with."""
+        return sum(stage.steps for stage in self.stages[:number])
+
+    def tokens_until(self, step: int) -> int:
+        """Tokens of the first `step` steps."""
+        tokens = 0
+        for number, stage in enumerate(self.stages):
+            begun = step - self.stage_start(number)
+            last = number == len(self.stages) - 1
+            steps = max(0, begun if last else min(begun, stage.steps))
+            tokens += steps * stage.length * stage.batch * self.accumulate
+        return tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in YAML, every field spelled out."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            **found,
+            "model": self.model.to_dict(),
+            "data": self.data.to_dict(),
+            "optimizer": {**vars(self.optimizer), "betas": list(self.optimizer.betas)},
+            "stages": [_stage_dict(stage) for stage in self.stages],
+        }
+
     def stage_at(self, step: int) -> tuple[int, int]:
         """Number of the stage that step number `step` (from 0) belongs to, and the step in it."""
         for number, stage in enumerate(self.stages[:-1]):
@@ -159,6 +193,12 @@ class TrainConfig:
     def data_of(self, stage: StageConfig) -> Data:
         """What the stage reads."""
         return self.data if stage.data is None else stage.data
+
+
+def _stage_dict(stage: StageConfig) -> dict[str, Any]:
+    found = dict(vars(stage))
+    data = found.pop("data")
+    return found if data is None else {**found, "data": data.to_dict()}
 
 
 def read_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:

@@ -8,6 +8,7 @@ from torch import Tensor
 from rwkvx.state import ModelState, Rwkv7State
 from rwkvx.training.batches import Batch, step_batch
 from rwkvx.training.config import StageConfig, read_config
+from rwkvx.training.forward import hidden_states
 from rwkvx.training.passing import carried_state, initial_state
 from rwkvx.training.trainer import Trainer
 
@@ -86,7 +87,7 @@ def test_documents_do_not_see_one_another(write_config: Writer) -> None:
         return hidden[0], state
 
     with torch.no_grad():
-        hidden, final = trainer._hidden(model, batch, None)
+        hidden, final = hidden_states(model, batch, None)
         carried = carried_state(final, batch)
         parts = [(0, 0, 5), (0, 5, 16), (1, 0, 16), (2, 0, 1), (2, 1, 9), (2, 9, 16)]
         for row, start, end in parts:
@@ -95,7 +96,7 @@ def test_documents_do_not_see_one_another(write_config: Writer) -> None:
             if end == 16:
                 for x, y in zip(first_block(carried), first_block(state), strict=True):
                     torch.testing.assert_close(x[row], y[0])
-        whole, _ = trainer._hidden(model, packed(batch), None)
+        whole, _ = hidden_states(model, packed(batch), None)
     assert not torch.allclose(whole[0, 5:], hidden[0, 5:])
     torch.testing.assert_close(whole[1], hidden[1])
 

@@ -43,7 +43,8 @@ class Part:
     def to_dict(self) -> dict[str, Any]:
         """As in YAML."""
         options: Any = self.options
-        return {"weight": self.weight, "kind": self.kind, **asdict(options)}
+        found = {name: _plain(x) for name, x in asdict(options).items()}
+        return {"weight": self.weight, "kind": self.kind, **found}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Data:
     """All data of a run or a stage."""
 
     parts: tuple[Part, ...]
+
+    def to_dict(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """As in YAML."""
+        parts = [part.to_dict() for part in self.parts]
+        return parts[0] if len(parts) == 1 else parts
 
     def open(self, reader: Reader) -> Source:
         """Read what is to be read.
@@ -77,6 +83,10 @@ def read_data(value: Any, where: str = "data") -> Data:
             raise InputError(f"{where} lists no source")
         return Data(tuple(_part(x, f"{where}[{i}]") for i, x in enumerate(value)))
     return Data((_part(value, where),))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _part(value: Any, where: str) -> Part:

@@ -3,6 +3,7 @@
 Axes: R rows, T time.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -204,6 +205,12 @@ class Conversations:
 
     def evaluations(self) -> dict[str, Source]:
         return {} if self.held_out is None else {"eval": self.held_out}
+
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for x in self.conversations:
+            digest.update(len(x.ids).to_bytes(8, "little") + x.ids.tobytes() + x.learned.tobytes())
+        return {"content": digest.hexdigest()[:16]}
 
     def _rows_of(self, length: int) -> list[list[int]]:
         """Which conversations stand together in rows of that length: always the same."""

@@ -7,7 +7,7 @@ Axes: R rows, T time.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,10 @@ class Source(Protocol):
 
     def evaluations(self) -> dict[str, "Source"]:
         """What to evaluate on, by name; it shares no token with what `rows` gives."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What its rows depend on, as JSON: equal for equal rows, wherever they were read from."""
         ...
 
 

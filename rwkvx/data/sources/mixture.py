@@ -1,5 +1,7 @@
 """Several sources at once, each giving its share of the rows."""
 
+from typing import Any
+
 import numpy as np
 
 from rwkvx.data.sources.contract import Ids, Rows, Source, Wanted
@@ -43,6 +45,15 @@ class Mixture:
             f"{name}/{part}": source
             for name, parent in zip(self.names, self.sources, strict=True)
             for part, source in parent.evaluations().items()
+        }
+
+    def identity(self) -> dict[str, Any]:
+        shares = (int(count) for count in self.counts)
+        return {
+            f"{name}-{i}": {"share": share, **source.identity()}
+            for i, (name, share, source) in enumerate(
+                zip(self.names, shares, self.sources, strict=True)
+            )
         }
 
     def _place(self, order: tuple[int, ...], number: int) -> tuple[int, int]:

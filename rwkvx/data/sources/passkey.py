@@ -3,7 +3,7 @@
 Axes: R rows, T time.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rwkvx.data.passkey import Filler, Ids, PasskeyBuilder, standard_filler
 from rwkvx.data.sources.contract import Rows, Source, Wanted
-from rwkvx.data.sources.reader import FileDocuments, Reader
+from rwkvx.data.sources.reader import FileDocuments, Reader, Stream
 from rwkvx.data.sources.text import Megabytes
 from rwkvx.errors import InputError
 from rwkvx.ranges import Number, check_ranges
@@ -88,6 +88,14 @@ class Prompts:
             name: Prompts(replace(self.options, prose=share), self.tokenizer, self.prose)
             for name, share in kinds.items()
         }
+
+    def identity(self) -> dict[str, Any]:
+        files = ("paths", "limit_mb")
+        options = {name: x for name, x in asdict(self.options).items() if name not in files}
+        if self.prose is None:
+            return options
+        content = Stream(self.prose, np.zeros(0, dtype=np.int64))
+        return {**options, "content": content.identity}
 
     def _sample(self, wanted: Wanted, rng: np.random.Generator) -> tuple[Ids, NDArray[np.bool]]:
         """At most T + 1 tokens, prompt and answer, any alignment to chunks; where answers stand."""

@@ -1,5 +1,6 @@
 """Texts into tokens, each text only once for all stages of a run."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +22,32 @@ class Stream(NamedTuple):
     Attributes:
         tokens: [N] of any integer type, in memory or mapped.
         documents: [D + 1] int64, where each begins.
+        name: what the tokens are, where that is known without looking at them.
     """
 
     tokens: NDArray[Any]
     documents: NDArray[np.int64]
+    name: str = ""
+
+    @property
+    def identity(self) -> str:
+        """Equal for equal tokens, hexadecimal."""
+        digest = hashlib.sha256(self.name.encode())
+        if not self.name:
+            for start in range(0, len(self.tokens), 1 << 20):
+                digest.update(self.tokens[start : start + (1 << 20)].astype("<u4").tobytes())
+            digest.update(self.documents.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
 
     def split(self, at: int) -> tuple["Stream", "Stream"]:
         """What stands before token number `at`, and the rest."""
         inside = self.documents[(self.documents > 0) & (self.documents < len(self.tokens))]
         before, after = inside[inside < at], inside[inside > at] - at
+        names = (f"{self.name} to {at}", f"{self.name} from {at}") if self.name else ("", "")
+        size = len(self.tokens) - at
         return (
-            Stream(self.tokens[:at], np.concatenate([[0], before, [at]])),
-            Stream(self.tokens[at:], np.concatenate([[0], after, [len(self.tokens) - at]])),
+            Stream(self.tokens[:at], np.concatenate([[0], before, [at]]), names[0]),
+            Stream(self.tokens[at:], np.concatenate([[0], after, [size]]), names[1]),
         )
 
     def tail_start(self, share: float) -> int:

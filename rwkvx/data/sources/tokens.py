@@ -30,11 +30,12 @@ class Tokens:
         check_ranges(self)
 
     def open(self, reader: Reader) -> Source:
-        tokens, documents, training = open_tokens(reader.find(self.path), reader.tokenizer)
-        stream = Stream(tokens, documents)
+        file = open_tokens(reader.find(self.path), reader.tokenizer)
+        stream, whole = Stream(file.tokens, file.documents, file.name), len(file.tokens)
         if self.eval_path:
             other = open_tokens(reader.find(self.eval_path), reader.tokenizer)
-            return Windows(stream, self.separate, Stream(other.tokens, other.documents))
-        at = training if training < len(tokens) else stream.tail_start(self.eval_share)
-        part, held_out = stream.split(at)
-        return Windows(part, self.separate, held_out if at < len(tokens) else None)
+            held_out = Stream(other.tokens, other.documents, other.name)
+            return Windows(stream, self.separate, held_out)
+        at = file.training if file.training < whole else stream.tail_start(self.eval_share)
+        training, held_out = stream.split(at)
+        return Windows(training, self.separate, held_out if at < whole else None)

@@ -4,6 +4,7 @@ Axes: R rows, T time.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,9 @@ class Windows:
     def evaluations(self) -> dict[str, Source]:
         return {} if self.held_out is None else {"eval": HeldOut(self.held_out, self.separate)}
 
+    def identity(self) -> dict[str, Any]:
+        return {"content": self.stream.identity, "separate": self.separate}
+
     def _ordered(self, seed: tuple[int, ...], count: int, length: int) -> Ids:
         """Where the windows of an epoch start, in its order; windows are cut anew in each."""
         key = (seed, count, length)
@@ -71,6 +75,9 @@ class HeldOut:
 
     def evaluations(self) -> dict[str, Source]:
         return {}
+
+    def identity(self) -> dict[str, Any]:
+        return {"content": self.stream.identity, "separate": self.separate}
 
 
 def cut(stream: Stream, starts: Ids, length: int, separate: bool) -> Rows:
