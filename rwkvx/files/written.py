@@ -57,7 +57,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         temporary = _neighbour(target, "")
         try:
             temporary.mkdir()
-            yield temporary
+            try:
+                yield temporary
+            except WriteError as error:  # of a file in it, by the name that it was to have
+                raise WriteError(str(error).replace(str(temporary), str(path))) from error
             if target.exists():
                 for file in sorted(temporary.iterdir()):
                     file.replace(target / file.name)

@@ -293,7 +293,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
             patch.setattr(os, "fsync", fsync)
             status, _, err = run_command([config], capsys)
         assert status == 1
-        assert err.splitlines()[-1].startswith(f"error: {folder}")
+        assert err.splitlines()[-1].startswith(f"error: cannot write {folder}")
         assert err.endswith(": No space left on device\n")
         assert "Traceback" not in err
         files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name != "tensorboard"]
