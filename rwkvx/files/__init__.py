@@ -4,7 +4,7 @@ What a file holds decides neither what is read nor how much: only regular files 
 reader has a limit in bytes, and what unpacks is counted while it unpacks.
 """
 
-from rwkvx.files.packed import TEXT_BYTES, open_packed, read_text, tar_members
+from rwkvx.files.packed import TEXT_BYTES, open_packed, read_lines, read_text, tar_members, text_of
 from rwkvx.files.plain import (
     JSON_BYTES,
     collector_paused,
@@ -31,11 +31,13 @@ __all__ = [
     "parse_yaml",
     "read_bytes",
     "read_json",
+    "read_lines",
     "read_text",
     "read_yaml",
     "replacing",
     "replacing_folder",
     "tar_members",
+    "text_of",
     "user_path",
     "write_bytes",
     "write_json",

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from dacite import Config, DaciteError, UnexpectedDataError, from_dict
 
 from rwkvx.config import ModelConfig
-from rwkvx.errors import InputError
+from rwkvx.errors import InputError, shown
+from rwkvx.files import parse_yaml, read_yaml, user_path
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,9 @@ def read_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         InputError: unreadable file, unknown key, wrong type.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read config {path}: {' '.join(str(error).split())}") from error
+        data = read_yaml(user_path(path))
+    except InputError as error:
+        raise InputError(f"cannot read config {path}: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"config {path} holds no mapping")
     for name, text in (overrides or {}).items():
@@ -220,9 +220,9 @@ def _override(data: dict[str, Any], name: str, text: str) -> None:
             raise InputError(f"cannot set {name}: {key} is no mapping")
         data = inner
     try:
-        data[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{name}: {text!r} is not YAML") from error
+        data[last] = parse_yaml(text, name)
+    except InputError as error:
+        raise InputError(f"{name}: {shown(text)} is not YAML") from error
 
 
 # What has the wrong type becomes text: then dacite says so, with the name of the field.

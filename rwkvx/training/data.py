@@ -3,10 +3,6 @@
 Axes: B batch, T time.
 """
 
-import io
-import json
-import lzma
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +15,7 @@ from torch import Tensor
 from rwkvx.data.folder import data_folder
 from rwkvx.data.passkey import Filler, Ids, PasskeyBuilder, standard_filler
 from rwkvx.errors import InputError
+from rwkvx.files import TEXT_BYTES, parse_json, read_lines, read_text, tar_members
 from rwkvx.training.config import DataConfig, StageConfig
 
 
@@ -213,7 +210,7 @@ def read_tokens(config: DataConfig, tokenizer: Any, data: str | None) -> NDArray
             raise InputError(
                 f"text {name} is not there: name the data folder with --data or RWKVX_DATA"
             )
-        for document in _documents(path):
+        for document in _documents(path, max(room, TEXT_BYTES)):
             if room <= 0:
                 break
             ids = tokenizer.encode(document, add_special_tokens=False)
@@ -224,34 +221,26 @@ def read_tokens(config: DataConfig, tokenizer: Any, data: str | None) -> NDArray
     return np.concatenate(parts)
 
 
-def _documents(path: Path) -> Any:
-    """The documents of one file, one after the other."""
+def _documents(path: Path, most: int) -> Any:
+    """The documents of one file, one after the other; of at most `most` bytes together."""
     try:
-        if path.name.endswith((".tar.xz", ".tar.gz", ".tar")):
-            with tarfile.open(path) as archive:
-                for member in archive:
-                    file = archive.extractfile(member) if member.isfile() else None
-                    if file is not None and member.name.endswith((".txt", ".md")):
-                        yield file.read().decode("utf-8", errors="replace")
-            return
-        raw = path.read_bytes()
-        if path.suffix == ".xz":
-            raw = lzma.decompress(raw)
-        text = raw.decode("utf-8")
-    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read text {path}: {error}") from error
-    if ".jsonl" not in path.suffixes:
-        yield text
-        return
-    for number, line in enumerate(io.StringIO(text), start=1):
-        if line.strip():
-            yield _text_field(line, f"{path}, line {number}")
+        if path.name.endswith((".tar.xz", ".tar.gz", ".tar.bz2", ".tar")):
+            for _, data in tar_members(path, (".txt", ".md"), most):
+                yield data.decode("utf-8", errors="replace")
+        elif ".jsonl" in path.suffixes:
+            for number, line in enumerate(read_lines(path, most), start=1):
+                if line.strip():
+                    yield _text_field(line, f"{path}, line {number}")
+        else:
+            yield read_text(path, most)
+    except InputError as error:
+        raise InputError(f"cannot read text: {error}") from error
 
 
 def _text_field(line: str, where: str) -> str:
     try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        text = parse_json(line, where)["text"]
+    except (InputError, KeyError, TypeError):
         text = None
     if not isinstance(text, str):
         raise InputError(f'{where}: no JSON object with a "text" field')
