@@ -3,14 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import sqrt
-from typing import Any
+from typing import Annotated, Any
 
-from rwkvx.errors import InputError
+from rwkvx.errors import InputError, shown
+from rwkvx.ranges import Each, Number, OneOf, Whole, check_ranges
 
 BLOCK_KINDS = ("rwkv7", "sparse")
 TOKENIZERS = {"world": 65536, "bytes": 256}  # and how many ids they have
 TOKENIZER_FILE, TOKENIZER_JSON = "file", "tokenizer.json"  # the latter beside the weights
 SELECTIONS = ("flat", "coarse_to_fine")
+
+# Far beyond any model, far below what would only be found out by running out of memory.
+_Width = Whole(1, 1 << 16)
+_Rank = Annotated[int | None, _Width]
+_BLOCKS = Whole(0, 1024)
 
 
 @dataclass(frozen=True)
@@ -36,50 +42,31 @@ class ModelConfig:
             of another kind says otherwise.
         tokenizer: "world", "bytes", "file" for the tokenizer.json in the model's folder, or None
             for a vocabulary without one.
+
+    Raises:
+        InputError: a value out of its range, by name, or values that do not fit together.
     """
 
-    vocab_size: int
-    width: int
-    pattern: tuple[str, ...]
-    head_size: int = 64
-    chunk_size: int = 2048
-    topk: int = 3
-    selection: str = "flat"
-    sparse_kv_heads: int | None = None
-    key_conv: int = 0
-    ffn_mult: int = 4
-    decay_rank: int | None = None
-    iclr_rank: int | None = None
-    value_rank: int | None = None
-    gate_rank: int | None = None
-    group_norm_eps: float = 64e-5
-    tokenizer: str | None = "world"
+    vocab_size: Annotated[int, Whole(1, 1 << 24)]
+    width: Annotated[int, _Width]
+    pattern: Annotated[tuple[str, ...], Each(OneOf(*BLOCK_KINDS), 1, _BLOCKS.most)]
+    head_size: Annotated[int, _Width] = 64
+    chunk_size: Annotated[int, Whole(1, 1 << 24)] = 2048
+    topk: Annotated[int, Whole(1, 1 << 20)] = 3
+    selection: Annotated[str, OneOf(*SELECTIONS)] = "flat"
+    sparse_kv_heads: Annotated[int | None, _Width] = None
+    key_conv: Annotated[int, Whole(0, 256)] = 0
+    ffn_mult: Annotated[int, Whole(1, 64)] = 4
+    decay_rank: _Rank = None
+    iclr_rank: _Rank = None
+    value_rank: _Rank = None
+    gate_rank: _Rank = None
+    group_norm_eps: Annotated[float, Number(1e-12, 0.1)] = 64e-5
+    tokenizer: Annotated[str | None, OneOf(*TOKENIZERS, TOKENIZER_FILE)] = "world"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, list | tuple) or not self.pattern:
-            raise InputError(f"pattern must name blocks of {BLOCK_KINDS}, got {self.pattern!r}")
+        check_ranges(self)
         object.__setattr__(self, "pattern", tuple(self.pattern))
-        for kind in self.pattern:
-            if kind not in BLOCK_KINDS:
-                raise InputError(f"pattern must name blocks of {BLOCK_KINDS}, got {kind!r}")
-        known = (*TOKENIZERS, TOKENIZER_FILE)
-        if self.tokenizer is not None and self.tokenizer not in known:
-            raise InputError(f"tokenizer must be one of {known} or null, got {self.tokenizer!r}")
-        if not isinstance(self.group_norm_eps, float) or not 0 < self.group_norm_eps < 1:
-            raise InputError(f"group_norm_eps must be in (0, 1), got {self.group_norm_eps!r}")
-        if self.selection not in SELECTIONS:
-            raise InputError(f"selection must be one of {SELECTIONS}, got {self.selection!r}")
-        for name in ("vocab_size", "width", "head_size", "chunk_size", "topk", "ffn_mult"):
-            if not _whole(getattr(self, name), 1):
-                raise InputError(
-                    f"{name} must be a positive whole number, got {getattr(self, name)!r}"
-                )
-        for name in ("sparse_kv_heads", "decay_rank", "iclr_rank", "value_rank", "gate_rank"):
-            value = getattr(self, name)
-            if value is not None and not _whole(value, 1):
-                raise InputError(f"{name} must be a positive whole number or null, got {value!r}")
-        if not _whole(self.key_conv, 0):
-            raise InputError(f"key_conv must be 0 (none) or a width, got {self.key_conv!r}")
         if self.width % self.head_size:
             raise InputError(f"width {self.width} is no multiple of head_size {self.head_size}")
         if self.heads % self.kv_heads:
@@ -113,25 +100,27 @@ class ModelConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
         """Build from plain data; an unknown or missing key is an `InputError`."""
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(set(data) - known, key=str)
         if unknown:
-            raise InputError(f"unknown model key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+            raise InputError(
+                f"unknown model key {shown(unknown[0])}; known: {', '.join(sorted(known))}"
+            )
         missing = sorted({"vocab_size", "width", "pattern"} - set(data))
         if missing:
             raise InputError(f"the model config lacks {missing[0]!r}")
         return cls(**data)
 
 
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def hybrid_pattern(rwkv_blocks: int, sparse_blocks: int) -> tuple[str, ...]:
     """L // M RWKV-7 blocks, then one sparse block, repeated: the order of RWKV-X.
 
     Raises:
-        InputError: M does not divide L (the reference code drops the rest; give a pattern instead).
+        InputError: M does not divide L (the reference code drops the rest; give a pattern instead),
+            or more blocks than a model may have.
     """
+    for count in (rwkv_blocks, sparse_blocks):
+        if not _BLOCKS.holds(count):
+            raise InputError(f"the number of blocks must be {_BLOCKS.words}, got {shown(count)}")
     if sparse_blocks == 0:
         return ("rwkv7",) * rwkv_blocks
     if rwkv_blocks % sparse_blocks:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkvx.checkpoint.checkpoint import Checkpoint, merge_config, parameter_shapes
+from rwkvx.checkpoint.checkpoint import FLOATS, Checkpoint, merge_config, parameter_shapes
+from rwkvx.checkpoint.foreign import by_names
 from rwkvx.config import TOKENIZERS, ModelConfig, hybrid_pattern
 from rwkvx.errors import InputError
 
@@ -23,6 +24,8 @@ BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")  # our names
 LOW_RANK = re.compile(r"blocks\.\d+\.att\.[wavg][12]")
 _TOKENIZER_OF = {ids: name for name, ids in TOKENIZERS.items()}  # other vocabularies have none
 NOTHING = re.compile(r"(?!)")  # finds nothing
+# The embedding of each layout, RWKV-X's and fla's before the one that both end in.
+_ANCHORS = ("rwkv.emb.weight", "model.embeddings.weight", "emb.weight")
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,17 @@ class Layout:
                 raise InputError(
                     f"{origin}: {theirs} is {list(raw[theirs].shape)}, expected {list(stored)}"
                 )
-            if not x.is_floating_point():
-                raise InputError(f"{origin}: {theirs} is of {x.dtype}, expected floating point")
+            if x.dtype not in FLOATS:
+                raise InputError(
+                    f"{origin}: {theirs} is of {x.dtype}, expected floating point of 16, 32 or 64 "
+                    "bits: take the model before it was quantised"
+                )
             tensors[ours] = x
             wanted.add(theirs)
         for name in sorted(set(raw) - wanted):
             if not self.unused.fullmatch(name):
+                if words := by_names([name]):
+                    raise InputError(f"{origin} holds {words}")
                 raise InputError(f"{origin} has a tensor that the model has no place for: {name}")
         return Checkpoint(config, tensors)
 
@@ -166,8 +174,25 @@ def refuse_sparse(config: ModelConfig, what: str) -> None:
         raise InputError(f"{what} has no place for sparse blocks")
 
 
+def without_prefix(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The same by plain names, without what a wrapper has put before each of them.
+
+    Such as "module." (data parallel), "_orig_mod." (torch.compile), "model." and several in a row.
+    """
+    for anchor in _ANCHORS:
+        for name in raw:
+            prefix = name.removesuffix(anchor)
+            if prefix != name and prefix.endswith(".") and anchor not in raw:
+                return {n.removeprefix(prefix): x for n, x in raw.items()}
+            if prefix == "":
+                return dict(raw)
+    return dict(raw)
+
+
 def _get(raw: Tensors, name: str, origin: str) -> Tensor:
     if name not in raw:
+        if words := by_names(raw):
+            raise InputError(f"{origin} holds {words}")
         raise InputError(f"{origin} lacks the tensor {name}")
     return raw[name]
 

@@ -8,6 +8,7 @@ import click
 from rwkvx.checkpoint.checkpoint import check_vocabulary
 from rwkvx.checkpoint.formats import detect
 from rwkvx.checkpoint.load import find_model, shipped_models
+from rwkvx.checkpoint.sidecar import read_sidecar, sidecar_of
 from rwkvx.config import ModelConfig
 from rwkvx.errors import InputError
 
@@ -77,6 +78,8 @@ def describe(path: Path) -> list[tuple[str, str]]:
     if "sparse" in config.pattern:
         text = f"chunks of {config.chunk_size}, top {config.topk}, {config.kv_heads} kv heads{conv}"
         rows.append(("sparse blocks", text))
+    if kept := read_sidecar(path):
+        rows.append(("told by", f"{sidecar_of(path)}: {', '.join(kept)}"))
     kinds = sorted({str(x.dtype).removeprefix("torch.") for x in tensors.values()})
     stored = sum(x.numel() * x.element_size() for x in tensors.values())
     rows += [

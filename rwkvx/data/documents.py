@@ -7,8 +7,7 @@ from typing import Any
 
 from rwkvx.data.folder import data_folder
 from rwkvx.errors import InputError
-from rwkvx.files import open_packed, parse_json, read_text, tar_members, user_path
-from rwkvx.files.packed import text_of
+from rwkvx.files import parse_json, read_lines, read_text, tar_members, text_of, user_path
 
 __all__ = ["find_files", "held_out_tail", "json_lines", "read_documents", "unwrap"]
 
@@ -75,14 +74,13 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         InputError: a line that holds no JSON object.
     """
-    with open_packed(path, MOST_BYTES) as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                item = parse_json(line, where)
-                if not isinstance(item, dict):
-                    raise InputError(f"{where}: no JSON object")
-                yield where, item
+    for number, line in enumerate(read_lines(path, MOST_BYTES), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            item = parse_json(line, where)
+            if not isinstance(item, dict):
+                raise InputError(f"{where}: no JSON object")
+            yield where, item
 
 
 def unwrap(text: str) -> str:

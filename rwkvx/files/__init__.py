@@ -4,16 +4,16 @@ What a file holds decides neither what is read nor how much: only regular files 
 reader has a limit in bytes, and what unpacks is counted while it unpacks.
 """
 
-from rwkvx.files.packed import TEXT_BYTES, open_packed, read_text, tar_members
+from rwkvx.files.packed import TEXT_BYTES, open_packed, read_lines, read_text, tar_members, text_of
 from rwkvx.files.plain import (
     JSON_BYTES,
+    collector_paused,
     decoded,
     is_there,
     open_regular,
     parse_json,
     read_bytes,
     read_json,
-    regular_size,
     user_path,
 )
 from rwkvx.files.written import replacing, replacing_folder, write_bytes, write_json, write_text
@@ -22,6 +22,7 @@ from rwkvx.files.yaml import parse_yaml, read_yaml
 __all__ = [
     "JSON_BYTES",
     "TEXT_BYTES",
+    "collector_paused",
     "decoded",
     "is_there",
     "open_packed",
@@ -30,12 +31,13 @@ __all__ = [
     "parse_yaml",
     "read_bytes",
     "read_json",
+    "read_lines",
     "read_text",
     "read_yaml",
-    "regular_size",
     "replacing",
     "replacing_folder",
     "tar_members",
+    "text_of",
     "user_path",
     "write_bytes",
     "write_json",

@@ -25,10 +25,10 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the disk refuses.
     """
-    with _refused(path):
-        target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path))
+    temporary = _neighbour(target, target.suffix)
+    with _refused(path, temporary):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _neighbour(target, target.suffix)
         try:
             temporary.touch(exist_ok=False)
             mode = temporary.stat().st_mode
@@ -51,10 +51,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the disk refuses.
     """
-    with _refused(path):
-        target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path))
+    temporary = _neighbour(target, "")
+    with _refused(path, temporary):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _neighbour(target, "")
         try:
             temporary.mkdir()
             yield temporary
@@ -85,11 +85,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def _refused(path: Path) -> Iterator[None]:
+def _refused(path: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
-    except WriteError:
-        raise
+    except WriteError as error:  # of a file in it, by the name that it was to have
+        raise WriteError(str(error).replace(str(temporary), str(path))) from error
     except OSError as error:
         raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from rwkvx.errors import InputError, shown
-from rwkvx.files.plain import decoded, read_bytes
+from rwkvx.files.plain import collector_paused, decoded, read_bytes
 
 YAML_BYTES = 100_000  # a configuration has a few thousand; the parser takes seconds for this much
 _MOST_NODES = 20_000
@@ -31,12 +31,13 @@ def parse_yaml(text: str, origin: str) -> Any:
     if len(text) > YAML_BYTES:
         raise InputError(f"{origin} has more than {YAML_BYTES:,} characters: no configuration")
     try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _check_size(node, {})
-        return loader.construct_document(node)
+        with collector_paused():
+            loader = yaml.SafeLoader(text)
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_size(node, {})
+            return loader.construct_document(node)
     except RecursionError:
         raise InputError(f"{origin} is damaged: nested too deeply") from None
     except Exception as error:  # its constructors of numbers, dates and keys raise anything

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from rwkvx.checkpoint.files import write_tensors
 from rwkvx.checkpoint.folder import save_folder
+from rwkvx.checkpoint.safetensors import write_tensors
 from rwkvx.checkpoint.shards import read_file, read_weights
 from rwkvx.errors import InputError
 from rwkvx.files import read_json, write_json

@@ -137,7 +137,7 @@ HUGE = "[{steps: 1, length: 16777216, batch: 1048576}]"
         (["--stages", "[{steps: 1, length: 5000, batch: 1}]"], 1, "a sequence needs 5001"),
         (["--stages", HUGE], 1, "stages[0] reads 1,048,576 sequences of 16,777,216 tokens a step"),
         (["--model.width", "65536", "--model.ffn_mult", "64"], 1, "training this model takes"),
-        (["--model.tokenizer", "world"], 1, "vocab"),
+        (["--model.tokenizer", "world"], 1, "has 256 rows, but the tokenizer"),
         (["--model.tokenizer", "file"], 1, "lacks its tokenizer.json"),
         (["--tokenizer", "/nowhere"], 1, "/nowhere"),
         (["--device", "abacus"], 1, "device 'abacus' cannot be used"),
