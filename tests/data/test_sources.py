@@ -177,7 +177,7 @@ def test_rows_of_a_mixture_stand_for_themselves(tmp_path: Path) -> None:
     for row, number in zip(found.ids, numbers, strict=True):
         assert np.array_equal(source.rows(wanted([number], 24)).ids[0], row)
     assert float(found.weights.sum()) == pytest.approx(1.0)
-    assert len({row.tobytes() for row in source.rows(wanted(range(1000), 24)).ids}) == 1000
+    assert len({row.tobytes() for row in source.rows(wanted(range(2000), 9)).ids}) == 2000
     assert list(source.evaluations()) == ["text-1/eval", "text-2/eval"]
 
 

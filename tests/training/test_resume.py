@@ -357,7 +357,7 @@ def test_steps_that_are_not_finite_are_skipped(
     write_config: Writer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Weights, moments and carried states are those before; the count outlives a stop."""
-    config = read_config(write_config(save_every=1))
+    config = read_config(write_config(save_every=1, most_skipped=1))  # in a row
     plain = Trainer.train_step
 
     def train_step(self: Trainer) -> dict[str, float]:
