@@ -3,11 +3,29 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import sqrt
-from typing import Any
+from typing import Annotated, Any
 
-from rwkvx.errors import InputError
+from rwkvx.errors import InputError, shown
+from rwkvx.ranges import Each, Number, OneOf, Whole, check_ranges
+from rwkvx_kernels.names import SELECTIONS
 
 TOKENIZERS = {"world": 65536, "bytes": 256}  # and how many ids they have
+TOKENIZER_FILE, TOKENIZER_JSON = "file", "tokenizer.json"  # the latter beside the weights
+
+# Far beyond any model, far below what would only be found out by running out of memory.
+_Width = Whole(1, 1 << 16)
+_Rank = Annotated[int | None, _Width]
+_BLOCKS = Whole(0, 1024)
+
+
+class _Kind(OneOf):
+    """Names of kinds of block; asked for when a config is made, as kinds bring torch."""
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        from rwkvx.kinds import KINDS
+
+        return tuple(KINDS)
 
 
 @dataclass(frozen=True)
@@ -31,50 +49,36 @@ class ModelConfig:
             None for RWKV-7's own rule.
         group_norm_eps: of the group norm in the time mix; RWKV-7's own number unless a checkpoint
             of another kind says otherwise.
-        tokenizer: "world", "bytes", or None for a vocabulary that is neither.
+        tokenizer: "world", "bytes", "file" for the tokenizer.json in the model's folder, or None
+            for a vocabulary without one.
         options: fields that single kinds of block bring (rwkvx/kinds), such as `window`; as plain
             data they stand beside the others.
+
+    Raises:
+        InputError: a value out of its range, by name, or values that do not fit together.
     """
 
-    vocab_size: int
-    width: int
-    pattern: tuple[str, ...]
-    head_size: int = 64
-    chunk_size: int = 2048
-    topk: int = 3
-    selection: str = "flat"
-    sparse_kv_heads: int | None = None
-    key_conv: int = 0
-    ffn_mult: int = 4
-    decay_rank: int | None = None
-    iclr_rank: int | None = None
-    value_rank: int | None = None
-    gate_rank: int | None = None
-    group_norm_eps: float = 64e-5
-    tokenizer: str | None = "world"
+    vocab_size: Annotated[int, Whole(1, 1 << 24)]
+    width: Annotated[int, _Width]
+    pattern: Annotated[tuple[str, ...], Each(_Kind(), 1, _BLOCKS.most)]
+    head_size: Annotated[int, _Width] = 64
+    chunk_size: Annotated[int, Whole(1, 1 << 24)] = 2048
+    topk: Annotated[int, Whole(1, 1 << 20)] = 3
+    selection: Annotated[str, OneOf(*SELECTIONS)] = "flat"
+    sparse_kv_heads: Annotated[int | None, _Width] = None
+    key_conv: Annotated[int, Whole(0, 256)] = 0
+    ffn_mult: Annotated[int, Whole(1, 64)] = 4
+    decay_rank: _Rank = None
+    iclr_rank: _Rank = None
+    value_rank: _Rank = None
+    gate_rank: _Rank = None
+    group_norm_eps: Annotated[float, Number(1e-12, 0.1)] = 64e-5
+    tokenizer: Annotated[str | None, OneOf(*TOKENIZERS, TOKENIZER_FILE)] = "world"
     options: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, list | tuple) or not self.pattern:
-            raise InputError(f"pattern must name kinds of block in a list, got {self.pattern!r}")
+        check_ranges(self)
         object.__setattr__(self, "pattern", tuple(self.pattern))
-        if self.tokenizer is not None and self.tokenizer not in TOKENIZERS:
-            raise InputError(
-                f"tokenizer must be one of {tuple(TOKENIZERS)} or null, got {self.tokenizer!r}"
-            )
-        if not isinstance(self.group_norm_eps, float) or not 0 < self.group_norm_eps < 1:
-            raise InputError(f"group_norm_eps must be in (0, 1), got {self.group_norm_eps!r}")
-        for name in ("vocab_size", "width", "head_size", "chunk_size", "topk", "ffn_mult"):
-            if not _whole(getattr(self, name), 1):
-                raise InputError(
-                    f"{name} must be a positive whole number, got {getattr(self, name)!r}"
-                )
-        for name in ("sparse_kv_heads", "decay_rank", "iclr_rank", "value_rank", "gate_rank"):
-            value = getattr(self, name)
-            if value is not None and not _whole(value, 1):
-                raise InputError(f"{name} must be a positive whole number or null, got {value!r}")
-        if not _whole(self.key_conv, 0):
-            raise InputError(f"key_conv must be 0 (none) or a width, got {self.key_conv!r}")
         if self.width % self.head_size:
             raise InputError(f"width {self.width} is no multiple of head_size {self.head_size}")
         self._check_kinds()
@@ -86,9 +90,10 @@ class ModelConfig:
         known, filled = options(), dict[str, int]()
         for name, value in self.options.items():
             if name not in known:
-                raise InputError(f"unknown option {name!r}; known: {', '.join(sorted(known))}")
-            if not _whole(value, known[name].least):
-                raise InputError(f"{name} must be {known[name].least} or more, got {value!r}")
+                raise InputError(f"unknown option {shown(name)}; known: {', '.join(sorted(known))}")
+            if not known[name].range.holds(value):
+                words = known[name].range.words
+                raise InputError(f"{name} must be {words}, got {shown(value)}")
         for kind in dict.fromkeys(self.pattern):
             kind_of(kind).check_config(self)
             filled |= {name: option.default for name, option in kind_of(kind).options.items()}
@@ -129,9 +134,11 @@ class ModelConfig:
         from rwkvx.kinds import options
 
         known = field_names()
-        unknown = sorted(set(data) - known)
+        unknown = sorted(set(data) - known, key=str)
         if unknown:
-            raise InputError(f"unknown model key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+            raise InputError(
+                f"unknown model key {shown(unknown[0])}; known: {', '.join(sorted(known))}"
+            )
         missing = sorted({"vocab_size", "width", "pattern"} - set(data))
         if missing:
             raise InputError(f"the model config lacks {missing[0]!r}")
@@ -146,15 +153,12 @@ def field_names() -> set[str]:
     return {*(f.name for f in fields(ModelConfig)), *options()} - {"options"}
 
 
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def hybrid_pattern(rwkv_blocks: int, sparse_blocks: int) -> tuple[str, ...]:
     """L // M RWKV-7 blocks, then one sparse block, repeated: the order of RWKV-X.
 
     Raises:
-        InputError: M does not divide L (the reference code drops the rest; give a pattern instead).
+        InputError: M does not divide L (the reference code drops the rest; give a pattern instead),
+            or more blocks than a model may have.
     """
     return spread("rwkv7", rwkv_blocks, "sparse", sparse_blocks)
 
@@ -163,8 +167,11 @@ def spread(base: str, many: int, other: str, few: int) -> tuple[str, ...]:
     """`many` blocks of one kind, and after every many // few of them one of another.
 
     Raises:
-        InputError: `few` does not divide `many`.
+        InputError: `few` does not divide `many`, or more blocks than a model may have.
     """
+    for count in (many, few):
+        if not _BLOCKS.holds(count):
+            raise InputError(f"the number of blocks must be {_BLOCKS.words}, got {shown(count)}")
     if few == 0:
         return (base,) * many
     if many % few:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkvx.config import ModelConfig
+from rwkvx.config import TOKENIZER_FILE, ModelConfig
 from rwkvx.errors import InputError
 from rwkvx.kinds import Mixer, kind_of
 from rwkvx.layers import ChannelMix, Linear
@@ -246,6 +246,15 @@ class Model(nn.Module):
 
             self._tokenizer = get_tokenizer(self.config.tokenizer)
         return self._tokenizer
+
+    @property
+    def tokenizer_of_file(self) -> Any:
+        """What `use_tokenizer` was given, for a config that says "file"; else None."""
+        return self._tokenizer if self.config.tokenizer == TOKENIZER_FILE else None
+
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Take a tokenizer that was read from a file."""
+        self._tokenizer = tokenizer
 
     def fingerprint(self) -> str:
         """SHA-256 over config and weights, hexadecimal: equal for equal functions only."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 import rwkvx
@@ -22,6 +21,7 @@ from rwkvx.checkpoint import pth
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.load import shipped_models
 from rwkvx.errors import InputError
+from rwkvx.files import read_yaml, user_path
 from rwkvx.quantize import quantize
 
 HYBRID_PEER, RWKV7_PEER = "rwkv-x", "rwkv"
@@ -33,7 +33,7 @@ SEED = 0
 def find_shape(name: str) -> Path | None:
     """The YAML file that `name` means: a file, or a name among the shipped configurations."""
     if name.endswith((".yaml", ".yml")):
-        return Path(name).expanduser()
+        return user_path(name)
     shipped = Path(str(files("rwkvx_configs"))) / f"{name}.yaml"
     return shipped if shipped.is_file() else None
 
@@ -41,8 +41,8 @@ def find_shape(name: str) -> Path | None:
 def read_shape(path: Path) -> rwkvx.ModelConfig:
     """The `model` section of a YAML file; raises InputError when there is none that fits."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = read_yaml(path)
+    except InputError as error:
         raise InputError(f"cannot read {path}: {error}") from error
     section = data.get("model") if isinstance(data, dict) else None
     if not isinstance(section, dict):
@@ -67,7 +67,7 @@ def open_model(name: str, dtype: str, selection: str = "flat") -> tuple[rwkvx.Mo
     try:
         model = rwkvx.load(name, dtype=dtype, selection=selection)
     except InputError as error:
-        if Path(name).expanduser().exists() or name in shipped_models():
+        if user_path(name).exists() or name in shipped_models():
             raise
         raise InputError(f"{error}, nor a shape ({', '.join(shipped_shapes())})") from error
     return model, Path(name).name

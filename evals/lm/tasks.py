@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from rwkvx.data.folder import DATA_VARIABLE
 from rwkvx.errors import InputError
+from rwkvx.files import parse_json, read_lines
 
 Documents = list[dict[str, Any]]
 
@@ -27,15 +27,11 @@ class MissingDataError(InputError):
 
 def read_jsonl(path: Path) -> Documents:
     """Rows of a JSON-lines file; raises InputError when it is missing or damaged."""
+    if not path.exists():
+        raise MissingDataError(f"cannot read {path.name}")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError as error:
-        raise MissingDataError(f"cannot read {path}: {error.strerror}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    try:
-        return [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
+        return [parse_json(line, path) for line in read_lines(path) if line.strip()]
+    except InputError as error:
         raise InputError(f"{path} is not JSON lines: {error}") from error
 
 
@@ -146,7 +142,7 @@ def _load_from_hub(name: str, file: Path | None, folder: Path | None) -> list[An
 
 def how_to_get(name: str, folder: Path | None) -> str:
     """One sentence on where the data of a task can come from, and what `folder` does hold."""
-    ways = "connect to huggingface.co, where lm-eval gets it"
+    ways = "connect to huggingface.co"
     if name in LOCAL:
         files = " and ".join(LOCAL[name].files)
         ways = f"name a folder that holds {files} with --data or {DATA_VARIABLE}, or {ways}"

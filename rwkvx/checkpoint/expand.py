@@ -60,7 +60,7 @@ def expand(source: Checkpoint, count: int, init: str = "zero", kind: str = "spar
             copied = {name: before[name].clone() for name in COPIED}
             tensors |= _renamed(copied, position)
     outer = {n: x for n, x in source.tensors.items() if not n.startswith("blocks.")}
-    return Checkpoint(config, tensors | outer)
+    return Checkpoint(config, tensors | outer, source.tokenizer)
 
 
 @torch.inference_mode()

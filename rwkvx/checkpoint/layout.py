@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkvx.checkpoint.checkpoint import Checkpoint, merge_config, parameter_shapes
+from rwkvx.checkpoint.checkpoint import FLOATS, Checkpoint, merge_config, parameter_shapes
+from rwkvx.checkpoint.foreign import by_names
 from rwkvx.config import TOKENIZERS, ModelConfig, spread
 from rwkvx.errors import InputError
 from rwkvx.kinds import KINDS
@@ -25,6 +26,8 @@ BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")  # our names
 LOW_RANK = re.compile(r"blocks\.\d+\.att\.[wavg][12]")
 _TOKENIZER_OF = {ids: name for name, ids in TOKENIZERS.items()}  # other vocabularies have none
 NOTHING = re.compile(r"(?!)")  # finds nothing
+# The embedding of each layout, RWKV-X's and fla's before the one that both end in.
+_ANCHORS = ("rwkv.emb.weight", "model.embeddings.weight", "emb.weight")
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,17 @@ class Layout:
                 raise InputError(
                     f"{origin}: {theirs} is {list(raw[theirs].shape)}, expected {list(stored)}"
                 )
-            if not x.is_floating_point():
-                raise InputError(f"{origin}: {theirs} is of {x.dtype}, expected floating point")
+            if x.dtype not in FLOATS:
+                raise InputError(
+                    f"{origin}: {theirs} is of {x.dtype}, expected floating point of 16, 32 or 64 "
+                    "bits: take the model before it was quantised"
+                )
             tensors[ours] = x
             wanted.add(theirs)
         for name in sorted(set(raw) - wanted):
             if not self.unused.fullmatch(name):
+                if words := by_names([name]):
+                    raise InputError(f"{origin} holds {words}")
                 raise InputError(f"{origin} has a tensor that the model has no place for: {name}")
         return Checkpoint(config, tensors)
 
@@ -99,27 +107,20 @@ class Layout:
         found = {kind: KINDS[kind].prefixes.get(self.name) for kind in KINDS}
         return {kind: prefix for kind, prefix in found.items() if prefix is not None}
 
-    def refuse_other_kinds(self, config: ModelConfig, what: str) -> None:
-        """Raise InputError for a kind of block that the layout has no place for."""
-        for kind in config.pattern:
-            if kind not in self.kinds:
-                raise InputError(f"{what} has no place for {kind} blocks")
+    def check_place(self, config: ModelConfig, what: str) -> None:
+        """Refuse a model whose tensors the layout has no names for.
 
-    def no_place(self, config: ModelConfig) -> str | None:
-        """What of a model the layout cannot hold, in words; None if it holds everything."""
+        Raises:
+            InputError: it is one; `what` names the layout.
+        """
         kinds = self.kinds
-        for kind in config.pattern:
-            if kind not in kinds:
-                return f"{kind} blocks"
-            if beyond := KINDS[kind].beyond_layouts(config):
-                return beyond
-        counts = {kind: config.pattern.count(kind) for kind in kinds}
-        if not next(iter(counts.values())):
-            return f"a model without {next(iter(counts))} blocks"
-        try:
-            return None if config.pattern == usual_pattern(counts) else "this order of blocks"
-        except InputError:
-            return "this order of blocks"
+        beyond = [KINDS[kind].beyond_layouts(config) for kind in config.pattern if kind in kinds]
+        missing = [f"{kind} blocks" for kind in config.pattern if kind not in kinds]
+        missing += [words for words in beyond if words]
+        if (first := next(iter(kinds))) not in config.pattern:
+            missing = [f"a model without {first} blocks"]
+        if missing:
+            raise InputError(f"{what} has no place for {missing[0]}")
 
     def _ours(self, name: str, x: Tensor) -> Tensor:
         if self.transposed and LOW_RANK.fullmatch(name) and x.dim() == 2:
@@ -205,8 +206,25 @@ def index_in_kind(position: int, pattern: Pattern) -> int:
     return pattern[:position].count(pattern[position])
 
 
+def without_prefix(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The same by plain names, without what a wrapper has put before each of them.
+
+    Such as "module." (data parallel), "_orig_mod." (torch.compile), "model." and several in a row.
+    """
+    for anchor in _ANCHORS:
+        for name in raw:
+            prefix = name.removesuffix(anchor)
+            if prefix != name and prefix.endswith(".") and anchor not in raw:
+                return {n.removeprefix(prefix): x for n, x in raw.items()}
+            if prefix == "":
+                return dict(raw)
+    return dict(raw)
+
+
 def _get(raw: Tensors, name: str, origin: str) -> Tensor:
     if name not in raw:
+        if words := by_names(raw):
+            raise InputError(f"{origin} holds {words}")
         raise InputError(f"{origin} lacks the tensor {name}")
     return raw[name]
 

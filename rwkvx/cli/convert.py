@@ -65,9 +65,11 @@ def convert_command(
     from rwkvx.checkpoint.expand import expand as add_blocks
     from rwkvx.checkpoint.formats import format_of_target
     from rwkvx.checkpoint.load import find_model, read_checkpoint
-    from rwkvx.errors import InputError
+    from rwkvx.errors import InputError, one_line
+    from rwkvx.files import is_there, user_path
 
-    if target.exists():
+    target = user_path(target)
+    if is_there(target):
         raise InputError(f"{target} exists already: remove it or choose another name")
     wanted = format_of_target(target, to)
     asked = {"chunk_size": chunk_size, "topk": topk}
@@ -80,7 +82,9 @@ def convert_command(
             assert_same_function(before, checkpoint)
             click.echo("checked: the function is that of SOURCE, logit for logit")
     if dtype is not None:
-        checkpoint = checkpoint.to(getattr(torch, dtype))
-    wanted.write(checkpoint, target)
+        checkpoint = checkpoint.to(getattr(torch, dtype), source)
+    note = wanted.write(checkpoint, target)
     count = sum(x.numel() for x in checkpoint.tensors.values())
     click.echo(f"{target}: {wanted.TITLE}, {count:,} parameters")
+    if note:
+        click.echo(one_line(f"note: {note}"), err=True)

@@ -1,6 +1,5 @@
 """``rwkvx generate``: continue a prompt, printing as it goes."""
 
-import codecs
 import os
 import sys
 
@@ -39,6 +38,7 @@ def generate_command(
     """
     import rwkvx
     from rwkvx.sampling import generate
+    from rwkvx.tokenizers.stream import prompt_ids, text_stream
 
     # Bytes all the way: a prompt that is no UTF-8 (a file, an odd argument) is read as it is.
     data = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
@@ -46,7 +46,7 @@ def generate_command(
     tokenizer = loaded.tokenizer
     tokens = generate(
         loaded,
-        tokenizer.encode_bytes(data),
+        prompt_ids(tokenizer, data) or [tokenizer.eos_token_id],
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -54,9 +54,6 @@ def generate_command(
         stop_ids=[tokenizer.eos_token_id],
         device=device,
     )
-    # A character may be spread over several tokens: print it once it is whole.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    click.echo(decoder.decode(data), nl=False)
-    for token in tokens:
-        click.echo(decoder.decode(tokenizer.decode_bytes([token])), nl=False)
-    click.echo(decoder.decode(b"", final=True))
+    for text in text_stream(tokenizer, data, tokens):
+        click.echo(text, nl=False)
+    click.echo()

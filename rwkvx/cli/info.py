@@ -1,12 +1,14 @@
 """``rwkvx info``: what a model is made of, from its config and tensor headers alone."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from rwkvx.checkpoint.checkpoint import check_vocabulary
 from rwkvx.checkpoint.formats import detect
 from rwkvx.checkpoint.load import find_model, shipped_models
+from rwkvx.checkpoint.sidecar import read_sidecar, sidecar_of
 from rwkvx.config import ModelConfig
 from rwkvx.costs import state_memory
 from rwkvx.errors import InputError
@@ -33,10 +35,10 @@ def shape_of_pattern(pattern: tuple[str, ...]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in runs)
 
 
-def vocabulary(config: ModelConfig) -> str:
+def vocabulary(config: ModelConfig, tokenizer: Any) -> str:
     """Rows of the embedding and the tokenizer, and whether they fit."""
     try:
-        check_vocabulary(config, "not to be loaded")
+        check_vocabulary(config, "not to be loaded", tokenizer)
     except InputError as error:
         return str(error)
     return f"{config.vocab_size}, tokenizer {config.tokenizer or 'unknown'}"
@@ -45,16 +47,18 @@ def vocabulary(config: ModelConfig) -> str:
 def describe(path: Path) -> list[tuple[str, str]]:
     """Rows of the table that ``rwkvx info`` prints; no weight is read."""
     found = detect(path)
-    config, tensors = found.read(path, {}, True)
+    config, tensors, tokenizer = found.read(path, {}, True)
     rows = [
         ("model", str(path)),
         ("format", found.TITLE),
         ("blocks", f"{len(config.pattern)}: {shape_of_pattern(config.pattern)}"),
         ("width", f"{config.width}, {config.heads} heads of {config.head_size}"),
-        ("vocabulary", vocabulary(config)),
+        ("vocabulary", vocabulary(config, tokenizer)),
     ]
     for kind in dict.fromkeys(config.pattern):
         rows.append((f"{kind} blocks", kind_of(kind).describe(config)))
+    if kept := read_sidecar(path):
+        rows.append(("told by", f"{sidecar_of(path)}: {', '.join(kept)}"))
     kinds = sorted({str(x.dtype).removeprefix("torch.") for x in tensors.values()})
     stored = sum(x.numel() * x.element_size() for x in tensors.values())
     rows += [

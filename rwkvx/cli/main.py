@@ -50,6 +50,10 @@ cli = LazyGroup(
             "The main job, on the shipped model.",
         ),
         "train": ("rwkvx.training.command:train_command", "Train a model from a YAML file."),
+        "tokenize": (
+            "rwkvx.cli.tokenize:tokenize_command",
+            "Text into a file of tokens for training.",
+        ),
         "eval": (eval_group, "Measure a model: passkey retrieval, lm-eval tasks."),
         "generate": ("rwkvx.cli.generate:generate_command", "Continue a prompt."),
         "convert": ("rwkvx.cli.convert:convert_command", "Checkpoints in other formats."),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkvx.errors import InputError
+from rwkvx.ranges import Whole
 from rwkvx_kernels.chunk_attention import KeyValueCache
 from rwkvx_kernels.dispatch import Choice, Facts
 from rwkvx_kernels.one_token import BlockWeights, Cache
@@ -25,10 +26,10 @@ ShapeOf = Callable[[str, int], Shape | None]
 
 
 class Option(NamedTuple):
-    """A field of the config that one kind brings, a whole number of at least `least`."""
+    """A field of the config that one kind brings."""
 
     default: int
-    least: int
+    range: Whole
     about: str
 
 
@@ -101,7 +102,8 @@ class Mixer(nn.Module):
 
     Attributes:
         State: the NamedTuple that fits `BlockState`.
-        options: fields of the config that this kind brings beside those of `ModelConfig`.
+        fields: those of `ModelConfig` that this kind reads, and not every kind.
+        options: fields of the config that this kind brings beside those.
         prefixes: where foreign layouts of files keep the blocks of this kind: what stands before a
             block's number. A layout that is not named has no place for the kind.
         recurrent: whether the memory is of constant size, so that training may cut a sequence into
@@ -109,6 +111,7 @@ class Mixer(nn.Module):
     """
 
     State: ClassVar[Any]
+    fields: ClassVar[frozenset[str]] = frozenset()
     options: ClassVar[Mapping[str, Option]] = {}
     prefixes: ClassVar[Mapping[str, str]] = {}
     recurrent: ClassVar[bool] = False
@@ -228,6 +231,11 @@ class Mixer(nn.Module):
     @classmethod
     def check_config(cls, config: "ModelConfig") -> None:
         """Raise InputError for a config that a block of this kind cannot be made of."""
+
+    @classmethod
+    def used(cls, config: "ModelConfig") -> frozenset[str]:
+        """Those of `fields` and `options` that change something in this model."""
+        return cls.fields | set(cls.options)
 
     @classmethod
     def describe(cls, config: "ModelConfig") -> str:

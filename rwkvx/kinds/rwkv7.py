@@ -69,6 +69,7 @@ class TimeMix(Mixer):
 
     State = Rwkv7State
     recurrent = True
+    fields = frozenset(("decay_rank", "iclr_rank", "value_rank", "gate_rank", "group_norm_eps"))
     prefixes = {  # noqa: RUF012 (of the class by its contract)
         "blinkdl": "blocks.",
         "rwkv-x": "rwkv.blocks.",
@@ -230,6 +231,11 @@ class TimeMix(Mixer):
         return {"low-rank products": products, "decay, recurrence, norm and gate": recurrence}
 
     @classmethod
+    def used(cls, config: "ModelConfig") -> frozenset[str]:
+        """The first block has no value residual."""
+        return cls.fields - {"value_rank"} if config.pattern.count("rwkv7") < 2 else cls.fields
+
+    @classmethod
     def describe(cls, config: "ModelConfig") -> str:
         """Low ranks."""
         return "low ranks " + ", ".join(f"{name} {rank}" for name, rank in config.ranks.items())
@@ -256,14 +262,6 @@ class TimeMix(Mixer):
         found = {field: _second(shape(f"att.{name}", 0)) for field, name in ranks.items()}
         value = _second(shape("att.v1", 1))
         return {"head_size": _second(shape("att.r_k", 0)), "value_rank": value, **found}
-
-    @classmethod
-    def beyond_layouts(cls, config: "ModelConfig") -> str | None:
-        """A group norm that is not RWKV-7's own."""
-        own = type(config).group_norm_eps
-        if config.group_norm_eps != own:
-            return f"a group norm with eps {config.group_norm_eps:g}"
-        return None
 
 
 def _second(shape: Shape | None) -> int | None:

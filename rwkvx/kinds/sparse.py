@@ -22,7 +22,6 @@ from rwkvx.kinds.attention import (
 )
 from rwkvx.kinds.contract import Memory, Shape, TokenState
 from rwkvx_kernels.chunk_attention import (
-    SELECTIONS,
     KeyValueCache,
     cached_chunk_attention,
     chunk_attention,
@@ -72,6 +71,7 @@ class SparseAttention(AttentionMixer):
     """The own chunk causally and the best past chunks."""
 
     State = SparseState
+    fields = frozenset(("chunk_size", "topk", "selection", "sparse_kv_heads", "key_conv"))
     prefixes = {"rwkv-x": "moba."}  # noqa: RUF012
 
     def __init__(self, config: "ModelConfig", position: int) -> None:
@@ -184,9 +184,7 @@ class SparseAttention(AttentionMixer):
 
     @classmethod
     def check_config(cls, config: "ModelConfig") -> None:
-        """A selection that is there, heads that can be shared."""
-        if config.selection not in SELECTIONS:
-            raise InputError(f"selection must be one of {SELECTIONS}, got {config.selection!r}")
+        """Heads that can be shared."""
         if config.heads % config.kv_heads:
             raise InputError(f"{config.heads} heads are no multiple of {config.kv_heads} kv heads")
 

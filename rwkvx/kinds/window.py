@@ -23,6 +23,7 @@ from rwkvx.kinds.attention import (
     select_rows,
 )
 from rwkvx.kinds.contract import Memory, Option, Shape
+from rwkvx.ranges import Whole
 from rwkvx_kernels.chunk_attention import KeyValueCache
 from rwkvx_kernels.dispatch import Choice, Facts
 
@@ -60,8 +61,13 @@ class WindowAttention(AttentionMixer):
     """Softmax attention over a causal window, scale 1/sqrt(N)."""
 
     State = WindowState
+    fields = frozenset(("sparse_kv_heads",))
     options = {  # noqa: RUF012
-        "window": Option(1024, 1, "window blocks: tokens that a token attends to, itself included")
+        "window": Option(
+            1024,
+            Whole(1, 1 << 24),
+            "window blocks: tokens that a token attends to, itself included",
+        )
     }
 
     def forward(

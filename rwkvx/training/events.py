@@ -1,18 +1,23 @@
-"""Scalars for TensorBoard.
+"""Metrics of a run as curves: lines of JSON, and scalars for TensorBoard.
 
 Written at once and in the caller's thread: TensorBoard's own writer has a thread, which on a full
 disk dies with a traceback while the run goes on to the next scalar.
 """
 
+import math
 import os
 import platform
+import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Events"]
+from rwkvx.training.run_folder import RunFolder
+
+__all__ = ["Curves", "Events"]
 
 
 class Events:
@@ -50,3 +55,24 @@ class Events:
                 os.truncate(self.path, before)
             error.filename = str(self.path)
             raise
+
+
+class Curves:
+    """Metrics of a run, a point at a time: to metrics.jsonl, and to TensorBoard if it is there."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.events: Events | None = None
+        try:
+            self.events = Events(folder.path / "tensorboard")
+        except ModuleNotFoundError:
+            print("no TensorBoard events: `pip install rwkvx[train]` adds them", file=sys.stderr)
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add a point to each curve."""
+        # JSON has no number for NaN and infinity.
+        numbers = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+        self.folder.log(step=step, **numbers)
+        if self.events is not None:
+            for name, value in metrics.items():
+                self.events.add_scalar(name, value, step)

@@ -106,8 +106,6 @@ def test_writing_and_reading_a_file_gives_the_same_model(name: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "missing"),
     [
-        ({"pattern": ["sparse", "rwkv7"]}, "this order of blocks"),
-        ({"pattern": ["rwkv7", "sparse", "sparse"]}, "this order of blocks"),
         ({"pattern": ["sparse"]}, "a model without rwkv7 blocks"),
         ({"key_conv": 4}, "a key convolution"),
         ({"sparse_kv_heads": 1}, "grouped-query heads"),

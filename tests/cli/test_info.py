@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from rwkvx import Model, ModelConfig
-from rwkvx.checkpoint.shards import read_header
+from rwkvx.checkpoint.safetensors import stored_in_safetensors
 from rwkvx.cli import main
 from rwkvx.costs import state_memory
 from rwkvx.errors import InputError
@@ -85,7 +85,7 @@ def test_broken_headers_are_refused(tmp_path: Path) -> None:
     for header in (b"[]", b"{", b'{"a": 1}', b'{"a": {}}', b"\xff\xff"):
         file.write_bytes(len(header).to_bytes(8, "little") + header)
         with pytest.raises(InputError, match="damaged safetensors header"):
-            read_header(file)
+            stored_in_safetensors(file)
 
 
 @pytest.mark.parametrize(
