@@ -27,5 +27,5 @@ class ChannelMix(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C], normalised, and the last input before it [B, C] -> output, new shift."""
         (mixed,) = token_shift(x, shift, [self.x_k], cu_seqlens)
-        hidden = squared_relu(self.key(mixed))
+        hidden = squared_relu(self.key(mixed), overwrite=True)
         return self.value(hidden), last_token(x, shift, cu_seqlens)

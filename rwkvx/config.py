@@ -6,10 +6,10 @@ from math import sqrt
 from typing import Any
 
 from rwkvx.errors import InputError
+from rwkvx_kernels.names import SELECTIONS
 
 BLOCK_KINDS = ("rwkv7", "sparse")
 TOKENIZERS = {"world": 65536, "bytes": 256}  # and how many ids they have
-SELECTIONS = ("flat", "coarse_to_fine")
 
 
 @dataclass(frozen=True)

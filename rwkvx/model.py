@@ -5,7 +5,6 @@ Axes: B batch, T time, C width, V vocabulary.
 
 import hashlib
 import json
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -21,6 +20,7 @@ from rwkvx.sparse_attention import SparseAttention
 from rwkvx.state import BlockState, CachedRows, ModelState, Rwkv7State, SparseState
 from rwkvx.time_mix import TimeMix
 from rwkvx_kernels.chunk_attention import KeyValueCache
+from rwkvx_kernels.dispatch import check_cu_seqlens
 
 # Without gradients, long inputs are read in segments of at most so many tokens (over the batch):
 # memory stays flat, and products stay large enough to be efficient.
@@ -212,7 +212,10 @@ class Model(nn.Module):
         rows = ids.shape[0]
         if cu_seqlens is not None:
             if not torch.compiler.is_compiling():  # which cannot look at values
-                _check_offsets(ids, cu_seqlens)
+                try:
+                    check_cu_seqlens(cu_seqlens, *ids.shape[:2])
+                except ValueError as error:
+                    raise InputError(str(error)) from None
             rows = len(cu_seqlens) - 1
         if state is None:
             return
@@ -257,13 +260,3 @@ class Model(nn.Module):
             data = x.detach().cpu().contiguous().view(-1)
             digest.update(memoryview(data.view(torch.uint8).numpy()))
         return digest.hexdigest()
-
-
-def _check_offsets(ids: Tensor, cu_seqlens: Tensor) -> None:
-    offsets = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
-    rises = all(a <= b for a, b in pairwise(offsets))
-    if ids.shape[0] != 1 or not rises or [0, ids.shape[1]] != [*offsets[:1], *offsets[-1:]]:
-        raise InputError(
-            f"cu_seqlens must rise from 0 to {ids.shape[1]} beside ids of batch size 1, "
-            f"got {offsets[:8]} beside ids {list(ids.shape)}"
-        )

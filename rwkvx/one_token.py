@@ -6,9 +6,9 @@ again. Axes: C width, L blocks, H heads, N head size.
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, groupby
 from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ class OneTokenReader:
     def __init__(self) -> None:
         self._seen: Seen | None = None
         self._compiled: OneToken | None = None
-        self._sparse: list[int] = []
 
     def __reduce__(self) -> tuple[type[OneTokenReader], tuple[()]]:
         return OneTokenReader, ()  # a copy of a model looks at its own weights
@@ -49,49 +48,61 @@ class OneTokenReader:
     ) -> tuple[Tensor, ModelState]:
         """x [1, 1, C] after all blocks, and the new state."""
         assert self._compiled is not None
-        config, dtype = model.config, x.dtype
-        count, heads, size = len(model.blocks), config.heads, config.head_size
-        stream, v_first = x.float().flatten().clone(), torch.empty(config.width)
-        shifts, wkv = torch.empty(count, 2, config.width), torch.empty(count, heads, size, size)
-        attended, start = torch.empty(config.width), 0
+        stream, v_first = x.float().flatten().clone(), torch.empty(model.config.width)
         rooms = [_room(*pair, keep_cache) for pair in zip(model.blocks, state.blocks, strict=True)]
-        apart: dict[int, tuple[tuple[CachedRows, ...], Tensor | None]] = {}
-        for stop in (*(i for i in self._sparse if rooms[i] is None), count):
-            part = slice(start, stop)
-            before = [_shifts(block) for block in state.blocks[part]]
-            states = [b.wkv if isinstance(b, Rwkv7State) else None for b in state.blocks[part]]
-            caches = [None if room is None else room.cache for room in rooms[part]]
-            projected = self._compiled.read(
-                range(start, stop), stream, v_first, attended, before, states, caches, shifts, wkv
-            )
-            if stop < count:  # its attention is not compiled
-                block: Any = model.blocks[stop]
-                own: Any = state.blocks[stop]
-                kv = (len(projected) - config.width) // 2
-                parts = projected.to(dtype).view(1, 1, -1).split((config.width, kv, kv), -1)
-                y, *apart[stop] = block.att.attend(*parts, own.cached, own.conv, None, keep_cache)
-                attended = y.float().flatten()
-            start = stop
-        shifts = shifts.to(dtype).unsqueeze(2)
-        blocks: list[BlockState] = [
-            Rwkv7State(shifts[i, 0], wkv[i : i + 1], shifts[i, 1])
-            if model.config.pattern[i] == "rwkv7"
-            else SparseState(*(apart[i] if room is None else room.filled()), shifts[i, 1])
-            for i, room in enumerate(rooms)
+        new: list[BlockState] = []
+        apart = [
+            isinstance(block, SparseState) and room is None
+            for block, room in zip(state.blocks, rooms, strict=True)
         ]
-        return stream.to(dtype).view(1, 1, -1), ModelState(tuple(blocks), state.length + 1)
+        for is_apart, indices in groupby(range(len(apart)), apart.__getitem__):
+            if not is_apart:
+                new += self._run(list(indices), stream, v_first, state, rooms, x.dtype)
+                continue
+            for i in indices:  # its attention is not compiled
+                token = stream.to(x.dtype).view(1, 1, -1)
+                y, own, _ = model.blocks[i](token, state.blocks[i], None, None, keep_cache)
+                stream.copy_(y.flatten())
+                new.append(own)
+        return stream.to(x.dtype).view(1, 1, -1), ModelState(tuple(new), state.length + 1)
+
+    def _run(
+        self,
+        indices: list[int],
+        stream: Tensor,
+        v_first: Tensor,
+        state: ModelState,
+        rooms: list[Room | None],
+        dtype: torch.dtype,
+    ) -> list[BlockState]:
+        """The stream through consecutive compiled blocks, in place: their new states."""
+        assert self._compiled is not None
+        blocks, part = [state.blocks[i] for i in indices], [rooms[i] for i in indices]
+        states = [b.wkv if isinstance(b, Rwkv7State) else None for b in blocks]
+        wkv = [None if x is None else torch.empty_like(x) for x in states]
+        shifts = torch.empty(len(indices), 2, len(stream))
+        self._compiled.read(
+            range(indices[0], indices[-1] + 1), stream, v_first,
+            [_shifts(block) for block in blocks], states,
+            [None if room is None else room.cache for room in part], shifts, wkv,
+        )  # fmt: skip
+        shifts = shifts.to(dtype).unsqueeze(2)
+        return [
+            SparseState(*room.filled(), shifts[i, 1])
+            if room is not None
+            else Rwkv7State(shifts[i, 0], cast(Tensor, wkv[i]), shifts[i, 1])
+            for i, room in enumerate(part)
+        ]
 
     def _look_at(self, model: Model) -> None:
         if self._seen is not None and self._seen.is_true():
             return
         self._seen = Seen([m for block in model.blocks for m in _compiled_modules(block)])
-        self._sparse = [i for i, kind in enumerate(model.config.pattern) if kind == "sparse"]
         self._compiled = None
         if not self._seen.hooks_set and self._seen.types <= {type(model.blocks[0]), *PLAIN}:
             weights = [_weights(block) for block in model.blocks]
             if all(x.fit(model.dtype) for x in weights):
-                eps = model.config.group_norm_eps
-                self._compiled = OneToken(weights, model.config.heads, eps)
+                self._compiled = OneToken(weights)
 
 
 class Room(NamedTuple):
@@ -166,6 +177,8 @@ def _weights(block: Any) -> BlockWeights:
     att, ffn = block.att, block.ffn
     products = [att.receptance, att.key, att.value, att.output]
     common = BlockWeights(
+        heads=block.config.heads,
+        eps=(block.ln1.eps, block.ln2.eps, 0.0),
         ln1=(block.ln1.weight, block.ln1.bias),
         ln2=(block.ln2.weight, block.ln2.bias),
         channel=(ffn.x_k, ffn.key.weight, ffn.value.weight),
@@ -177,6 +190,7 @@ def _weights(block: Any) -> BlockWeights:
         return common._replace(conv=(att._parameters.get("key_conv"),))
     own = att._parameters
     return common._replace(
+        eps=(*common.eps[:2], att.ln_x.eps),
         mixes=tuple(own[f"x_{name}"] for name in MIXES),
         down=tuple(own.get(f"{name}1") for name in "wavg"),
         up=tuple(own.get(f"{name}2") for name in "wavg"),
