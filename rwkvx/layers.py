@@ -10,7 +10,6 @@ from rwkvx_kernels.channel_mix import squared_relu
 from rwkvx_kernels.linear import linear
 from rwkvx_kernels.token_shift import token_shift
 
-
 # What a model's `impl` means for operations that do not come in all of them: products by Triton would
 # be slower than torch's, and compiled loops would gain nothing between products.
 PRODUCTS = {"triton": "torch"}
@@ -48,7 +47,7 @@ class ChannelMix(nn.Module):
         """x [B, T, C], normalised, and the last input before it [B, C] -> output, new shift."""
         impl = ELEMENTWISE.get(self.impl, self.impl)
         (mixed,) = token_shift(x, shift, [self.x_k], cu_seqlens, impl)
-        hidden = squared_relu(self.key(mixed), impl)
+        hidden = squared_relu(self.key(mixed), impl, overwrite=True)
         return self.value(hidden), last_token(x, shift, cu_seqlens)
 
 

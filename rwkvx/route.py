@@ -26,9 +26,7 @@ class Step(NamedTuple):
     why: str
 
 
-def explain(
-    model: Model, batch: int = 1, tokens: int = 1, training: bool = False
-) -> list[Step]:
+def explain(model: Model, batch: int = 1, tokens: int = 1, training: bool = False) -> list[Step]:
     """What runs when a model reads so many tokens of so many rows, and why.
 
     Nothing is computed: the choices are those that the operations make themselves.

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvx_kernels.time_mix.triton_keys import STEPS, load, sizes, store
+from rwkvx_kernels.time_mix.triton_keys import STEPS, sizes
+from rwkvx_kernels.tools.triton_tiles import load, store
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 """From what the projections give to what the recurrence reads, in one pass, and its gradients.
 
 Axes: T tokens of all sequences, H heads, N head size, C = H·N. Names: i_ index, p_ pointer,
-b_ block, o_ offset, m_ mask. A program has one head of ROWS tokens, backward of STEPS times as
-many. Without a value residual its pointers (mix, first, value, v0) are None.
+b_ tile in registers, o_ offset, m_ mask. A program has one head of ROWS tokens, backward of STEPS
+times as many. Without a value residual its pointers (mix, first, value, v0) are None.
 """
 
 import torch
@@ -11,20 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvx_kernels.time_mix.api import LOG_DECAY_SCALE
+from rwkvx_kernels.time_mix.common import LOG_DECAY_SCALE
+from rwkvx_kernels.tools.triton_tiles import load, store
 
 SCALE: tl.constexpr = tl.constexpr(LOG_DECAY_SCALE)
 STEPS = 4
-
-
-@triton.jit
-def load(p_x, o_x, m_x):
-    return tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store(p_x, o_x, b_x, m_x):
-    tl.store(p_x + o_x, b_x.to(p_x.dtype.element_ty), mask=m_x)
 
 
 @triton.jit

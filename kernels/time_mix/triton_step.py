@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.time_mix.triton_finish import normalise
-from rwkvx_kernels.time_mix.triton_keys import SCALE, keys, load, store
+from rwkvx_kernels.time_mix.triton_keys import SCALE, keys
+from rwkvx_kernels.tools.triton_tiles import load, store
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -18,7 +18,8 @@ from rwkvx.kinds.contract import TokenState
 from rwkvx.layers import ChannelMix, Linear
 from rwkvx.model import Block, Model
 from rwkvx.state import ModelState
-from rwkvx_kernels.one_token import DTYPES, BlockWeights, OneToken
+from rwkvx_kernels.one_token import BlockWeights, OneToken
+from rwkvx_kernels.one_token.common import DTYPES
 
 # Modules whose forward compiled code does; anything else (an adapter's) is called.
 PLAIN = {Block, Linear, ChannelMix, nn.LayerNorm, nn.GroupNorm, *KINDS.values()}
@@ -74,7 +75,8 @@ class CompiledModel:
             _weights(block, model.dtype) if plain else None
             for block, plain in zip(blocks, self.watch.plain, strict=True)
         ]
-        self.compiled = OneToken(self.weights) if any(self.weights) else None
+        compiled = [weights for weights in self.weights if weights is not None]
+        self.compiled = OneToken(compiled) if compiled else None
 
     def read(self, x: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
         """x [1, 1, C] through all blocks, and their new states."""
@@ -115,16 +117,15 @@ class CompiledModel:
             (state.ffn_shift if token.shift is None else token.shift, state.ffn_shift)
             for token, state in zip(here, states[run.start : run.stop], strict=True)
         ]
+        first = sum(weights is not None for weights in self.weights[: run.start])
         matrices = [token.matrix for token in here]
-        size = next((x.shape[1:] for x in matrices if x is not None), (1, 1, 1))
-        shifts, made = torch.empty(len(run), 2, self.width), torch.empty(len(run), *size)
-        caches = [token.cache for token in here]
+        made = [None if x is None else torch.empty_like(x) for x in matrices]
+        shifts, caches = torch.empty(len(here), 2, self.width), [token.cache for token in here]
         assert self.compiled is not None
-        self.compiled.read(run, stream, v_first, before, matrices, caches, shifts, made)
+        places = range(first, first + len(here))
+        self.compiled.read(places, stream, v_first, before, matrices, caches, shifts, made)
         narrow = shifts.to(states[run.start].ffn_shift.dtype).unsqueeze(2)
-        return [
-            token.after(narrow[i, 0], made[i : i + 1], narrow[i, 1]) for i, token in enumerate(here)
-        ]
+        return [token.after(narrow[i, 0], made[i], narrow[i, 1]) for i, token in enumerate(here)]
 
 
 _forms: WeakKeyDictionary[Model, CompiledModel] = WeakKeyDictionary()
@@ -205,6 +206,7 @@ def _weights(block: Block, dtype: torch.dtype) -> BlockWeights | None:
     ffn = block.ffn
     products = [getattr(block.att, n, None) for n in ("receptance", "key", "value", "output")]
     common = BlockWeights(
+        heads=0,
         ln1=(block.ln1.weight, block.ln1.bias),
         ln2=(block.ln2.weight, block.ln2.bias),
         eps=(block.ln1.eps, block.ln2.eps, 0.0),

@@ -94,7 +94,7 @@ class TokenState(NamedTuple):
     shift: Tensor | None
     matrix: Tensor | None
     cache: Cache | None
-    after: Callable[[Tensor, Tensor, Tensor], Any]
+    after: Callable[[Tensor, Tensor | None, Tensor], Any]
 
 
 class Mixer(nn.Module):

@@ -124,7 +124,9 @@ class TimeMix(Mixer):
     ) -> tuple[Tensor, Rwkv7State, Tensor]:
         """See `Mixer.forward`."""
         mixes = [getattr(self, f"x_{name}") for name in MIXES]
-        shifted = token_shift(x, state.shift, mixes, cu_seqlens, ELEMENTWISE.get(self.impl, self.impl))
+        shifted = token_shift(
+            x, state.shift, mixes, cu_seqlens, ELEMENTWISE.get(self.impl, self.impl)
+        )
         x_r, x_w, x_k, x_v, x_a, x_g = shifted
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         impl = PRODUCTS.get(self.impl, self.impl)
@@ -214,7 +216,8 @@ class TimeMix(Mixer):
         if not all(x.is_contiguous() for x in state) or state.wkv.dtype != torch.float32:
             return None
 
-        def after(shift: Tensor, matrix: Tensor, ffn_shift: Tensor) -> Rwkv7State:
+        def after(shift: Tensor, matrix: Tensor | None, ffn_shift: Tensor) -> Rwkv7State:
+            assert matrix is not None
             return Rwkv7State(shift, matrix, ffn_shift)
 
         return TokenState(state.shift, state.wkv, None, after)

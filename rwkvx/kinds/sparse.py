@@ -162,7 +162,7 @@ class SparseAttention(AttentionMixer):
         old = None if conv is None else conv.contiguous()
         new = None if old is None else torch.empty_like(old)
 
-        def after(shift: Tensor, matrix: Tensor, ffn_shift: Tensor) -> SparseState:
+        def after(shift: Tensor, matrix: Tensor | None, ffn_shift: Tensor) -> SparseState:
             cache.appended_elsewhere(length, length + 1)
             return SparseState((CachedRows(cache, length + 1),), new, ffn_shift)
 
@@ -173,7 +173,7 @@ class SparseAttention(AttentionMixer):
         """With the Triton kernel that takes lengths on the device."""
         config = self.config
         queries = like.new_empty(0, 1, config.heads, config.head_size)
-        return has_decode_kernel(queries, config.chunk_size, config.selection, self.impl)
+        return has_decode_kernel(queries, config.chunk_size, config.selection)
 
     def route(self, facts: Facts, rows: int, tokens: int) -> dict[str, Choice]:
         """See `Mixer.route`."""

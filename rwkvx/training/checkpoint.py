@@ -13,9 +13,9 @@ from rwkvx.checkpoint.safetensors import write_tensors
 from rwkvx.checkpoint.shards import read_file, read_weights
 from rwkvx.errors import InputError
 from rwkvx.files import read_json, write_json
+from rwkvx.kinds.contract import tensors_of
 from rwkvx.model import Model
 from rwkvx.settings import from_plain
-from rwkvx.kinds.contract import tensors_of
 from rwkvx.state import ModelState
 
 OPTIMIZER, CARRIED, AVERAGE = "optimizer.safetensors", "carried.safetensors", "average.safetensors"

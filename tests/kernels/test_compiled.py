@@ -6,17 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import rwkvx_kernels.compiled
+from rwkvx_kernels.tools import numba_loops
 
 CALLED = """
-from rwkvx_kernels.compiled import loop
+from rwkvx_kernels.tools.numba_loops import loop
 @loop
 def called(x):
     return x + {}
 """
 CALLING = """
 from rwkvx_kernels.called import called
-from rwkvx_kernels.compiled import loop
+from rwkvx_kernels.tools.numba_loops import loop
 @loop
 def calling(x):
     return called(x)
@@ -26,8 +26,8 @@ print(calling(1), sum(calling.stats.cache_hits.values()))
 
 def test_a_change_in_what_a_loop_calls_is_noticed(tmp_path: Path) -> None:
     package = tmp_path / "rwkvx_kernels"
-    package.mkdir()
-    shutil.copy(rwkvx_kernels.compiled.__file__, package)
+    (package / "tools").mkdir(parents=True)
+    shutil.copy(numba_loops.__file__, package / "tools")
     (package / "calling.py").write_text(CALLING)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("NUMBA_CACHE_DIR", None)

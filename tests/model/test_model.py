@@ -286,7 +286,7 @@ def test_bad_states_and_offsets() -> None:
     with pytest.raises(InputError, match="logits must be one of"):
         model(ids, logits="some")
     for offsets in ([0, 10], [1, 20], [0, 11, 10, 20], [[0, 20]], [0]):
-        with pytest.raises(InputError, match="cu_seqlens must"):
+        with pytest.raises(InputError, match="cu_seqlens must rise from 0 to T = 20"):
             model(ids[:1], cu_seqlens=torch.tensor(offsets))
     with pytest.raises(InputError, match="batch size 1"):
         model(ids, cu_seqlens=torch.tensor([0, 20]))

@@ -47,7 +47,8 @@ def test_states_are_passed_on(write_config: Writer) -> None:
 def test_some_rows_start_afresh(write_config: Writer) -> None:
     trainer, stage, batch = a_step(write_config, 64, 0.5)
     block, again, other = (
-        first_block(initial_state(trainer.model, trainer.carried, stage, batch, (seed,))) for seed in (1, 1, 2)
+        first_block(initial_state(trainer.model, trainer.carried, stage, batch, (seed,)))
+        for seed in (1, 1, 2)
     )
     carried = [bool(row.any()) for row in block.wkv]
     assert 16 < sum(carried) < 48
