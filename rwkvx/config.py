@@ -18,14 +18,22 @@ _Rank = Annotated[int | None, _Width]
 _BLOCKS = Whole(0, 1024)
 
 
-class _Kind(OneOf):
-    """Names of kinds of block; asked for when a config is made, as kinds bring torch."""
+class _Kind:
+    """A range: names of kinds of block. They are looked up when needed, as they bring torch."""
 
     @property
-    def values(self) -> tuple[str, ...]:
+    def words(self) -> str:
         from rwkvx.kinds import KINDS
 
-        return tuple(KINDS)
+        return OneOf(*KINDS).words
+
+    def holds(self, value: Any) -> bool:
+        from rwkvx.kinds import KINDS
+
+        return OneOf(*KINDS).holds(value)
+
+    def parse(self, text: str) -> str:
+        return text
 
 
 @dataclass(frozen=True)

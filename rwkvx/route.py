@@ -51,8 +51,8 @@ def explain(model: Model, batch: int = 1, tokens: int = 1, training: bool = Fals
         steps.append(Step(where, operation, *choice))
 
     for kind in dict.fromkeys(model.config.pattern):
-        block = model.blocks[model.config.pattern.index(kind)]
-        for operation, choice in block.att.route(facts, rows, tokens).items():
+        mixer = list(model.blocks)[model.config.pattern.index(kind)].att
+        for operation, choice in mixer.route(facts, rows, tokens).items():
             add(kind, operation, choice)
     products = choose_linear(facts, rows, PRODUCTS.get(impl, impl))
     elementwise = ELEMENTWISE.get(impl, impl)

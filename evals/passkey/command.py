@@ -12,7 +12,7 @@ from rwkvx.data.folder import data_folder
 from rwkvx_evals.passkey.evaluate import evaluate, find_haystack
 from rwkvx_evals.passkey.plan import Settings, depth_values, length_label, parse_lengths
 from rwkvx_evals.passkey.report import Results, percent
-from rwkvx_kernels.chunk_attention import SELECTIONS
+from rwkvx_kernels.names import SELECTIONS
 
 
 def model_label(model: str) -> str:

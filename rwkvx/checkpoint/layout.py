@@ -107,20 +107,20 @@ class Layout:
         found = {kind: KINDS[kind].prefixes.get(self.name) for kind in KINDS}
         return {kind: prefix for kind, prefix in found.items() if prefix is not None}
 
-    def check_place(self, config: ModelConfig, what: str) -> None:
-        """Refuse a model whose tensors the layout has no names for.
-
-        Raises:
-            InputError: it is one; `what` names the layout.
-        """
+    def no_place(self, config: ModelConfig) -> str | None:
+        """Tensors of a model that the layout has no names for, in words; None if there are none."""
         kinds = self.kinds
         beyond = [KINDS[kind].beyond_layouts(config) for kind in config.pattern if kind in kinds]
         missing = [f"{kind} blocks" for kind in config.pattern if kind not in kinds]
         missing += [words for words in beyond if words]
         if (first := next(iter(kinds))) not in config.pattern:
             missing = [f"a model without {first} blocks"]
-        if missing:
-            raise InputError(f"{what} has no place for {missing[0]}")
+        return missing[0] if missing else None
+
+    def check_place(self, config: ModelConfig, what: str) -> None:
+        """Raise InputError for a model that the layout cannot hold; `what` names the layout."""
+        if words := self.no_place(config):
+            raise InputError(f"{what} has no place for {words}")
 
     def _ours(self, name: str, x: Tensor) -> Tensor:
         if self.transposed and LOW_RANK.fullmatch(name) and x.dim() == 2:

@@ -124,9 +124,8 @@ class TimeMix(Mixer):
     ) -> tuple[Tensor, Rwkv7State, Tensor]:
         """See `Mixer.forward`."""
         mixes = [getattr(self, f"x_{name}") for name in MIXES]
-        shifted = token_shift(
-            x, state.shift, mixes, cu_seqlens, ELEMENTWISE.get(self.impl, self.impl)
-        )
+        elementwise = ELEMENTWISE.get(self.impl, self.impl)
+        shifted = token_shift(x, state.shift, mixes, cu_seqlens, elementwise)
         x_r, x_w, x_k, x_v, x_a, x_g = shifted
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         impl = PRODUCTS.get(self.impl, self.impl)
