@@ -10,8 +10,8 @@ from rwkvx_kernels.channel_mix import squared_relu
 from rwkvx_kernels.linear import linear
 from rwkvx_kernels.token_shift import token_shift
 
-# What a model's `impl` means for operations that do not come in all of them: Triton's products would
-# be slower than torch's, and compiled loops would gain nothing between products.
+# What a model's `impl` means for operations that do not come in all of them: torch's products are
+# faster than Triton's would be, and compiled loops would gain nothing between products.
 PRODUCTS = {"triton": "torch"}
 ELEMENTWISE = {"compiled": "torch"}
 
