@@ -112,10 +112,12 @@ def chunk_attention(
     if facts.traced:
         return _opaque(q, k, v, chunk_size, topk, cu_seqlens, impl, selection)
     if cu_seqlens is not None:
-        bounds = pairwise(check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1]))
         rest = (chunk_size, topk, None, impl, selection)
-        return torch.cat([chunk_attention(*(x[:, a:b] for x in (q, k, v)), *rest)
-                          for a, b in bounds], dim=1)  # fmt: skip
+        parts = [
+            chunk_attention(q[:, a:b], k[:, a:b], v[:, a:b], *rest)
+            for a, b in pairwise(check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1]))
+        ]
+        return torch.cat(parts, dim=1)
     means = chunk_means(k.detach().transpose(1, 2), chunk_size)
     trees = Trees(means.flatten(0, 1)) if selection == "coarse_to_fine" else None
     slots = selecting.slots_of(topk, selecting.past_chunks(q, 0, chunk_size), chosen_impl)
@@ -211,29 +213,7 @@ def cached_chunk_attention(
     if facts.traced and chosen_impl != "triton":
         tensors = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
         return _opaque_cached(q.detach(), *tensors, length, size, topk, impl, selection)
-    trees, first = cache.trees if selection == "coarse_to_fine" else None, length - tokens
-    past = selecting.past_chunks(q, first, size)
-    if chosen_impl == "triton" and tokens <= DECODED:
-        forest = trees.forest(past) if trees and past > scored_whole(topk) else []
-        lengths = torch.full((len(q),), length, device=q.device)
-        return _decode(q, cache, lengths, topk, forest)
-    if chosen_impl == "compiled" and tokens == 1 and trees is None:
-        from rwkvx_kernels.chunk_attention.numba_form import attend_one  # takes half a second
-
-        return attend_one(q.detach(), cache, length, topk)
-    slots = selecting.slots_of(topk, past, chosen_impl)
-    select_impl = _select_impl(impl, chosen_impl, facts, selection)
-    if chosen_impl in ("triton", "reference"):
-        means = cache.means_BGCD
-        chosen = selecting.select(select_impl, q, means, size, slots + 1, first, trees)
-        return _attend(chosen_impl, q.detach(), k[:, :length], v[:, :length], chosen, size)
-    with torch.no_grad():  # laid out by group once for both halves
-        q_NTRD, means_NCD = to_groups(q, k.shape[2]), cache.means_BGCD.flatten(0, 1)
-        args = (means_NCD, trees and trees.tree, first, size, slots + 1)
-        chosen = selecting.select_groups(select_impl, q_NTRD, *args)
-        chunks = (x.flatten(0, 1).unflatten(1, (-1, size)) for x in (cache.k_BGSD, cache.v_BGSD))
-        o_NTRD = _attend_groups(chosen_impl, q_NTRD, *chunks, chosen, first)
-    return from_groups(o_NTRD, len(q)).to(q.dtype)
+    return _cached(q.detach(), cache, length, topk, impl, chosen_impl, selection)
 
 
 def selected_chunks(
@@ -278,11 +258,10 @@ def _attend(
         args = (q.to(wide), k.to(wide), v.to(wide))
         return attend_reference(*args, chosen, chunk_size).to(q.dtype)
     groups, first = k.shape[2], k.shape[1] - q.shape[1]
-    chunks = (to_chunks(x.detach(), chunk_size) for x in (k, v))
+    k_NCSD, v_NCSD = to_chunks(k.detach(), chunk_size), to_chunks(v.detach(), chunk_size)
     q_NTRD, chosen_NTRP = to_groups(q.detach(), groups), by_group(chosen, groups).long()
-    return from_groups(_attend_groups(impl, q_NTRD, *chunks, chosen_NTRP, first), len(q)).to(
-        q.dtype
-    )
+    o_NTRD = _attend_groups(impl, q_NTRD, k_NCSD, v_NCSD, chosen_NTRP, first)
+    return from_groups(o_NTRD, len(q)).to(q.dtype)
 
 
 def _attend_groups(
@@ -295,6 +274,44 @@ def _attend_groups(
 
     chunks = (k_NCSD.contiguous(), v_NCSD.contiguous(), chosen_NTRP.contiguous())
     return attend_compiled(q_NTRD, *chunks, first)
+
+
+@torch.no_grad()
+def _cached(
+    q: Tensor,
+    cache: KeyValueCache,
+    length: int,
+    topk: int,
+    impl: str,
+    chosen_impl: str,
+    selection: str,
+) -> Tensor:
+    """`cached_chunk_attention` by an implementation that was chosen."""
+    trees = cache.trees if selection == "coarse_to_fine" else None
+    first, size = length - q.shape[1], cache.chunk_size
+    past = selecting.past_chunks(q, first, size)
+    if chosen_impl == "triton" and q.shape[1] <= DECODED:
+        forest = trees.forest(past) if trees and past > scored_whole(topk) else []
+        return _decode(q, cache, torch.full((len(q),), length, device=q.device), topk, forest)
+    if chosen_impl == "compiled" and q.shape[1] == 1 and trees is None:
+        from rwkvx_kernels.chunk_attention.numba_form import attend_one  # takes half a second
+
+        cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+        return attend_one(q, *cached, first, size, topk)
+    slots = selecting.slots_of(topk, past, chosen_impl)
+    select_impl = _select_impl(impl, chosen_impl, Facts(q.device, q.dtype), selection)
+    if chosen_impl in ("triton", "reference"):
+        k, v = (x.transpose(1, 2)[:, :length] for x in (cache.k_BGSD, cache.v_BGSD))
+        means = cache.means_BGCD
+        chosen = selecting.select(select_impl, q, means, size, slots + 1, first, trees)
+        return _attend(chosen_impl, q, k, v, chosen, size)
+    # Laid out by group once for both halves.
+    q_NTRD, means_NCD = to_groups(q, cache.k_BGSD.shape[1]), cache.means_BGCD.flatten(0, 1)
+    args = (means_NCD, trees and trees.tree, first, size, slots + 1)
+    chosen = selecting.select_groups(select_impl, q_NTRD, *args)
+    k, v = (x.flatten(0, 1).unflatten(1, (-1, size)) for x in (cache.k_BGSD, cache.v_BGSD))
+    o_NTRD = _attend_groups(chosen_impl, q_NTRD, k, v, chosen, first)
+    return from_groups(o_NTRD, len(q)).to(q.dtype)
 
 
 def _triton(

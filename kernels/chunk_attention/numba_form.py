@@ -10,7 +10,6 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from rwkvx_kernels.chunk_attention.cache import KeyValueCache
 from rwkvx_kernels.chunk_select.numba_largest import best_chunks
 from rwkvx_kernels.tools.numba_loops import in_threads, loop, order_free, parallel_loop, read_ahead
 from rwkvx_kernels.tools.numba_scalars import as_array, exp, widen
@@ -47,14 +46,17 @@ def attend_compiled(
     return output
 
 
-def attend_one(q: Tensor, cache: KeyValueCache, length: int, topk: int) -> Tensor:
-    """The last of `length` cached tokens, by flat selection: q [B, 1, H, D] -> [B, 1, H, D]."""
-    wide = q.to(cache.means_BGCD.dtype).contiguous()
+def attend_one(
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor, offset: int, chunk_size: int, topk: int
+) -> Tensor:
+    """The token at position `offset`, by flat selection: q [B, 1, H, D] -> [B, 1, H, D].
+
+    k, v: [B, G, S, D], means: [B, G, C, D], contiguous, as a cache has them.
+    """
+    wide = q.to(means.dtype).contiguous()
     output = torch.empty_like(wide)
-    cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
-    arrays = [as_array(x) for x in (wide, *cached, output)]
-    offset, size = length - 1, cache.chunk_size
-    attend_heads(torch.get_num_threads(), offset, size, topk, *arrays)
+    arrays = [as_array(x) for x in (wide, k, v, means, output)]
+    attend_heads(torch.get_num_threads(), offset, chunk_size, topk, *arrays)
     return output.to(q.dtype)
 
 

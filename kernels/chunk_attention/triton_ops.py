@@ -40,24 +40,16 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _gradients(grads: list[Tensor], kept: list[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
     """Those of q, k and v."""
     *tensors, cu_seqlens, chunk_size = args
-    every = (*grads, *kept, *tensors)
+    every = [*grads, *kept, *tensors]
     if cu_seqlens is None:
-        return _gradients_whole(*every, chunk_size)
+        return _gradients_whole(every, chunk_size)
     bounds = pairwise(check_cu_seqlens(cu_seqlens, *tensors[0].shape[:2]))
-    made = [_gradients_whole(*(x[:, a:b] for x in every), chunk_size) for a, b in bounds if a < b]
+    made = [_gradients_whole([x[:, a:b] for x in every], chunk_size) for a, b in bounds if a < b]
     return [torch.cat(x, dim=1) for x in zip(*made, strict=True)]
 
 
-def _gradients_whole(
-    do: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    chosen: Tensor,
-    chunk_size: int,
-) -> list[Tensor]:
+def _gradients_whole(every: list[Tensor], chunk_size: int) -> list[Tensor]:
+    do, o, lse, q, k, v, chosen = every
     k, v, first = _adjacent(k), _adjacent(v), k.shape[1] - q.shape[1]
     delta = (do.float() * o.float()).sum(dim=-1)
     dq = q.new_empty(q.shape)

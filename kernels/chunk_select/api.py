@@ -132,8 +132,8 @@ def select(
         return q.new_empty((*q.shape[:3], topk - 1), dtype=torch.int64)
     if impl == "reference":
         wide = torch.promote_types(q.dtype, torch.float32)
-        args = (chunk_size, topk, offset, trees is not None)
-        return select_reference(q.to(wide), means.to(wide), *args)
+        q, means = q.to(wide), means.to(wide)
+        return select_reference(q, means, chunk_size, topk, offset, trees is not None)
     if impl == "triton":
         from rwkvx_kernels.chunk_select.triton_ops import select_triton  # Triton may be missing
 

@@ -2,8 +2,8 @@
 
 The tree over the first P chunks (common.py) is made of runs of RUN · GROWTH^i chunks, and what a
 run is does not depend on P. So every whole run of every length is kept, and a query's tree is a
-rule which of them to look at: member m of a level is that of the longest runs that fit into P there.
-Each length of run has a copy of the table, in memory of fixed size that is filled as chunks come.
+rule which of them to look at: member m of a level is that of the longest runs that fit into P
+there. Each length of run has a copy of the table, in memory of fixed size, filled as chunks come.
 
 Axes: S lengths of runs, N groups (batch x key/value heads), C chunks, M nodes of a level, D head
 size.

@@ -17,5 +17,5 @@ def time_mix_torch(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As `api.time_mix`."""
-    rest = {"initial_state": state, "cu_seqlens": cu_seqlens}
-    return equations(tokens, weights, eps, partial(wkv7, **rest, impl="torch"))
+    recurrence = partial(wkv7, initial_state=state, cu_seqlens=cu_seqlens, impl="torch")
+    return equations(tokens, weights, eps, recurrence)

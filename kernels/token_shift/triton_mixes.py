@@ -172,7 +172,7 @@ def _fake(x: Tensor, _: Tensor, mixes: list[Tensor], __: Any, dtype: torch.dtype
     return [torch.empty_like(x, dtype=dtype) for _ in mixes]
 
 
-@operator("token_shift", _fake, lambda grads, _, args: backward(*args[:4], grads))
+@operator("token_shift", _fake, lambda grads, _, x: backward(x[0], x[1], x[2], x[3], grads))
 def token_shift(
     x: Tensor, previous: Tensor, mixes: list[Tensor], cu_seqlens: Tensor | None, dtype: torch.dtype
 ) -> list[Tensor]:

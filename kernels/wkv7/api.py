@@ -95,19 +95,23 @@ def wkv7(
     if impl == "triton":
         from rwkvx_kernels.wkv7.triton_ops import wkv7_triton  # Triton may be missing
 
-        return wkv7_triton(r, log_decay, k, v, alpha, beta, initial_state, cu_seqlens)
-    dtype = initial_state.dtype
-    inputs = [*(x.to(dtype) for x in (r, log_decay, k, v, alpha, beta)), initial_state]
-    if impl == "reference":
-        y, state = wkv7_reference(*inputs) if offsets is None else _one_by_one(inputs, offsets)
-        return y.to(v.dtype), state
-    whole = [r.shape[1]] * r.shape[0]
-    lengths = whole if offsets is None else [b - a for a, b in pairwise(offsets)]
-    form = wkv7_torch
-    if impl == "compiled":
-        from rwkvx_kernels.wkv7.numba_recurrence import wkv7_compiled as form  # half a second
-    y, state = form(*inputs, lengths=lengths)
+        return wkv7_triton([r, log_decay, k, v, alpha, beta, initial_state], cu_seqlens)
+    inputs = [x.to(initial_state.dtype) for x in (r, log_decay, k, v, alpha, beta)]
+    y, state = _plain(impl, [*inputs, initial_state], offsets)
     return y.to(v.dtype), state
+
+
+def _plain(impl: str, inputs: list[Tensor], offsets: list[int] | None) -> tuple[Tensor, Tensor]:
+    """By an implementation that was chosen, of tensors of the dtype of the state, the last."""
+    if impl == "reference":
+        return wkv7_reference(*inputs) if offsets is None else _one_by_one(inputs, offsets)
+    whole = [inputs[0].shape[1]] * inputs[0].shape[0]
+    lengths = whole if offsets is None else [b - a for a, b in pairwise(offsets)]
+    if impl == "torch":
+        return wkv7_torch(*inputs, lengths=lengths)
+    from rwkvx_kernels.wkv7.numba_recurrence import wkv7_compiled  # takes half a second
+
+    return wkv7_compiled(*inputs, lengths=lengths)
 
 
 def _fake(

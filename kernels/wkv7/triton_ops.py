@@ -25,17 +25,13 @@ CHUNK, CHUNK_SMALL = 32, 16
 STEP_TOKENS = 8
 
 
-def wkv7_triton(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y [B, T, H, V] and the final state, differentiable in every floating argument.
+def wkv7_triton(tensors: list[Tensor], cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y [B, T, H, V] and the final state of r, log_decay, k, v, alpha, beta and the state.
 
-    For the backward pass the inputs are kept, and 4·K·V/32 bytes per token and head (4·K·V/16 for
-    float32 and for heads of more than 64 channels).
-
-    Args:
-        arguments: r, log_decay, k, v, alpha, beta, state, cu_seqlens (or None).
+    Differentiable. For the backward pass the inputs are kept, and 4·K·V/32 bytes per token and head
+    (4·K·V/16 for float32 and for heads of more than 64 channels).
     """
-    *tensors, cu_seqlens = arguments
-    tensors = [x.contiguous() for x in tensors if x is not None]
+    tensors = [x.contiguous() for x in tensors]
     training = facts_of(*tensors).gradients
     if not training and tensors[0].shape[1] <= STEP_TOKENS:
         return wkv7_step(*tensors, cu_seqlens)

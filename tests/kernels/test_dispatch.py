@@ -92,7 +92,7 @@ def test_what_is_chosen_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     args = (x, -x.sigmoid(), x, x, x, x)
     with pytest.raises(UnsupportedError, match='impl="compiled" has no gradients: choose one of'):
         wkv7.wkv7(*(t.clone().requires_grad_() for t in args), impl="compiled")
-    monkeypatch.setattr(wkv7_api, "choose", lambda *_: dispatch.Choice("fails", ""))
+    monkeypatch.setattr(wkv7_api, "choose", lambda *_: dispatch.Choice("torch", ""))
     monkeypatch.setattr(wkv7_api, "wkv7_torch", None)
     with pytest.raises(TypeError):
         wkv7.wkv7(*args)
