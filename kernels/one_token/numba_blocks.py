@@ -55,6 +55,8 @@ class Table:
     ) -> None:
         """As `api.OneToken.read`."""
         part = slice(blocks.start, blocks.stop)
+        for block, state, cache in zip(self._blocks[part], states, caches, strict=True):
+            _check(block, state, cache)
         given = (
             [_addresses(pair) for pair in shifts],
             [_addresses(pair) for pair in zip(states, new_states, strict=True)],
@@ -66,6 +68,16 @@ class Table:
                 x.numpy(), v_first.numpy(), *(np.array(rows, np.int64) for rows in given),
                 new_shifts.numpy(), torch.get_num_threads(),
             )  # fmt: skip
+
+
+def _check(block: BlockWeights, state: Tensor | None, cache: Cache | None) -> None:
+    """Nothing else keeps compiled code inside of its arrays."""
+    if cache is not None:
+        cache.check(block)
+    shape = None if block.mixes[0] is None else (1, block.heads, block.size, block.size)
+    if (None if state is None else state.shape) != shape:
+        found = None if state is None else tuple(state.shape)
+        raise ValueError(f"the state of a block must be {shape}, got {found}")
 
 
 def _sizes(block: BlockWeights) -> list[int]:
