@@ -37,17 +37,23 @@ def default_folder(whose: Mapping[str, Any]) -> Path:
 
 
 def claim(folder: Path, whose: Mapping[str, Any]) -> None:
-    """Takes a new, empty or own folder for the results of `whose`.
+    """Takes a new, empty or own folder for the results of `whose`; or one in which nothing came of
+    another's.
 
     Raises InputError, changing nothing, when it holds anything else: results are never
     overwritten by those of another task, model or setting.
     """
     wanted = json.loads(json.dumps(whose))
+    if not _held(folder):
+        write_json(folder / MARK, wanted)
+        return
     try:
         found = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        _claim_empty(folder, wanted)
-        return
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{_short(folder)} holds other files ({_cut(_held(folder)[0], 40)}, …) and no {MARK}: "
+            f"{_ADVICE}"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "it is damaged"
         raise InputError(f"cannot read {_short(folder / MARK)}: {reason}; {_ADVICE}") from error
@@ -60,18 +66,22 @@ def claim(folder: Path, whose: Mapping[str, Any]) -> None:
 _ADVICE = "name another folder with --out, or remove this one"
 
 
-def _claim_empty(folder: Path, wanted: dict[str, Any]) -> None:
+def _held(folder: Path) -> list[str]:
+    """Names of what must not be lost: all but the mark, hidden files, and files without content."""
     try:
-        held = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        return sorted(
+            path.name
+            for path in folder.iterdir()
+            if path.name != MARK and not path.name.startswith(".") and not _is_empty(path)
+        )
     except FileNotFoundError:
-        held = []
+        return []
     except OSError as error:
         raise InputError(f"cannot use {_short(folder)}: {error.strerror or error}") from error
-    if held:
-        raise InputError(
-            f"{_short(folder)} holds other files ({_cut(held[0], 40)}, …) and no {MARK}: {_ADVICE}"
-        )
-    write_json(folder / MARK, wanted)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
