@@ -89,9 +89,8 @@ def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     if found["task"] != wanted["task"]:
         return f"{_cut(found['task'], 40)}, not of {wanted['task']}; {_ADVICE}"
     if found["weights"] != wanted["weights"]:
-        return (
-            f"other weights ({_cut(found['weights'], 8)}, not {wanted['weights'][:8]}); {_ADVICE}"
-        )
+        theirs = _cut(str(found["weights"])[:8], 8)
+        return f"other weights ({theirs}, not {wanted['weights'][:8]}); {_ADVICE}"
     old = found["settings"] if isinstance(found["settings"], dict) else {}
     new = wanted["settings"]
     name = next((n for n in (*new, *old) if old.get(n) != new.get(n)), "settings")
