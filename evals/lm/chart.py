@@ -20,26 +20,24 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
     Where there are many, groups stand for their tasks.
     """
     shares = [row for row in results["table"] if row["metric"].startswith(SHARES)]
-    groups = [row for row in shares if row["group"]]
-    rows = (groups if len(shares) > MOST_BARS and groups else shares)[:MOST_BARS]
+    alone = [row for row in shares if row["group"] or not row["in_group"]]
+    rows = (alone if len(shares) > MOST_BARS else shares)[:MOST_BARS]
     others = [row for row in results["table"] if row not in shares and row["value"] is not None]
-    figure = Figure(figsize=(7.0, 1.9 + 0.55 * max(1, len(rows))), layout="constrained")
+    figure = Figure(figsize=(7.0, 2.4 + 0.55 * max(1, len(rows))), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         _draw_bar(axes, place, row)
     labels = [f"{r['task']}\n{r['metric']}, n = {r['n'] or 0:,}" for r in rows]
     axes.set_yticks(range(len(rows)), labels)
-    axes.invert_yaxis()
+    axes.set_ylim(max(1, len(rows)) - 0.5, -0.5)
     axes.set_xlim(0, 118)
     axes.set_xticks(range(0, 101, 25))
-    axes.set_xlabel(
-        "right (%), with standard error (95 % interval at 0 and 100); the upright line is chance"
-    )
+    axes.set_xlabel("right (%), standard error or 95 % interval; upright line: chance")
     axes.spines[["top", "right"]].set_visible(False)
-    note = "   ".join(f"{r['task']} {r['metric']} {r['value']:,.4g}" for r in others[:3])
-    title = f"lm-eval: {results['model']}"
-    axes.set_title(f"{title}\n{note}" if note else title, loc="left", fontsize=11)
+    notes = [f"{r['task']} {r['metric']} {r['value']:,.4g}" for r in others[:6]]
+    text = "\n".join([f"lm-eval: {results['model']}", *notes])
+    axes.set_title(text, loc="left", fontsize=11)
     figure.savefig(path, dpi=150)
 
 

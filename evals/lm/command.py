@@ -111,10 +111,9 @@ def lm_command(
     settings = _settings(tasks, dtype, **options)
     # lm-eval takes seconds to import: a wrong option should not wait for it.
     from rwkvx_evals.lm.evaluate import evaluate, whose
-    from rwkvx_evals.lm.load import load, tokenizer_folder
+    from rwkvx_evals.lm.load import load
 
     loaded = load(model, device, dtype)
-    settings = settings.with_tokenizer(tokenizer_folder(model))
     name = model_label(model)
     out = out or default_folder(whose(loaded, name, settings, folder))
     results = evaluate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rwkvx_evals.journal import Journal
 from rwkvx_evals.lm.answers import check_row
 from rwkvx_evals.lm.chart import draw_chart
 from rwkvx_evals.lm.harness import quiet_lm_eval, refusals_in_one_line, templates_compiled_once
+from rwkvx_evals.lm.load import tokenizer_folder
 from rwkvx_evals.lm.model import RwkvxLM
 from rwkvx_evals.lm.report import Results, collect, render
 from rwkvx_evals.lm.settings import Settings
@@ -55,7 +56,8 @@ def evaluate(
 ) -> Results:
     """Runs lm-eval's tasks and writes all files; returns the results.
 
-    origin: what the model was loaded from, to find its chat template. log_samples: also write
+    origin: what the model was loaded from, to find its chat template, and for tasks that make
+    prompts of so many tokens its tokenizer. log_samples: also write
     every item, request and answer. unsafe_code: allow tasks that run generated code.
     Raises InputError for unknown tasks, missing data, over-long requests, a folder of other
     results, a full disk.
@@ -65,7 +67,8 @@ def evaluate(
         click.echo("no data folder is named: asking the hub", err=True)
     with quiet_lm_eval():
         include = [Path(path).expanduser() for path in settings.include]
-        loaded = load_tasks(settings.tasks, folder, include, settings.metadata)
+        metadata = {**_tokenizer(origin), **settings.metadata}
+        loaded = load_tasks(settings.tasks, folder, include, metadata)
     if not quiet:
         for task, source in loaded.sources.by_task.items():
             click.echo(f"{task}: lm-eval's definition, data from {source}", err=True)
@@ -95,12 +98,18 @@ def evaluate(
         lm=lm,
         settings=settings,
         chance=_chance(loaded),
-        facts={"bootstrap_draws": BOOTSTRAP_DRAWS, "lm_eval": metadata.version("lm_eval")},
+        facts={"bootstrap_draws": BOOTSTRAP_DRAWS, "lm_eval": version("lm_eval")},
     )
     _write(results, out, time.perf_counter() - began)
     if not lm.failed:
         _write_as_lm_eval(found, tracker, out)
     return results
+
+
+def _tokenizer(origin: str | None) -> dict[str, str]:
+    """A model's tokenizer for lm-eval's metadata, as its own command takes it from model_args."""
+    folder = tokenizer_folder(origin) if origin is not None else None
+    return {} if folder is None else {"pretrained": folder}
 
 
 def _write(results: Results, out: Path, seconds: float) -> None:

@@ -50,6 +50,7 @@ def quiet_lm_eval() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
     levels = [logger.level for logger in loggers]
     bars = datasets.are_progress_bars_disabled()
+    silent = functools.partial(tqdm, disable=True)
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -57,7 +58,9 @@ def quiet_lm_eval() -> Iterator[None]:
         with (
             contextlib.redirect_stdout(io.StringIO()),
             mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}),
-            mock.patch.object(lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=True)),
+            # Bound when a module is imported, and when a function of lm_eval.api.metrics runs.
+            mock.patch.object(lm_eval.api.task, "tqdm", silent),
+            mock.patch("tqdm.tqdm", silent),
         ):
             yield
     finally:

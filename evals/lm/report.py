@@ -88,7 +88,7 @@ def _table(
     chance: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """One row per task or group and metric: value, uncertainty, items, shots, chance."""
-    table = []
+    table, groups = [], found.get("group_subtasks", {})
     for task, metrics in sorted(found["results"].items()):
         failed = any(sum(failures.get(t, {}).values()) for t in _members(task, found))
         for name, value in metrics.items():
@@ -100,7 +100,8 @@ def _table(
             items = metrics.get("sample_len")
             row = {
                 "task": task,
-                "group": task in found.get("group_subtasks", {}),
+                "group": task in groups,
+                "in_group": any(task in children for children in groups.values()),
                 "metric": metric,
                 "filter": name_filter,
                 "value": None if failed else clean(value),
@@ -108,7 +109,7 @@ def _table(
                 "interval": None,
                 "n": items,
                 "shots": found.get("n-shot", {}).get(task),
-                "chance": chance.get(task) if metric in SHARES else None,
+                "chance": chance.get(task) if metric.startswith("acc") else None,
             }
             # A deviation of 0 is not certainty.
             if row["value"] in (0, 1) and metric.startswith(SHARES) and items:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,6 @@ class Settings:
         if self.fewshot_as_multiturn and not self.chat:
             raise InputError("--fewshot-as-multiturn needs --apply-chat-template")
         _check_drawing(self.gen_kwargs)
-
-    def with_tokenizer(self, folder: str | None) -> Settings:
-        """With a tokenizer for tasks that make prompts of so many tokens, unless one is named."""
-        if folder is None or {"tokenizer", "pretrained"} & set(self.metadata):
-            return self
-        return replace(self, metadata={**self.metadata, "pretrained": folder})
 
     def as_dict(self) -> dict[str, Any]:
         """For reports and for the folder of the results."""
