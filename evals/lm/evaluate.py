@@ -21,7 +21,12 @@ from rwkvx_evals.interface import StateTools
 from rwkvx_evals.journal import Journal
 from rwkvx_evals.lm.answers import check_row
 from rwkvx_evals.lm.chart import draw_chart
-from rwkvx_evals.lm.harness import quiet_lm_eval, refusals_in_one_line, templates_compiled_once
+from rwkvx_evals.lm.harness import (
+    collected_warnings,
+    quiet_lm_eval,
+    refusals_in_one_line,
+    templates_compiled_once,
+)
 from rwkvx_evals.lm.load import tokenizer_folder
 from rwkvx_evals.lm.model import RwkvxLM
 from rwkvx_evals.lm.report import Results, collect, render
@@ -71,7 +76,7 @@ def evaluate(
         loaded = load_tasks(settings.tasks, folder, include, metadata)
     if not quiet:
         for task, source in loaded.sources.by_task.items():
-            click.echo(f"{task}: lm-eval's definition, data from {source}", err=True)
+            click.echo(f"{task}: data: {source}", err=True)
     claim(out, whose(model, name, settings, folder))
     with Journal(out / "requests.jsonl", check_row) as journal:
         lm = RwkvxLM(
@@ -89,7 +94,8 @@ def evaluate(
         )
         tracker = EvaluationTracker(output_path=str(out))
         keep = log_samples or settings.predict_only
-        found = _run(lm, loaded, settings, tracker, name, keep, unsafe_code)
+        with collected_warnings() as warnings:
+            found = _run(lm, loaded, settings, tracker, name, keep, unsafe_code)
     results = collect(
         found,
         model=name,
@@ -98,6 +104,7 @@ def evaluate(
         lm=lm,
         settings=settings,
         chance=_chance(loaded),
+        warnings=dict(warnings),
         facts={"bootstrap_draws": BOOTSTRAP_DRAWS, "lm_eval": version("lm_eval")},
     )
     _write(results, out, time.perf_counter() - began)

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -68,6 +69,40 @@ def quiet_lm_eval() -> Iterator[None]:
             logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
+
+
+# Where lm-eval remarks upon labels out of range, and upon metrics that some items lack.
+_WARNERS = ("lm_eval.api.task", "lm_eval.evaluator_utils")
+
+
+class _Collector(logging.Handler):
+    """Counts messages by their first line."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.counts: Counter[str] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.counts[first_line(record.getMessage())] += 1
+
+
+@contextlib.contextmanager
+def collected_warnings() -> Iterator[Counter[str]]:
+    """What lm-eval warns of while it scores: it belongs beside the numbers, not on the terminal."""
+    collector = _Collector()
+    loggers = [logging.getLogger(name) for name in _WARNERS]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(collector)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+    try:
+        yield collector.counts
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(collector)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ def collect(
     lm: RwkvxLM,
     settings: Settings,
     chance: Mapping[str, float],
+    warnings: Mapping[str, int],
     facts: Mapping[str, Any],
 ) -> Results:
     """Everything a report says, from lm-eval's own results.
@@ -65,6 +66,7 @@ def collect(
         "few_shot_from_evaluated_items": own,
         "decoding": {task: sorted(words) for task, words in sorted(lm.decoding.items())},
         "requests": {task: _requests(task, lm) for task in tasks},
+        "warnings": dict(sorted(warnings.items())),
         "counts": {name: lm.counts[name] for name in _COUNTS},
         "table": _table(found, lm.failures, chance),
         "lm_eval": {
@@ -147,6 +149,7 @@ def remarks(results: Results) -> list[str]:
             "split is not there"
         )
     lines += [f"{task}: {' / '.join(w)}" for task, w in results["decoding"].items()]
+    lines += [f"lm-eval warns ({n} ×): {text}" for text, n in results["warnings"].items()]
     lines += [f"{results['counts'][n]} {t}" for n, t in _COUNTS.items() if results["counts"][n]]
     return lines
 

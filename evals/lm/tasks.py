@@ -53,7 +53,7 @@ class Sources:
         self.by_task[task] = source
         if note:
             self.notes[task] = note
-        logger.info("%s: data from %s%s", task, source, f"; {note}" if note else "")
+        logger.info("%s: data: %s%s", task, source, f"; {note}" if note else "")
 
 
 @contextlib.contextmanager
@@ -135,16 +135,18 @@ def _explained(
     if isinstance(error, ModuleNotFoundError):
         return missing_package(task, error)
     if makes_its_own:
-        return InputError(f"task {task} cannot make its data: {reason}")
+        return InputError(
+            f"task {task} cannot make its data: {reason} (what it needs goes with --metadata)"
+        )
     if path in _FILE_READERS or Path(str(path)).exists():
         return InputError(f"task {task} cannot read its data files: {reason}")
     return MissingDataError(f"{how_to_get(task, path, folder)} (the hub: {reason[:100]})")
 
 
-def first_line(error: BaseException) -> str:
+def first_line(message: BaseException | str) -> str:
     """The first line of a message that says something, for one line of ours."""
-    lines = (" ".join(line.split()) for line in str(error).splitlines())
-    said = next((line for line in lines if re.search(r"\w", line)), type(error).__name__)
+    lines = (" ".join(line.split()) for line in str(message).splitlines())
+    said = next((line for line in lines if re.search(r"\w", line)), type(message).__name__)
     return said[:160]
 
 
@@ -216,7 +218,9 @@ def load_tasks(
             raise InputError(f"--include-path {path} is not a folder")
     with local_data(folder) as sources:
         manager = _manager(names, include, dict(metadata or {}))
-        items = [(spec, x) for spec in dict.fromkeys(names) for x in _resolve(spec, manager)]
+        items = [
+            (spec, x) for spec in dict.fromkeys(names) for x in _resolve(spec, manager, include)
+        ]
         found = [task for spec, item in items for task in _load(spec, item, manager)]
         try:
             manager.load(found)
@@ -247,7 +251,7 @@ def _is_path(name: str) -> bool:
     return name.endswith((".yaml", ".yml")) or "/" in name
 
 
-def _resolve(spec: str, manager: Any) -> list[Any]:
+def _resolve(spec: str, manager: Any, include: Sequence[Path]) -> list[Any]:
     """What lm-eval loads for a name, a pattern, a YAML file, or a folder of them."""
     if spec in manager.all_tasks:
         return [spec]
@@ -259,8 +263,20 @@ def _resolve(spec: str, manager: Any) -> list[Any]:
         return files
     matches: list[Any] = manager.match_tasks([spec])
     if not matches:
-        raise InputError(f"lm-eval has no task {spec!r} (rwkvx lm-eval ls tasks lists them)")
+        raise InputError(
+            f"no task {spec[:60]!r}: rwkvx lm-eval ls tasks lists them{_broken(include)}"
+        )
     return matches
+
+
+def _broken(include: Sequence[Path]) -> str:
+    """The first definition in these folders that lm-eval cannot read, and silently left out."""
+    for file in (file for folder in include for file in sorted(folder.rglob("*.yaml"))):
+        try:
+            load_yaml(file, resolve_func=False)
+        except Exception as error:  # of the YAML parser, or of the file system
+            return f"; {file.name} cannot be read: {first_line(error)[:80]}"
+    return ""
 
 
 def _load(spec: str, item: str, manager: Any) -> list[Any]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import CountingModel, tiny_model
 
+from rwkvx.errors import InputError
 from rwkvx.tokenizers import WorldTokenizer
 
 pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
+from rwkvx_evals.lm.chat import Chat
 from rwkvx_evals.lm.encoding import encode_pair, from_start
 from rwkvx_evals.lm.model import RwkvxLM
 
@@ -143,3 +146,22 @@ def test_a_text_of_only_ends_is_predicted(lm: RwkvxLM) -> None:
     assert own.loglikelihood_rolling(rolling)[0] == pytest.approx(only_end[0])
     (after_end,) = score(own, ("\0", "a"))
     assert after_end[0] == pytest.approx(direct(model, [0, 97], 1), abs=2e-4)
+
+
+def test_templates_name_special_tokens_and_texts_do_not(tmp_path: Path) -> None:
+    """One document start, as a template writes it; the same words in a text stay words."""
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+    chat = Chat(WORLD, None, str(file))
+    name = str(WORLD.bos_token)
+    assert chat.encode(name) == encode(name)
+    assert len(encode(name)) > 1
+    prompt = chat.apply([{"role": "user", "content": "Hello"}], True)
+    assert chat.encode(prompt) == [0, *encode("Hello"), 0]
+    with pytest.raises(InputError, match="refuses a conversation"):
+        chat.apply([], True)
+    file.write_bytes(b"\xff")
+    with pytest.raises(InputError, match="it is not UTF-8"):
+        Chat(WORLD, None, str(file)).select(True)
+    with pytest.raises(InputError, match="has no chat template"):
+        Chat(WORLD, "passkey-tiny", None).select(True)

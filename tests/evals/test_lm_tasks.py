@@ -252,11 +252,15 @@ def test_tasks_of_ones_own(tmp_path: Path, own: Path) -> None:
         run(tmp_path / "d", None, tasks=("echo",), include=(str(own / "none"),))
 
 
-def test_groups_count_and_fail_with_their_tasks(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A group needs lm-eval's whole index, which takes seconds: here it has one folder."""
+@pytest.fixture
+def small_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups, and names that are not there, need lm-eval's whole index: it takes 13 s."""
     monkeypatch.setattr(TaskManager.__init__, "__defaults__", (None, None, False, None))
+
+
+def test_groups_count_and_fail_with_their_tasks(
+    tmp_path: Path, folder: Path, small_index: None
+) -> None:
     own = tmp_path / "own"
     own.mkdir()
     for name in TASKS:
@@ -282,7 +286,7 @@ def test_groups_count_and_fail_with_their_tasks(
     assert values["both"] is values["piqa"] is None
     with pytest.raises(InputError, match="Duplicate task 'piqa'"):
         run(tmp_path / "twice", folder, tasks=("both", "piqa"), include=(str(own),))
-    with pytest.raises(InputError, match="lm-eval has no task 'no_such'"):
+    with pytest.raises(InputError, match="no task 'no_such': rwkvx lm-eval ls"):
         run(tmp_path / "none", folder, tasks=("no_such",))
     assert set(run(tmp_path / "star", folder, tasks=("pi*", "lam*"), include=(str(own),))["data"])
 
@@ -320,13 +324,32 @@ def test_the_true_cause_is_named(tmp_path: Path) -> None:
         text = f"task: {name}\ncustom_dataset: !function {name}.makes\ntest_split: test\n"
         (tmp_path / f"{name}.yaml").write_text(text)
     with quiet_lm_eval():
-        with pytest.raises(InputError, match=r"task makers cannot make its data: No tokenizer:$"):
+        with pytest.raises(InputError, match=r"make its data: No tokenizer: .what it needs"):
             load_tasks(["makers"], None, [tmp_path])
         with pytest.raises(InputError, match="task needs needs the package no_such_package"):
             load_tasks(["needs"], None, [tmp_path])
         (tmp_path / "needs.yaml").write_text("task: needs\noutput_type: nonsense\n")
         with pytest.raises(InputError, match="task needs cannot be loaded: Got invalid output"):
             load_tasks(["needs"], None, [tmp_path])
+
+
+def test_a_definition_that_cannot_be_read(tmp_path: Path, small_index: None) -> None:
+    """lm-eval leaves it out without a word."""
+    (tmp_path / "mine.yaml").write_text("task: mine\n  output: [\n")
+    with (
+        quiet_lm_eval(),
+        pytest.raises(InputError, match=r"no task 'mine'.*; mine.yaml cannot be read"),
+    ):
+        load_tasks(["mine"], None, [tmp_path])
+
+
+def test_labels_out_of_range_are_said(tmp_path: Path, folder: Path) -> None:
+    """lm-eval counts such an item as wrong, and only warns."""
+    (folder / "piqa" / "valid-labels.lst").write_text("0\n7\n7\n0\n")
+    results = run(tmp_path / "out", folder, tasks=("piqa",))
+    (warning,) = results["warnings"]
+    assert results["warnings"][warning] == 2
+    assert "lm-eval warns (2 ×): Label index was not" in (tmp_path / "out/report.md").read_text()
 
 
 def test_definitions_are_found_by_name() -> None:
