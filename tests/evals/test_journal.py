@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,9 +63,19 @@ def test_rows_without_what_is_read_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     """Reading a pipe would wait forever."""
+
+    def waited(*_: object) -> None:
+        raise TimeoutError("a pipe was read")
+
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="not a regular file"):
-        Journal(tmp_path / "pipe")
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(20)
+    try:
+        with pytest.raises(InputError, match="not a regular file"):
+            Journal(tmp_path / "pipe")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
     with pytest.raises(InputError, match="cannot open"):
         Journal(tmp_path)
 
