@@ -68,15 +68,7 @@ def evaluate(
     results, a full disk.
     """
     began = time.perf_counter()
-    if folder is None and not quiet:
-        click.echo("no data folder is named: asking the hub", err=True)
-    with quiet_lm_eval():
-        include = [Path(path).expanduser() for path in settings.include]
-        metadata = {**_tokenizer(origin), **settings.metadata}
-        loaded = load_tasks(settings.tasks, folder, include, metadata)
-    if not quiet:
-        for task, source in loaded.sources.by_task.items():
-            click.echo(f"{task}: data: {source}", err=True)
+    loaded = _load(settings, folder, origin, quiet)
     claim(out, whose(model, name, settings, folder))
     with Journal(out / "requests.jsonl", check_row) as journal:
         lm = RwkvxLM(
@@ -111,6 +103,20 @@ def evaluate(
     if not lm.failed:
         _write_as_lm_eval(found, tracker, out)
     return results
+
+
+def _load(settings: Settings, folder: Path | None, origin: str | None, quiet: bool) -> Loaded:
+    """The tasks, and a line for each on where its data are from."""
+    if folder is None and not quiet:
+        click.echo("no data folder is named: asking the hub", err=True)
+    with quiet_lm_eval():
+        include = [Path(path).expanduser() for path in settings.include]
+        metadata = {**_tokenizer(origin), **settings.metadata}
+        loaded = load_tasks(settings.tasks, folder, include, metadata)
+    if not quiet:
+        for task, source in loaded.sources.by_task.items():
+            click.echo(f"{task}: data: {source}", err=True)
+    return loaded
 
 
 def _tokenizer(origin: str | None) -> dict[str, str]:
