@@ -62,12 +62,14 @@ def evaluate(
     """Runs lm-eval's tasks and writes all files; returns the results.
 
     origin: what the model was loaded from, to find its chat template, and for tasks that make
-    prompts of so many tokens its tokenizer. log_samples: also write
-    every item, request and answer. unsafe_code: allow tasks that run generated code.
+    prompts of so many tokens its tokenizer. log_samples: also write every item, request and
+    answer. unsafe_code: allow tasks that run generated code.
     Raises InputError for unknown tasks, missing data, over-long requests, a folder of other
     results, a full disk.
     """
     began = time.perf_counter()
+    if out.suffix == ".json":  # a file, for lm-eval
+        raise InputError(f"--out {out.name[-60:]} is a folder here: give it another name")
     loaded = _load(settings, folder, origin, quiet)
     claim(out, whose(model, name, settings, folder))
     with Journal(out / "requests.jsonl", check_row) as journal:

@@ -263,6 +263,10 @@ DATA_SETS: dict[tuple[str, str], DataSet] = {
 }
 
 
+# Tasks of lm-eval whose data llm-foundry has in a form of its own: our definitions of it.
+FOUNDRY = {"lighteval/siqa": "siqa_foundry", "tau/commonsense_qa": "csqa_foundry"}
+
+
 def find_data_set(path: str | None, name: str | None) -> DataSet | None:
     """How a data folder would hold a data set of the hub; None where it is not known."""
     key = (path or "", name or "")

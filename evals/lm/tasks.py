@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import click
 import datasets
 import lm_eval.tasks
 from lm_eval.api.task import ConfigurableTask
@@ -22,7 +23,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from rwkvx.data.folder import DATA_VARIABLE
 from rwkvx.errors import InputError
-from rwkvx_evals.lm.local import DATA_SETS, find_data_set
+from rwkvx_evals.lm.local import DATA_SETS, FOUNDRY, find_data_set
 
 logger = logging.getLogger("lm_eval.rwkvx")  # shown as lm-eval's own remarks are
 
@@ -164,6 +165,8 @@ def how_to_get(task: str, path: str | None, folder: Path | None) -> str:
         files = " and ".join(known.files)
         ways = f"name a folder that holds {files} with --data or {DATA_VARIABLE}, or {ways}"
     there = f"; {folder} does not hold it" if folder is not None else ""
+    if path in FOUNDRY:
+        there += f", task {FOUNDRY[path]} reads what llm-foundry has of it"
     return f"no data for task {task}: {ways}{there}"
 
 
@@ -244,6 +247,7 @@ def _manager(names: Sequence[str], include: Sequence[Path], metadata: dict[str, 
     simple = (Kind.TASK, Kind.PY_TASK)
     if all(kinds[name] in simple or _is_path(name) for name in names):
         return manager
+    click.echo("reading lm-eval's index of all its tasks, which takes a while", err=True)
     return TaskManager(include_path=own, metadata=metadata)
 
 
