@@ -38,6 +38,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink()
 
 
+def short(path: Path | str, size: int = 100) -> str:
+    """A path for a message of one line: its end, where it is longer."""
+    text = str(path)
+    return text if len(text) <= size else f"…{text[1 - size :]}"
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file atomically."""
     write_atomically(path, lambda temporary: _write_utf8(temporary, text))

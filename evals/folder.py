@@ -12,7 +12,7 @@ from typing import Any
 
 from rwkvx.errors import InputError
 from rwkvx_evals.bench.machine import describe
-from rwkvx_evals.files import digest, write_json
+from rwkvx_evals.files import digest, short, write_json
 
 # In every folder of results: task, model, weights and settings that they belong to.
 MARK = "belongs_to.json"
@@ -51,16 +51,16 @@ def claim(folder: Path, whose: Mapping[str, Any]) -> None:
         found = json.loads((folder / MARK).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(
-            f"{_short(folder)} holds other files ({_cut(_held(folder)[0], 40)}, …) and no {MARK}: "
+            f"{short(folder)} holds other files ({_cut(_held(folder)[0], 40)}, …) and no {MARK}: "
             f"{_ADVICE}"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "it is damaged"
-        raise InputError(f"cannot read {_short(folder / MARK)}: {reason}; {_ADVICE}") from error
+        raise InputError(f"cannot read {short(folder / MARK)}: {reason}; {_ADVICE}") from error
     if not isinstance(found, dict) or any(name not in found for name in _IDENTITY):
-        raise InputError(f"{_short(folder / MARK)} is damaged; {_ADVICE}")
+        raise InputError(f"{short(folder / MARK)} is damaged; {_ADVICE}")
     if any(found[name] != wanted[name] for name in _IDENTITY):
-        raise InputError(f"{_short(folder)} holds results of {_difference(found, wanted)}")
+        raise InputError(f"{short(folder)} holds results of {_difference(found, wanted)}")
 
 
 _ADVICE = "name another folder with --out, or remove this one"
@@ -77,7 +77,7 @@ def _held(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise InputError(f"cannot use {_short(folder)}: {error.strerror or error}") from error
+        raise InputError(f"cannot use {short(folder)}: {error.strerror or error}") from error
 
 
 def _is_empty(path: Path) -> bool:
@@ -103,11 +103,6 @@ def _cut(value: Any, size: int) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= size else f"{text[: size - 1]}…"
-
-
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 120 else f"…{text[-119:]}"
 
 
 def provenance(packages: Sequence[str] = ()) -> dict[str, Any]:

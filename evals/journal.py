@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rwkvx.errors import InputError
+from rwkvx_evals.files import short
 
 Row = dict[str, Any]
 
@@ -39,10 +40,12 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise InputError(f"cannot open {self._name()}: {error.strerror or error}") from error
+            raise InputError(
+                f"cannot open {short(self.path)}: {error.strerror or error}"
+            ) from error
         try:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
-                raise InputError(f"cannot use {self._name()}: it is not a regular file")
+                raise InputError(f"cannot use {short(self.path)}: it is not a regular file")
             self._lock()
             self._end = self._read()
         except BaseException:
@@ -54,7 +57,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise InputError(f"{self._name()} is in use by another run") from error
+                raise InputError(f"{short(self.path)} is in use by another run") from error
             # A file system without locks: carry on, as two runs on one folder are rare.
 
     def _read(self) -> int:
@@ -89,13 +92,9 @@ class Journal:
 
     def _damaged(self, number: int, reason: str) -> InputError:
         return InputError(
-            f"{self._name()} line {number} is damaged: {reason[:80]}; move the file away to "
+            f"{short(self.path)} line {number} is damaged: {reason[:80]}; move the file away to "
             "compute its answers again"
         )
-
-    def _name(self) -> str:
-        text = str(self.path)
-        return text if len(text) <= 120 else f"…{text[-119:]}"
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows
@@ -120,7 +119,7 @@ class Journal:
         except OSError as error:
             self._take_back()
             raise InputError(
-                f"cannot write {self._name()}: {error.strerror or error}; the {len(self.rows)} "
+                f"cannot write {short(self.path)}: {error.strerror or error}; the {len(self.rows)} "
                 "finished rows are kept: make room and run the same command again"
             ) from error
         self._end += length

@@ -15,7 +15,14 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from rwkvx.errors import InputError
-from rwkvx_evals.files import machine, peak_memory_bytes, write_atomically, write_json, write_text
+from rwkvx_evals.files import (
+    machine,
+    peak_memory_bytes,
+    short,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from rwkvx_evals.folder import claim, owner, provenance
 from rwkvx_evals.interface import StateTools
 from rwkvx_evals.journal import Journal
@@ -216,6 +223,6 @@ def _write_as_lm_eval(found: dict[str, Any], tracker: EvaluationTracker, out: Pa
         whole = False
     if not whole:
         raise InputError(
-            f"lm-eval could not write its files to {str(folder)[-150:]}: is the disk full? "
+            f"lm-eval could not write its files to {short(folder)}: is the disk full? "
             "report.md and results.json are complete"
         )

@@ -16,6 +16,7 @@ from rwkvx.checkpoint.formats import detect
 from rwkvx.checkpoint.hub import MODEL_TYPE
 from rwkvx.checkpoint.load import find_model
 from rwkvx.errors import InputError
+from rwkvx_evals.files import short
 
 logger = logging.getLogger("lm_eval.rwkvx")
 
@@ -53,7 +54,7 @@ def load(
         if kind is None:
             raise
         raise InputError(
-            f"{_short(path)} holds a {kind} model of Hugging Face's transformers, not of rwkvx: "
+            f"{short(path)} holds a {kind} model of Hugging Face's transformers, not of rwkvx: "
             f"rwkvx lm-eval run --model hf --model_args pretrained=FOLDER --tasks TASKS takes it"
         ) from error
 
@@ -74,8 +75,3 @@ def kind_of_others(path: Path) -> str | None:
         return None
     kind = config.get("model_type") if isinstance(config, dict) else None
     return kind[:40] if isinstance(kind, str) and kind != MODEL_TYPE else None
-
-
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 100 else f"…{text[-99:]}"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkvx.errors import InputError
+from rwkvx_evals.files import short
 
 Documents = list[dict[str, Any]]
 Splits = dict[str, Documents]
@@ -53,10 +54,10 @@ class DataSet:
         try:
             return self.read(folder, name)
         except OSError as error:
-            where = error.filename or folder / self.files[-1]
+            where = short(error.filename or folder / self.files[-1])
             raise InputError(f"cannot read {where}: {error.strerror or error}") from error
         except _DAMAGE as error:
-            what = " and ".join(str(folder / file) for file in self.files)
+            what = short(folder / " and ".join(self.files), 150)
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
             raise InputError(f"{what} is damaged: {kind}{str(error)[:100]}") from error
 

@@ -23,6 +23,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from rwkvx.data.folder import DATA_VARIABLE
 from rwkvx.errors import InputError
+from rwkvx_evals.files import short
 from rwkvx_evals.lm.local import DATA_SETS, FOUNDRY, find_data_set
 
 logger = logging.getLogger("lm_eval.rwkvx")  # shown as lm-eval's own remarks are
@@ -141,7 +142,7 @@ def _explained(
         )
     if path in _FILE_READERS or Path(str(path)).exists():
         return InputError(f"task {task} cannot read its data files: {reason}")
-    return MissingDataError(f"{how_to_get(task, path, folder)} (the hub: {reason[:100]})")
+    return MissingDataError(f"{how_to_get(task, path, folder)} (the hub: {reason[:60]})")
 
 
 def first_line(message: BaseException | str) -> str:
@@ -159,12 +160,12 @@ def missing_package(task: str, error: ModuleNotFoundError) -> InputError:
 
 def how_to_get(task: str, path: str | None, folder: Path | None) -> str:
     """Where the data of a task can come from, and which data sets `folder` does hold."""
-    ways = "connect to huggingface.co, where lm-eval gets it"
+    ways = "connect to huggingface.co"
     known = next((d for (p, _), d in DATA_SETS.items() if p == path), None)
     if known is not None:
         files = " and ".join(known.files)
         ways = f"name a folder that holds {files} with --data or {DATA_VARIABLE}, or {ways}"
-    there = f"; {folder} does not hold it" if folder is not None else ""
+    there = f"; {short(folder, 60)} does not hold it" if folder is not None else ""
     if path in FOUNDRY:
         there += f", task {FOUNDRY[path]} reads what llm-foundry has of it"
     return f"no data for task {task}: {ways}{there}"
@@ -218,7 +219,7 @@ def load_tasks(
     """
     for path in include:
         if not path.is_dir():
-            raise InputError(f"--include-path {path} is not a folder")
+            raise InputError(f"--include-path {short(path)} is not a folder")
     with local_data(folder) as sources:
         manager = _manager(names, include, dict(metadata or {}))
         items = [
@@ -263,7 +264,7 @@ def _resolve(spec: str, manager: Any, include: Sequence[Path]) -> list[Any]:
         path = Path(spec).expanduser()
         files = sorted(glob.glob(str(path / "*.yaml" if path.is_dir() else path)))
         if not files:
-            raise InputError(f"--tasks: no task definition at {spec}")
+            raise InputError(f"--tasks: no task definition at {short(spec)}")
         return files
     matches: list[Any] = manager.match_tasks([spec])
     if not matches:
@@ -295,4 +296,4 @@ def _load(spec: str, item: str, manager: Any) -> list[Any]:
     except ModuleNotFoundError as error:
         raise missing_package(spec, error) from error
     except Exception as error:  # a definition that lm-eval cannot build, in any of its ways
-        raise InputError(f"task {spec} cannot be loaded: {first_line(error)}") from error
+        raise InputError(f"task {short(spec)} cannot be loaded: {first_line(error)}") from error

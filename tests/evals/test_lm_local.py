@@ -219,13 +219,15 @@ DAMAGE = [
 def test_damaged_files_are_named_in_one_line(
     folder: Path, file: str, content: bytes, task: str
 ) -> None:
+    """Also in a folder with a long name."""
+    folder = folder.rename(folder.with_name("d" * 200))
     (folder / file).write_bytes(content)
     with pytest.raises(InputError, match=r"is damaged|cannot read") as caught:
         load([task], folder)
     message = str(caught.value)
-    assert str(folder / file) in message
-    assert "\n" not in message
-    assert len(message) - len(str(folder)) <= 250
+    assert file in message
+    assert message.isprintable()
+    assert len(message) <= 300
 
 
 def test_an_archive_without_a_subject(folder: Path) -> None:
