@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,11 @@ import click
 
 import rwkvx
 from rwkvx.data.folder import data_folder
+from rwkvx_evals.folder import claim, default_folder, model_label, owner
 from rwkvx_evals.passkey.evaluate import evaluate, find_haystack
 from rwkvx_evals.passkey.plan import Settings, depth_values, length_label, parse_lengths
-from rwkvx_evals.passkey.report import Results, percent
+from rwkvx_evals.passkey.report import Results, percent, uncertainty
 from rwkvx_kernels.names import SELECTIONS
-
-
-def model_label(model: str) -> str:
-    """The name of a model in reports and folder names: a shipped name, or the file's own."""
-    return Path(model).name or model
 
 
 @click.command("passkey")
@@ -29,7 +26,7 @@ def model_label(model: str) -> str:
 @click.option("--seeds", default=5, show_default=True, help="Keys at each length and depth.")
 @click.option("--haystack", help="A .txt or .xz file of prose in place of the standard filler.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Default: runs/passkey-MODEL[-TEXT][-SELECTION]."
+    "--out", type=click.Path(path_type=Path), help="Default: runs/passkey-MODEL-WEIGHTS-SETTINGS."
 )
 @click.option("--data", help="Data folder, to find --haystack in; default: RWKVX_DATA.")
 @click.option("--device", default="cpu", show_default=True)
@@ -65,12 +62,14 @@ def passkey_command(
     file = find_haystack(haystack, folder) if haystack else None
     settings = Settings(parse_lengths(lengths), depth_values(depths), seeds, max_new_tokens, dtype)
     name = model_label(model)
-    if out is None:
-        text = f"-{file.name.split('.')[0]}" if file else ""
-        text += f"-{selection}" if selection else ""
-        out = Path("runs") / f"passkey-{name}{text}"
     overrides: dict[str, Any] = {"selection": selection} if selection else {}
     loaded = rwkvx.load(model, device=device, dtype=dtype, **overrides)
+    whose = owner(
+        "passkey", name, loaded.fingerprint(),
+        {**asdict(settings), "haystack": file.name if file else None, "selection": selection},
+    )  # fmt: skip
+    out = out or default_folder(whose)
+    claim(out, whose)
     results = evaluate(loaded, name, settings, out, haystack=file, batch=batch)
     click.echo(summary(results))
     click.echo(f"report: {out / 'report.md'}   picture: {out / 'heatmap.png'}")
@@ -88,7 +87,7 @@ def summary(results: Results) -> str:
     for entry in results["lengths"]:
         lines.append(
             f"{length_label(entry['length']):>6}  {percent(entry['accuracy']):>8} "
-            f"± {percent(entry['stderr'])}  asked {entry['asked']}, scored {entry['scored']}, "
+            f"{uncertainty(entry)}  asked {entry['asked']}, scored {entry['scored']}, "
             f"failed {entry['failed']}"
         )
     effective = results["effective_length"]

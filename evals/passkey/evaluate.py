@@ -16,7 +16,7 @@ from rwkvx_evals.interface import LanguageModel, StateTools, Tokenizer
 from rwkvx_evals.journal import Journal
 from rwkvx_evals.passkey.plan import Plan, Settings
 from rwkvx_evals.passkey.report import Results, collect, write_report
-from rwkvx_evals.passkey.run import PasskeyRun
+from rwkvx_evals.passkey.run import PasskeyRun, check_row
 
 
 def find_haystack(name: str, data: Path | None) -> Path:
@@ -58,7 +58,7 @@ def evaluate(
     weights = model.fingerprint()
     filler = load_filler(tokenizer, haystack)
     plan = Plan(settings, PasskeyBuilder(tokenizer), filler, weights)
-    with Journal(out / "samples.jsonl") as journal:
+    with Journal(out / "samples.jsonl", check_row) as journal:
         run = PasskeyRun(model, plan, journal, batch=batch, tools=tools, quiet=quiet)
         if not quiet:
             click.echo(announce(plan, run), err=True)

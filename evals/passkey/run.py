@@ -47,6 +47,21 @@ def is_complete(text: str) -> bool:
     return re.search(r"[0-9][^0-9]", text) is not None
 
 
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "length": int, "depth": (int, float), "seed": int, "passkey": int, "status": str,
+    "correct": bool, "answer": str,
+}  # fmt: skip
+
+
+def check_row(row: Row) -> None:
+    """Raises ValueError, saying why, for a row of a journal that is not one of `PasskeyRun`'s."""
+    for name, kind in _FIELDS.items():
+        if not isinstance(row.get(name), kind):
+            raise ValueError(f"its {name} is missing or of another kind")
+    if row["status"] not in ("ok", "invalid", "oom"):
+        raise ValueError("its status is none of ok, invalid, oom")
+
+
 @dataclass
 class Answer:
     """What the model generated for one sample, and whether its logits were finite."""

@@ -27,8 +27,9 @@ CONFIG_KEYS: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": 0,
-    # Nothing in the model ends anywhere; tools that ask for a limit get the length it is made for.
-    "max_position_embeddings": 1 << 20,
+    # Nothing in the model ends anywhere. lm-eval's `hf` cuts prompts to this length, with a
+    # warning, and tries batches of 64 times as much to find the batch size by itself.
+    "max_position_embeddings": 8192,
 }
 
 

@@ -55,6 +55,10 @@ cli = LazyGroup(
             "Text into a file of tokens for training.",
         ),
         "eval": (eval_group, "Measure a model: passkey retrieval, lm-eval tasks."),
+        "lm-eval": (
+            "rwkvx_evals.lm.lm_eval_command:lm_eval_command",
+            "lm-eval's own command, with the model rwkvx.",
+        ),
         "generate": ("rwkvx.cli.generate:generate_command", "Continue a prompt."),
         "convert": ("rwkvx.cli.convert:convert_command", "Checkpoints in other formats."),
         "bench": ("rwkvx_evals.bench.command:bench_command", "Measure speed on this machine."),
