@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.dispatch import Choice, Facts, check_packed, facts_of
+from rwkvx_kernels.dispatch import Choice, Facts, check_packed, facts_of, remembered
 from rwkvx_kernels.time_mix.common import TimeMixWeights
 from rwkvx_kernels.time_mix.reference import time_mix_reference
 from rwkvx_kernels.time_mix.torch_form import time_mix_torch
@@ -14,6 +14,7 @@ from rwkvx_kernels.tools.operators import operator
 from rwkvx_kernels.wkv7 import api as recurrence
 
 
+@remembered
 def choose(facts: Facts, head_size: int = 64, impl: str = "auto") -> Choice:
     """Which implementation `time_mix` runs: each can what that of its recurrence can."""
     return recurrence.choose(facts, (head_size, head_size), impl)

@@ -1,5 +1,7 @@
 """The route that is told is the one that runs, and all routes compute the equations."""
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -17,17 +19,20 @@ from rwkvx_kernels.dispatch import UnsupportedError
 def run_and_record(monkeypatch: pytest.MonkeyPatch, model: rwkvx.Model, tokens: int) -> set[str]:
     """Implementations that a forward chooses, by operation."""
     chosen: set[str] = set()
-    original = dispatch.decide
 
-    def decide(impl: str, *args: Any, **kwargs: Any) -> dispatch.Choice:
-        choice = original(impl, *args, **kwargs)
-        chosen.add(choice.impl)
-        return choice
+    def recorded(choose: Callable[..., dispatch.Choice]) -> Callable[..., dispatch.Choice]:
+        def record(*args: Any, **kwargs: Any) -> dispatch.Choice:
+            choice = choose(*args, **kwargs)
+            chosen.add(choice.impl)
+            return choice
+
+        return record
 
     families = ("linear", "token_shift", "channel_mix", "wkv7", "chunk_select", "chunk_attention")
     with monkeypatch.context() as patch, torch.no_grad():
-        for family in families:
-            patch.setattr(f"rwkvx_kernels.{family}.api.decide", decide)
+        for name in families:
+            api = import_module(f"rwkvx_kernels.{name}.api")
+            patch.setattr(api, "choose", recorded(api.choose))
         model(random_ids(tokens, batch=1), model.fresh_state(1))
     return chosen
 
