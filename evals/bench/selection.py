@@ -16,6 +16,7 @@ from tqdm import tqdm
 import rwkvx
 from rwkvx.data.passkey import Filler, PasskeyBuilder
 from rwkvx.errors import InputError
+from rwkvx.progress import progress
 from rwkvx.sparse_attention import SparseAttention
 from rwkvx.state import SparseState
 from rwkvx_evals.bench.machine import describe
@@ -126,7 +127,7 @@ def run(name: str, lengths: tuple[int, ...], filler: Filler | None, out: Path) -
     results: Results = {"benchmark": "selection", "machine": describe(), "model": Path(name).name}
     results |= {"chunk_size": config.chunk_size, "topk": config.topk, "filler": filler.name}
     results["lengths"] = []
-    with tqdm(total=sum(lengths), unit="tok", unit_scale=True, dynamic_ncols=True) as bar:
+    with progress(sum(lengths)) as bar:
         for length in lengths:
             bar.set_description(length_label(length))
             chunks = length // config.chunk_size

@@ -7,23 +7,25 @@ from pathlib import Path
 import click
 
 import rwkvx
+from rwkvx.cli.options import Within, device_option, dtype_option, model_option
 from rwkvx.data.folder import data_folder
 from rwkvx.errors import InputError
+from rwkvx.ranges import COUNT, TOKENS
 from rwkvx_evals.lm.report import Results
 
 
 @click.command("lm")
-@click.option("--model", required=True, help="A shipped name, a folder, or a checkpoint file.")
+@model_option
 @click.option("--tasks", default="lambada_openai,piqa", show_default=True, help="lm-eval's names.")
 @click.option("--data", help="Folder with the tasks' data; default: RWKVX_DATA, else the hub.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first items of each task.")
+@click.option("--limit", type=Within(TOKENS), help="Only the first items of each task.")
 @click.option(
     "--batch",
-    type=click.IntRange(min=1),
+    type=Within(COUNT),
     help="Contexts read together at most; default: by device.",
 )
 @click.option(
-    "--max-length", type=click.IntRange(min=1), help="Refuse longer requests; default: no limit."
+    "--max-length", type=Within(TOKENS), help="Refuse longer requests; default: no limit."
 )
 @click.option(
     "--truncate",
@@ -31,8 +33,8 @@ from rwkvx_evals.lm.report import Results
     help="Drop the start or the middle of contexts beyond --max-length instead of refusing.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Default: runs/lm-MODEL.")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", default="float32", show_default=True)
+@device_option
+@dtype_option
 def lm_command(
     model: str,
     tasks: str,

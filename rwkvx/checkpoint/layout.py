@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkvx.checkpoint.checkpoint import FLOATS, Checkpoint, merge_config, parameter_shapes
+from rwkvx.checkpoint.checkpoint import Checkpoint, merge_config, parameter_shapes
 from rwkvx.checkpoint.foreign import by_names
 from rwkvx.config import TOKENIZERS, ModelConfig, hybrid_pattern
+from rwkvx.dtypes import FLOATS
 from rwkvx.errors import InputError
 
 Pattern = tuple[str, ...]
@@ -77,7 +78,7 @@ class Layout:
                 raise InputError(
                     f"{origin}: {theirs} is {list(raw[theirs].shape)}, expected {list(stored)}"
                 )
-            if x.dtype not in FLOATS:
+            if str(x.dtype).removeprefix("torch.") not in FLOATS:
                 raise InputError(
                     f"{origin}: {theirs} is of {x.dtype}, expected floating point of 16, 32 or 64 "
                     "bits: take the model before it was quantised"

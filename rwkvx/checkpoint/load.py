@@ -1,5 +1,6 @@
 """`rwkvx.load`: a model from a shipped name, or from a file or folder of any known format."""
 
+import warnings
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -11,12 +12,11 @@ from rwkvx.checkpoint.checkpoint import Checkpoint, cast, check_room, check_voca
 from rwkvx.checkpoint.folder import CONFIG
 from rwkvx.checkpoint.formats import detect
 from rwkvx.checkpoint.shards import INDEX, OLD_INDEX
-from rwkvx.errors import InputError, shown
+from rwkvx.dtypes import DTYPES
+from rwkvx.errors import InputError, one_line, shown
 from rwkvx.files import is_there, open_regular, user_path
 from rwkvx.model import Model
 from rwkvx.quantize import quantize
-
-DTYPES = ("float32", "bfloat16", "float16", "float64", "int8")
 
 
 def shipped_models() -> list[str]:
@@ -118,8 +118,11 @@ def usable_device(name: str) -> torch.device:
         InputError: there is none, or this torch cannot compute on it.
     """
     try:
-        device = torch.device(name)
-        torch.ones(1, device=device).add(1).item()
+        with warnings.catch_warnings():  # about devices of the past
+            warnings.simplefilter("ignore")
+            device = torch.device(name)
+            torch.ones(1, device=device).add(1).item()
     except Exception as error:  # each back end has errors of its own
-        raise InputError(f"device {shown(name)} cannot be used: {error}") from error
+        reason = one_line(str(error).partition("\n")[0], 120)
+        raise InputError(f"device {shown(name)} cannot be used: {reason}") from error
     return device

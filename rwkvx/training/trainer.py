@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from rwkvx.checkpoint import load
 from rwkvx.checkpoint.folder import save_folder
@@ -23,6 +22,7 @@ from rwkvx.checkpoint.shards import read_weights
 from rwkvx.errors import InputError
 from rwkvx.init import init_weights
 from rwkvx.model import Model
+from rwkvx.progress import progress
 from rwkvx.state import ModelState, Rwkv7State, map_tensors
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.data import Batch, Source, build_source
@@ -69,7 +69,7 @@ class Trainer:
         writer = _events(config.folder / "tensorboard")
         started = self.step
         tokens = sum(_tokens(config, s) for s in range(total))
-        with tqdm(total=tokens, unit="tok", unit_scale=True, file=sys.stderr) as bar:
+        with progress(tokens) as bar:
             bar.update(sum(_tokens(config, s) for s in range(started)))
             while self.step < total:
                 loss = self.train_step()
