@@ -115,7 +115,7 @@ class Layout:
         depth = {kind: _depth(finder, raw, origin) for kind, finder in self.blocks.items()}
         rwkv, sparse = depth["rwkv7"], depth.get("sparse", 0)
         if not rwkv:
-            raise InputError(f"{origin} holds no block of RWKV-7")
+            raise InputError(f"{origin} holds {by_names(raw) or 'no block of RWKV-7'}")
         if wanted is None:
             try:
                 return hybrid_pattern(rwkv, sparse)

@@ -96,6 +96,8 @@ def archive_records(file: IO[bytes], path: Path) -> dict[str, tuple[int, int]]:
     records: dict[str, tuple[int, int]] = {}
     with zipfile.ZipFile(_Sparing(file)) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise InputError(f"{path} is a TorchScript program: save the model's state_dict() instead")
     free = 0
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
@@ -119,9 +121,10 @@ def _state_dict(value: Any, depth: int = 3) -> dict[str, Any]:
     """Tensors by name: `value` itself, or the first of the usual places in it that has any."""
     if not isinstance(value, dict):
         return {}
-    found = {n: x for n, x in value.items() if isinstance(n, str) and _is_tensor(x)}
-    places = (value.get(name) for name in _PLACES if depth and not found)
-    return found or next(filter(None, (_state_dict(x, depth - 1) for x in places)), {})
+    for name in _PLACES if depth else ():
+        if found := _state_dict(value.get(name), depth - 1):
+            return found
+    return {n: x for n, x in value.items() if isinstance(n, str) and _is_tensor(x)}
 
 
 def _is_tensor(x: Any) -> bool:
@@ -131,8 +134,6 @@ def _is_tensor(x: Any) -> bool:
 def _read_archive(file: IO[bytes], path: Path) -> Pickled:
     records = archive_records(file, path)
     roots = [name[: -len("data.pkl")] for name in records if name.endswith("data.pkl")]
-    if any(name.endswith("/constants.pkl") for name in records):
-        raise InputError(f"{path} is a TorchScript program: save the model's state_dict() instead")
     if len(roots) != 1:
         raise InputError(f"{path} is a zip archive, but none that torch.save has written")
     root = roots[0]

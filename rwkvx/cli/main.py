@@ -2,7 +2,6 @@
 
 import io
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -100,7 +99,7 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(str(error), 1)
     except OSError as error:
         if is_broken_pipe(error):
-            sys.exit(128 + signal.SIGPIPE)
+            sys.exit(1)
         _fail(_os_error(error), 1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
