@@ -57,7 +57,9 @@ def pick_token(
     probs_V = torch.softmax((logits_V - logits_V.max()) / scale, dim=-1)
     probs_V, order_V = probs_V.sort(descending=True)
     # A token stays while the sum *before* it is short of top_p: at least one always does.
-    probs_V[probs_V.cumsum(-1) - probs_V >= top_p] = 0
+    cut_V = probs_V.cumsum(-1) - probs_V >= top_p
+    cut_V[0] = False  # in float32 the smallest top_p are 0
+    probs_V[cut_V] = 0
     return int(order_V[torch.multinomial(probs_V, 1, generator=generator)])
 
 

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from dacite import Config, DaciteError, UnexpectedDataError, from_dict
 
 from rwkvx.config import ModelConfig
 from rwkvx.errors import InputError, shown
 from rwkvx.files import parse_yaml, read_yaml, user_path
+from rwkvx.ranges import SEED, THREADS, Number, OneOf, Whole, check, check_ranges
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,20 @@ class OptimizerConfig:
             then linear decay over the last `decay` share of the run); final: last rate / peak.
     """
 
-    lr: float = 1.0e-3
+    lr: Annotated[float, Number(0, 10)] = 1.0e-3
     betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1.0e-18
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    warmup: int = 50
-    schedule: str = "cosine"
-    decay: float = 0.2
-    final: float = 0.05
+    eps: Annotated[float, Number(0, 1)] = 1.0e-18
+    weight_decay: Annotated[float, Number(0, 10)] = 0.1
+    clip: Annotated[float, Number(0, 1e12, above=True)] = 1.0
+    warmup: Annotated[int, Whole(0, 10**9)] = 50
+    schedule: Annotated[str, OneOf("cosine", "wsd")] = "cosine"
+    decay: Annotated[float, Number(0, 1)] = 0.2
+    final: Annotated[float, Number(0, 1)] = 0.05
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be two numbers from 0 to below 1, got {self.betas}")
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,6 @@ class TrainConfig:
         _one_of("precision", self.precision, ("float32", "bf16"))
         _one_of("data.kind", self.data.kind, ("passkey", "text", "hub"))
         _one_of("keep", self.keep, ("last", "best"))
-        _one_of("optimizer.schedule", self.optimizer.schedule, ("cosine", "wsd"))
         if not self.stages:
             raise InputError("stages must hold at least one stage")
         for stage in self.stages:
@@ -161,6 +166,8 @@ class TrainConfig:
         for name in ("steps", "threads", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
+        check("threads", self.threads or 1, THREADS)
+        check("seed", self.seed, SEED)
 
     @property
     def total_steps(self) -> int:

@@ -229,4 +229,5 @@ def test_temperature_and_top_p() -> None:
     squared = probs_V**2 / (probs_V**2).sum()
     assert (frequencies(0.5, 1.0) - squared).abs().max() < 0.032
     assert frequencies(1.0, 0.01)[1] == 1
+    assert frequencies(1.0, 1e-320)[1] == 1
     assert frequencies(0, 1.0)[1] == 1

@@ -58,7 +58,7 @@ def test_only_regular_files_are_opened(
         assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["", "a\0b", "~nobody-of-that-name/x"])
+@pytest.mark.parametrize("name", ["", "a\0b", "a\ud800", "~nobody-of-that-name/x"])
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(InputError):
         user_path(name)

@@ -84,7 +84,7 @@ def test_overrides_reach_what_the_file_leaves_out(write_config: Writer) -> None:
         ("stages", "[{steps: 1, length: 8, batch: 1, numbers: -1}]", "noise (at most 1) and"),
         ("precision", "fp8", "precision must be one of"),
         ("data.kind", "images", "data.kind must be one of"),
-        ("optimizer.schedule", "linear", "optimizer.schedule must be one of"),
+        ("optimizer.schedule", "linear", "schedule must be one of"),
         ("accumulate", "0", "accumulate must be >= 1"),
         ("average", "1", "average must be at least 0 and below 1"),
         ("eval_batches", "0", "eval_batches must be >= 1"),
