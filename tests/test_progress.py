@@ -1,6 +1,9 @@
 """Bars and notices: on a terminal, and nowhere else."""
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 from numba import njit
@@ -42,9 +45,28 @@ def test_compiling_is_told_once() -> None:
     with compilation_told(first):
         njit(compiled)(1)
         njit(compiled)(2)
+    njit(compiled)(3)  # no longer watched
     assert first.getvalue() == "compiling for this processor: about a minute, once ...\n"
     with compilation_told(second):
         pass
     with compilation_told(log):
         njit(compiled)(1)
     assert second.getvalue() == log.getvalue() == ""
+
+
+def test_numba_is_not_imported_to_watch_it() -> None:
+    """But it is watched when something imports it."""
+    code = """
+import io, sys, time
+from rwkvx.progress import compilation_told
+Terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
+stream = Terminal()
+with compilation_told(stream):
+    assert "numba" not in sys.modules
+    from numba import njit
+    time.sleep(1)
+    njit(lambda x: x + 1)(1)
+assert "compiling" in stream.getvalue()
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

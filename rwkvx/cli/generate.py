@@ -51,7 +51,7 @@ def generate_command(
       rwkvx generate --model passkey-tiny - --temperature 0 < prompt.txt
     """
     import rwkvx
-    from rwkvx.progress import compilation_told, progress
+    from rwkvx.progress import progress
     from rwkvx.sampling import generate
 
     # Bytes all the way: a prompt that is no UTF-8 (a file, an odd argument) is read as it is.
@@ -63,7 +63,7 @@ def generate_command(
     # A character may be spread over several tokens: print it once it is whole.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     click.echo(decoder.decode(data), nl=False)
-    with compilation_told(), progress(len(ids), "prompt", quiet=len(ids) < SHOWN_TOKENS) as bar:
+    with progress(len(ids), "prompt", quiet=len(ids) < SHOWN_TOKENS) as bar:
         tokens = generate(
             loaded,
             ids,

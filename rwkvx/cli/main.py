@@ -13,6 +13,7 @@ from rwkvx.cli.lazy import LazyGroup, explain_missing_module
 from rwkvx.cli.process import keep_freed_memory, wait_briefly
 from rwkvx.cli.stop import StoppedError, advice, flush_output, is_broken_pipe, stoppable
 from rwkvx.errors import LONGEST_LINE, InputError, is_out_of_memory, one_line
+from rwkvx.progress import compilation_told
 
 __all__ = ["cli", "main"]
 
@@ -78,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if os.environ.get("RWKVX_DEBUG") == "1":
         sys.exit(cli.main(args=args, prog_name="rwkvx", standalone_mode=False))
     try:
-        with stoppable():
+        with stoppable(), compilation_told():
             status = cli.main(args=args, prog_name="rwkvx", standalone_mode=False)
             flush_output()
     except (click.Abort, KeyboardInterrupt):

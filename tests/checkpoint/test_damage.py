@@ -17,7 +17,7 @@ from rwkvx.checkpoint.folder import write as write_folder
 from rwkvx.checkpoint.formats import FORMATS
 from rwkvx.cli.info import describe
 
-SECONDS = 10  # for one input
+SECONDS = 10  # of the processor, for one input
 
 
 def checked(path: Path) -> None:
@@ -85,12 +85,12 @@ def test_damage_never_ends_in_a_crash(kind: str, tmp_path: Path, trials: int) ->
         part.unlink()  # what is mapped stays as it is
         part.write_bytes(mutated(content, draw))
         for attempt in (rwkvx.load, describe, checked):
-            began = time.monotonic()
+            began = time.process_time()
             try:
                 attempt(target)
             except InputError as error:
                 said.append(str(error))
-            assert time.monotonic() - began < SECONDS
+            assert time.process_time() - began < SECONDS
         part.unlink()
         part.write_bytes(content)
     assert len(said) > trials / 4

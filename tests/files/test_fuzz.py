@@ -63,11 +63,11 @@ def test_nothing_but_one_line(name: str, tmp_path: Path, trials: int) -> None:
     read(path)
     for _ in range(trials):
         path.write_bytes(mutated(content, draw))
-        began = time.monotonic()
+        began = time.process_time()
         try:
             read(path)
         except InputError as error:
             said.append(str(error))
-        assert time.monotonic() - began < 10
+        assert time.process_time() - began < 10
     assert len(said) > trials / 20
     assert all(len(line) <= 300 and line.isprintable() for line in said)
