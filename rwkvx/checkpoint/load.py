@@ -1,5 +1,6 @@
 """`rwkvx.load`: a model from a shipped name, or from a file or folder of any known format."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from importlib.resources import files
@@ -39,8 +40,10 @@ def find_model(path: str | Path) -> Path:
         if "/" not in str(path) and (shipped / CONFIG).exists():
             return shipped
         known = ", ".join(shipped_models()) or "none"
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+        way = f"; from the hub: `hf download {path} --local-dir DIR`, then name DIR" if hub else ""
         raise InputError(
-            f"no model {shown(str(path))}: not a file or folder, nor shipped ({known})"
+            f"no model {shown(str(path))}: not a file or folder, nor shipped ({known}){way}"
         )
     if found.is_dir():
         return found

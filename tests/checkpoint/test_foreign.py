@@ -124,7 +124,7 @@ def folder_of(config: Any, **files: bytes) -> Callable[[Path], Path]:
             (folder / "config.json").write_text(json.dumps(config))
         for name, data in files.items():
             path = folder / name.replace("__", ".").replace("_in_", "/")
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True, parents=True)
             path.write_bytes(data)
         return folder
 
@@ -200,6 +200,10 @@ FOREIGN: dict[str, tuple[Callable[[Path], Path], str]] = {
         folder_of(None, progress__json=b"{}", model_in_config__json=b"{}"),
         r"a folder around models: name .*/model",
     ),
+    "a cache of the hub": (
+        folder_of(None, snapshots_in_0a1b_in_config__json=b"{}"),
+        r"a folder around models: name .*/snapshots/0a1b",
+    ),
     "an empty folder": (folder_of(None), "it is an empty folder"),
     "weights of git lfs": (
         folder_of(SHAPE.to_dict(), model__safetensors=b"version https://git-lfs.github.com/spec/v1\n"),
@@ -244,3 +248,10 @@ def test_torchscript_and_other_archives(tmp_path: Path) -> None:
     rezipped(tmp_path / "n.pth", lambda name, data: data, method=8)
     with pytest.raises(InputError, match="is compressed inside"):
         rwkvx.load(tmp_path / "n.pth")
+
+
+def test_a_name_of_the_hub_says_how_to_get_it() -> None:
+    with pytest.raises(InputError, match=r"`hf download RWKV/RWKV7-0\.1B --local-dir DIR`"):
+        rwkvx.load("RWKV/RWKV7-0.1B")
+    with pytest.raises(InputError, match=r"nor shipped \(.*\)$"):
+        rwkvx.load("nothing-of-that-name")

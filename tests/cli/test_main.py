@@ -161,6 +161,13 @@ def started(*args: str, **options: Any) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def test_the_package_runs_as_a_module() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", "rwkvx", "--version"]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == f"rwkvx, version {rwkvx.__version__}"
+
+
 def test_where_nobody_reads_what_is_printed() -> None:
     """As with `| head`: silence."""
     read, write = os.pipe()
