@@ -130,7 +130,7 @@ def remembered(
     def look_up(facts: Facts, *args: P.args, **kwargs: P.kwargs) -> Choice:
         if facts.traced:  # by `torch.compile`, which would trace the table
             return choose(facts, *args, **kwargs)
-        return once((on_gpu, HAS_TRITON, INTERPRETED), facts, *args, **kwargs)
+        return once((on_gpu, HAS_TRITON, INTERPRETED), facts, *args, **kwargs)  # type: ignore[arg-type]
 
     return look_up
 

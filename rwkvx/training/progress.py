@@ -4,9 +4,9 @@ import sys
 import time
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from tqdm import tqdm
+from rwkvx.progress import progress
 
 __all__ = ["ProgressLine"]
 
@@ -25,9 +25,7 @@ class ProgressLine:
         self.total, self.done, self.steps = total, done, steps
         self.began, self.first = time.monotonic(), done
         self.last_line = self.began
-        terminal = sys.stderr.isatty()
-        bar: dict[str, Any] = {"unit": "tok", "unit_scale": True, "file": sys.stderr}
-        self.bar = tqdm(total=total, initial=done, **bar) if terminal else None
+        self.bar = progress(total, done=done) if sys.stderr.isatty() else None
 
     def __enter__(self) -> Self:
         return self

@@ -267,7 +267,7 @@ ERRORS = [
     (["--model", "SHAPE", "--lengths", "none"], "nothing to measure"),
     (["--model", "SHAPE", "--lengths", "4,x"], "length 'x' is not a positive number"),
     (["--model", "SHAPE", "--long", "8k"], "leaves nothing before its last 8192 tokens"),
-    (["--model", "SHAPE", "--repeats", "0"], "at least one is needed"),
+    (["--model", "SHAPE", "--repeats", "0"], "must be a whole number from 1"),
     (["--model", "SHAPE", "--out", "/dev/null/x"], "cannot write"),
 ]
 
@@ -281,7 +281,7 @@ def test_errors_are_one_line(
 ) -> None:
     arguments = [str(shape_file) if x == "SHAPE" else x for x in arguments]
     status, out, err = bench(arguments, capsys)
-    assert (status, out) == (1, "")
+    assert (status, out) == (2 if "whole number" in message else 1, "")
     assert message in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1

@@ -52,7 +52,7 @@ def test_round_trip() -> None:
         ({"group_norm_eps": "1e-5"}, "group_norm_eps must be .* got '1e-5'"),
         ({"sparse_kv_heads": 3}, "4 heads are no multiple of 3"),
         ({"sparse_kv_heads": 0}, "sparse_kv_heads must be"),
-        ({"decay_rank": 0}, "decay_rank must be a whole number from 1 to 65536 or null, got 0"),
+        ({"decay_rank": 0}, "decay_rank must be a whole number from 1 to 65536, got 0"),
         ({"value_rank": 2**40}, "value_rank must be"),
         ({"gate_rank": -5}, "gate_rank must be"),
         ({"tokenizer": "bpe"}, "tokenizer must be one of"),
