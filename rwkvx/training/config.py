@@ -103,6 +103,7 @@ class TrainConfig:
         keep: "last": the weights at the end become the model; "best": those of the evaluation in
             the last stage that runs that had the lowest loss.
         precision: "float32" or "bf16" (autocast).
+        compile: let torch.compile fuse what a block does beside its kernels; takes minutes first.
         most_skipped: steps in a row that a loss or gradient that is not finite may leave without
             an update; one more ends the run.
         eval_every, save_every: steps between evaluations and checkpoints. seed: of everything.
@@ -124,6 +125,7 @@ class TrainConfig:
     precision: Annotated[str, OneOf("float32", "bf16")] = "float32"
     device: str = "cpu"
     gradient_checkpointing: bool = False
+    compile: bool = False
     most_skipped: Annotated[int, Whole(0, 10**6)] = 10
     eval_every: Annotated[int, _Steps] = 200
     eval_batches: Annotated[int, Whole(1, 10**6)] = 4

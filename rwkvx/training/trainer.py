@@ -61,6 +61,9 @@ class Trainer:
         if config.average:
             averaging = get_ema_multi_avg_fn(config.average)
             self.average = AveragedModel(self.model, multi_avg_fn=averaging)
+        if config.compile:  # after the average, which is a copy
+            for block in self.model.blocks:
+                block.compile()
         self.carried: ModelState | None = None
         self.progress = Progress({}, config.total_steps)
         self._reader, self._sources = Reader(self.model.tokenizer, data), dict[Data, Source]()
@@ -279,7 +282,8 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Loss and, for data with answers, the share of rows answered exactly, on other data."""
         stage = self.config.stage(max(0, self.step - 1))
-        with self._autocast():
+        # Compiled blocks would be compiled once more, for no gradients.
+        with self._autocast(), torch.compiler.set_stance("force_eager"):
             return evaluate(self.result, self.source(stage), self.config, stage)
 
     def _autocast(self) -> Any:
