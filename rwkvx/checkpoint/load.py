@@ -3,7 +3,6 @@
 import re
 import warnings
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,7 @@ from rwkvx.errors import InputError, one_line, shown
 from rwkvx.files import is_there, open_regular, user_path
 from rwkvx.model import Model
 from rwkvx.quantize import quantize
-
-
-def shipped_models() -> list[str]:
-    """Names of the models inside the package."""
-    folder = Path(str(files("rwkvx"))) / "models"
-    return sorted(p.parent.name for p in folder.glob("*/config.json"))
+from rwkvx.shipped import MODELS, shipped_models
 
 
 def find_model(path: str | Path) -> Path:
@@ -36,7 +30,7 @@ def find_model(path: str | Path) -> Path:
     """
     found = user_path(path)
     if not is_there(found):
-        shipped = Path(str(files("rwkvx"))) / "models" / str(path)
+        shipped = MODELS / str(path)
         if "/" not in str(path) and (shipped / CONFIG).exists():
             return shipped
         known = ", ".join(shipped_models()) or "none"

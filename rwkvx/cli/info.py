@@ -7,7 +7,7 @@ import click
 
 from rwkvx.checkpoint.checkpoint import check_vocabulary
 from rwkvx.checkpoint.formats import detect
-from rwkvx.checkpoint.load import find_model, shipped_models
+from rwkvx.checkpoint.load import find_model
 from rwkvx.checkpoint.sidecar import read_sidecar, sidecar_of
 from rwkvx.cli.options import Within
 from rwkvx.config import ModelConfig
@@ -15,6 +15,7 @@ from rwkvx.costs import state_memory
 from rwkvx.errors import InputError
 from rwkvx.kinds import kind_of
 from rwkvx.ranges import COUNT
+from rwkvx.shipped import shipped_models
 
 __all__ = ["info_command"]
 
