@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import rwkvx
 from rwkvx import InputError
+from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.formats import FORMATS
 from rwkvx.cli.info import describe
 
@@ -83,9 +84,8 @@ def test_one_tensor_under_two_names(tmp_path: Path) -> None:
     model = rwkvx.load(tmp_path / "m.pth")
     assert torch.equal(model.head.weight, model.emb.weight)
     assert model.head.weight.data_ptr() != model.emb.weight.data_ptr()
-    from rwkvx.checkpoint.checkpoint import Checkpoint
-
-    shared = Checkpoint(SHAPE, {**small().tensors, "head.weight": small().tensors["emb.weight"]})
+    shared = small()
+    shared.tensors["head.weight"] = shared.tensors["emb.weight"]
     for name, form in FORMATS.items():
         form.write(Checkpoint.of(model), tmp_path / name)
         form.write(shared, tmp_path / f"{name}-shared")
