@@ -1,0 +1,5 @@
+"""`python -m rwkvx`: the command line, as `torchrun -m rwkvx` starts it."""
+
+from rwkvx.cli import main
+
+main()
