@@ -1,4 +1,4 @@
-"""``python -m rwkvx``: the command line."""
+"""`python -m rwkvx`: the command line, as `torchrun -m rwkvx` starts it."""
 
 from rwkvx.cli import main
 

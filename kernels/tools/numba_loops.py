@@ -63,7 +63,7 @@ class _Cache(FunctionCache):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         stamp = f"{numba.__version__} {_sources()}"
-        self._cache_file = _Files(Path(self._cache_path), self._impl.filename_base, stamp)
+        self._cache_file = _Files(Path(self._cache_path), self._impl.filename_base, stamp)  # type: ignore[assignment]
 
 
 class _Files:

@@ -15,6 +15,7 @@ EPILOG = """Examples:
   rwkvx train passkey_tiny --data FOLDER
   rwkvx train my.yaml --seed 1 --optimizer.lr 2e-3 --data.paths "[a.txt, b.txt]"
   rwkvx train my.yaml --dry-run
+  torchrun --nproc-per-node 8 -m rwkvx train my.yaml --device cuda --parallel fsdp
 
 Fields are those of the YAML file, nested ones with dots, values in YAML syntax. A run that was
 stopped (Ctrl-C, SIGTERM, a crash) goes on from its last checkpoint when the same command is given
@@ -61,16 +62,20 @@ def train_command(
     if dry_run:
         _show_plan(settings)
         return
+    from rwkvx.training.distributed import joined
     from rwkvx.training.stopping import Stopped
     from rwkvx.training.trainer import Trainer
 
-    trainer = Trainer(settings, data)
-    try:
-        trainer.run(resume_anyway)
-    except Stopped as stopped:
-        click.echo(str(stopped), err=True)
-        sys.exit(128 + stopped.signal)
-    click.echo(f"saved {trainer.folder.model(settings.name, trainer.step)}")
+    with joined(settings.device) as (world, device):
+        trainer = Trainer(settings, data, world, device)
+        try:
+            trainer.run(resume_anyway)
+        except Stopped as stopped:
+            if world.first:
+                click.echo(str(stopped), err=True)
+            sys.exit(128 + stopped.signal)
+        if world.first:
+            click.echo(f"saved {trainer.folder.model(settings.name, trainer.step)}")
 
 
 def _show_plan(config: TrainConfig) -> None:

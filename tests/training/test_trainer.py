@@ -147,7 +147,7 @@ def test_passkey_accuracy_is_of_whole_answers(write_config: Writer) -> None:
         wrong = True
 
     assert trainer.evaluate()["accuracy/standard"] == 0.0
-    trainer.model = Knowing(trainer.model.config)
+    trainer.objective.model = Knowing(trainer.model.config)
     assert trainer.evaluate()["accuracy/standard"] == 0.75
     Knowing.wrong = False
     assert trainer.evaluate()["accuracy/standard"] == 1.0
