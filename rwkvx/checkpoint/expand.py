@@ -94,10 +94,11 @@ def _sparse_block(
     ratio: float,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """A new sparse block, each tensor with the dtype of its namesake in the block before."""
+    """A new sparse block, each tensor with the dtype of its namesake in the block before, if any."""
     block = Block(config, "sparse", first=False)
     init_sparse_block(block, ratio, generator)
-    new = {name: x.detach().to(before[name].dtype) for name, x in block.state_dict().items()}
+    like = {name: before.get(name, before["ln1.weight"]) for name in block.state_dict()}
+    new = {name: x.detach().to(like[name].dtype) for name, x in block.state_dict().items()}
     if init == "copy":
         new |= {name: before[name].clone() for name in COPIED}
     return new
