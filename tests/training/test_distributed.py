@@ -30,7 +30,8 @@ STAGES = [
     {"steps": 6, "length": 24, "batch": 4},
 ]
 SETTINGS: dict[str, Any] = {
-    "optimizer": {"lr": RATE, "warmup": 1, "eps": 1e-6},
+    # A constant rate: an extended run has the rates of one that was that long from the start.
+    "optimizer": {"lr": RATE, "warmup": 1, "eps": 1e-6, "schedule": "wsd", "decay": 0},
     "average": 0.5,
     "eval_batches": 3,
     "save_every": 1,
