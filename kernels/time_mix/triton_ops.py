@@ -45,17 +45,17 @@ def forward(
 ) -> list[Tensor]:
     """Output, final state and, with `keep`, what the backward pass reads.
 
-    These are y, the states before chunks, log_decay, key, alpha, beta and, with a value residual,
+    These are y, the states before chunks, P of segments, log_decay, key, alpha, beta and, with a value residual,
     value.
     """
     r, w, k, v, a, g, *residual = tokens
     w0, a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights
     made = triton_keys.prepare([w, k, v, a], residual, [w0, a0, k_k, k_a, *v0], len(r_k))
     inputs = _recurrent(r, v, made, len(r_k))
-    y, final, states = recurrence.forward(inputs, state, cu_seqlens, keep)
+    y, final, states, p = recurrence.forward(inputs, state, cu_seqlens, keep)
     y, key, value = (x.flatten(2) for x in (y, *inputs[2:4]))
     out = triton_finish.finish([y, r, key, value, g], [r_k, norm_weight, norm_bias], eps)
-    return [out, final, y, states, *made] if keep else [out, final]
+    return [out, final] if states is None else [out, final, y, states, p, *made]
 
 
 def _recurrent(r: Tensor, v: Tensor, made: list[Tensor], heads: int) -> list[Tensor]:
@@ -70,14 +70,14 @@ def _gradients(grads: list[Tensor], kept: list[Tensor], args: tuple[Any, ...]) -
     (tokens, weights, eps, _, cu_seqlens, _), (dout, dfinal) = args, grads
     r, w, k, v, a, g, *residual = tokens
     w0, a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights
-    y, states, *made = kept
+    y, states, p, *made = kept
     inputs = _recurrent(r, v, made, len(r_k))
     key, value = inputs[2].flatten(2), inputs[3].flatten(2)
     (dy, dvalue, dg, dbonus), last = triton_finish.gradients(
         dout, [y, r, key, value, g], [r_k, norm_weight, norm_bias], eps
     )
     *later, dstate = recurrence.backward(
-        inputs, states, cu_seqlens, dy.unflatten(2, (len(r_k), -1)), dfinal
+        inputs, [states, p], cu_seqlens, dy.unflatten(2, (len(r_k), -1)), dfinal
     )
     later = [dbonus, dvalue, *(x.flatten(2) for x in later)]
     own = [w0, a0, k_k, k_a, *v0]
@@ -100,10 +100,10 @@ def _fake(
     if not keep:
         return [out, final]
     heads = tokens[0].unflatten(2, (len(weights[4]), -1))
-    states = recurrence.states_like(heads, heads, state, cu_seqlens)
+    kept = recurrence.kept_like(heads, heads, cu_seqlens)
     made = [torch.empty_like(tokens[2]) for _ in range(4 if len(tokens) > 6 else 3)]
     log_decay = torch.empty_like(tokens[2], dtype=torch.float32)
-    return [out, final, torch.empty_like(tokens[3]), states, log_decay, *made]
+    return [out, final, torch.empty_like(tokens[3]), *kept, log_decay, *made]
 
 
 @operator("time_mix_step", _fake)

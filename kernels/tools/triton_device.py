@@ -17,18 +17,20 @@ class Device(NamedTuple):
         arch: compute capability (90 for 9.0), or the name of the architecture on AMD.
         warp: threads of a warp.
         shared_bytes: shared memory that one program may use.
+        processors: multiprocessors, each of which runs programs of its own.
     """
 
     backend: str
     arch: int | str
     warp: int
     shared_bytes: int
+    processors: int
 
 
-SM_80 = Device("cuda", 80, 32, 163 * 1024)
-SM_90 = Device("cuda", 90, 32, 227 * 1024)
-SM_100 = Device("cuda", 100, 32, 227 * 1024)
-GFX942 = Device("hip", "gfx942", 64, 64 * 1024)
+SM_80 = Device("cuda", 80, 32, 163 * 1024, 108)
+SM_90 = Device("cuda", 90, 32, 227 * 1024, 132)
+SM_100 = Device("cuda", 100, 32, 227 * 1024, 148)
+GFX942 = Device("hip", "gfx942", 64, 64 * 1024, 304)
 
 _pretended: list[Device] = []
 
@@ -60,6 +62,8 @@ def _query(index: int) -> Device:
     properties: Any = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         arch = properties.gcnArchName.partition(":")[0]
-        return Device("hip", arch, properties.warp_size, properties.shared_memory_per_block)
+        shared = properties.shared_memory_per_block
+        return Device("hip", arch, properties.warp_size, shared, properties.multi_processor_count)
     capability = 10 * properties.major + properties.minor
-    return Device("cuda", capability, 32, properties.shared_memory_per_block_optin)
+    shared = properties.shared_memory_per_block_optin
+    return Device("cuda", capability, 32, shared, properties.multi_processor_count)

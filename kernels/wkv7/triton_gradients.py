@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.tools.triton_tiles import dot, load, precision, store
-from rwkvx_kernels.wkv7.triton_chunk import Layout, decays, launch_options, locate, matrices, tile
+from rwkvx_kernels.wkv7.triton_chunk import Layout, stage
+from rwkvx_kernels.wkv7.triton_scores import decays, launch_options, locate_chunk, matrices, tile
 
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence"])
@@ -20,14 +21,14 @@ def _values_kernel(
     p_r, p_log_decay, p_k, p_v, p_alpha, p_beta, p_dy, p_state, p_dstate, p_table, p_u, p_x, p_dv,
     tokens, per_sequence,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+    CHUNK: tl.constexpr, LENGTH: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     i_m, i_h = tl.program_id(0) // H, tl.program_id(0) % H
-    first, count = locate(i_m, p_table, tokens, per_sequence, CHUNK)
-    if count == 0:
+    first, count, i_chunk = locate_chunk(i_m, p_table, tokens, per_sequence, LENGTH, CHUNK)
+    if count <= 0:
         return
     i_first = first * H + i_h
-    i_mh = tl.program_id(0).to(tl.int64)
+    i_mh = i_chunk * H + i_h
     p_state, p_dstate = p_state + i_mh * (V * K), p_dstate + i_mh * (V * K)
     p_v, p_dy, p_dv = p_v + i_first * V, p_dy + i_first * V, p_dv + i_first * V
     p_u, p_x = p_u + i_first * V, p_x + i_first * V
@@ -114,14 +115,14 @@ def _keys_kernel(
     p_dlog_decay, p_dk, p_dalpha, p_dbeta,
     tokens, per_sequence,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, LENGTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (K + TILE_K - 1) // TILE_K
-    i_mh = tl.program_id(0) // TILES
-    first, count = locate(i_mh // H, p_table, tokens, per_sequence, CHUNK)
-    if count == 0:
+    i_m, i_h = tl.program_id(0) // TILES // H, tl.program_id(0) // TILES % H
+    first, count, i_chunk = locate_chunk(i_m, p_table, tokens, per_sequence, LENGTH, CHUNK)
+    if count <= 0:
         return
-    i_first = first * H + i_mh % H
+    i_first, i_mh = first * H + i_h, i_chunk * H + i_h
     p_r, p_log_decay, p_k = p_r + i_first * K, p_log_decay + i_first * K, p_k + i_first * K
     p_alpha, p_beta = p_alpha + i_first * K, p_beta + i_first * K
     p_dr, p_dlog_decay, p_dk = p_dr + i_first * K, p_dlog_decay + i_first * K, p_dk + i_first * K
@@ -193,39 +194,34 @@ def _keys_kernel(
 
 
 def gradients(
-    tensors: list[Tensor],
-    dy: Tensor,
-    states: Tensor,
-    dstates: Tensor,
-    layout: Layout,
-    chunk: int,
+    tensors: list[Tensor], dy: Tensor, states: Tensor, dstates: Tensor, layout: Layout
 ) -> list[Tensor]:
     """Launch over all chunks: gradients of r, log_decay, k, v, alpha, beta.
 
-    states, dstates [M, H, V, K]: the state before each chunk, the gradient of that after it.
+    states, dstates [chunks, H, V, K]: the state before each chunk, the gradient of that after it.
     """
     r, v = tensors[0], tensors[3]
     heads, key, value = *r.shape[2:], v.shape[3]
     dr, dlog_decay, dk, dv, dalpha, dbeta = (torch.empty_like(x) for x in tensors)
     u, x = torch.empty_like(v), torch.empty_like(v)
-    programs = layout.chunks * heads
+    plan = layout.plan
+    programs = plan.segments * (plan.length // plan.chunk) * heads
     sizes = {"H": heads, "K": key, "V": value, "TILE_K": tile(key), "TILE_V": tile(value)}
-    sizes["CHUNK"] = chunk
+    sizes |= {"CHUNK": plan.chunk, "LENGTH": plan.length}
     multiply = precision(r.dtype, r.device)
-    place = (layout.tokens, layout.per_sequence)
-    if programs:
+    if r.numel():
         _values_kernel[(programs,)](
-            *(*tensors, dy, states, dstates, layout.table, u, x, dv, *place),
+            *(*tensors, dy, states, dstates, layout.table, u, x, dv, *layout.arguments),
             **sizes,
             PRECISION=multiply,
             INVERSE=precision(torch.float32, r.device),
-            **launch_options(r.device),
+            **launch_options(stage("gradients", r, v), r.device),
         )
         _keys_kernel[(programs * triton.cdiv(key, sizes["TILE_K"]),)](
             *(*tensors, dy, u, x, states, dstates, layout.table),
-            *(dr, dlog_decay, dk, dalpha, dbeta, *place),
+            *(dr, dlog_decay, dk, dalpha, dbeta, *layout.arguments),
             **sizes,
             PRECISION=multiply,
-            **launch_options(r.device),
+            **launch_options(stage("gradients", r, v), r.device),
         )
     return [dr, dlog_decay, dk, dv, dalpha, dbeta]

@@ -26,8 +26,8 @@ def case(dtype: str, key: int, value: int, packed: bool) -> Case:
         tensors = [keys, keys.float(), keys, values, keys, keys]
         step(*tensors, state, offsets)
         forward(tensors, state, offsets, keep=False)
-        _, final, states = forward(tensors, state, offsets, keep=True)
-        backward(tensors, states, offsets, values, final)
+        _, final, *kept = forward(tensors, state, offsets, keep=True)
+        backward(tensors, kept, offsets, values, final)
 
     name = f"{dtype}, K {key}, V {value}{', packed' if packed else ''}"
     quick = dtype == "bfloat16" and not packed and key == value == 64
