@@ -45,8 +45,8 @@ def forward(
 ) -> list[Tensor]:
     """Output, final state and, with `keep`, what the backward pass reads.
 
-    These are y, the states before chunks, P of segments, log_decay, key, alpha, beta and, with a value residual,
-    value.
+    These are y, the states before chunks, P of segments, log_decay, key, alpha, beta and, with a
+    value residual, value.
     """
     r, w, k, v, a, g, *residual = tokens
     w0, a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights

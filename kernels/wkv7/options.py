@@ -11,9 +11,9 @@ from rwkvx_kernels.tools.triton_options import Options, Row
 
 TABLE = (
     Row("segment", Options(16, 64, 4, 1), bytes=2, size=64),
-    Row("segment", Options(16, 32, 8, 1), bytes=4, size=128),
+    Row("segment", Options(16, 16, 4, 1), bytes=4, size=128),
     Row("summary", Options(16, 64, 8, 1), bytes=2, size=64),
-    Row("summary", Options(16, 32, 8, 1), bytes=4, size=128),
+    Row("summary", Options(16, 16, 8, 1), bytes=4, size=128),
     Row("follow", Options(0, 32, 4, 1), bytes=4, size=64),
     Row("follow", Options(0, 16, 8, 1), bytes=4, size=128),
     Row("carry", Options(16, 64, 4, 1), bytes=2, size=64),

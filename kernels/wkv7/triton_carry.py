@@ -51,9 +51,9 @@ def _carry_kernel(
     i_first = first * H + i_sh % H
     o_key, o_value = i_row * (H * K) + o_k[None, :], i_row * (H * V) + o_v[None, :]
     chunks = tl.cdiv(count, CHUNK)
-    for step in range(chunks):
+    for step in tl.range(chunks, disable_licm=True):
         start = (chunks - 1 - step) * CHUNK
-        if p_kept is not None:
+        if p_kept is not None:  # noqa: SIM102 (known when compiled, and not)
             if (start + CHUNK) % KEPT == 0 or step == 0:
                 o_after = ((i_chunk + start // KEPT) * H + i_sh % H) * (V * K)
                 store(p_kept + o_after, o_tile, b_dstate, m_tile)

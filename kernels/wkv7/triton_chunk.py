@@ -85,9 +85,7 @@ def make_plan(r: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
         sequences = len(cu_seqlens) - 1
         segments, chunks = per_sequence + sequences, chunks + sequences
     packed = cu_seqlens is not None
-    return Plan(
-        segments, sequences, tokens, per_sequence, length * chunk, chunk, chunks, packed
-    )
+    return Plan(segments, sequences, tokens, per_sequence, length * chunk, chunk, chunks, packed)
 
 
 def lay_out(plan: Plan, cu_seqlens: Tensor | None) -> Layout:
@@ -123,7 +121,8 @@ def constants(options: Options, layout: Layout, r: Tensor, v: Tensor) -> dict[st
     heads, key, value = *r.shape[2:], v.shape[3]
     return {
         "H": heads, "K": key, "V": value, "BLOCK_K": block(key), "CHUNK": options.rows,
-        "KEPT": layout.plan.chunk, "LENGTH": layout.plan.length, "STATE": state, "LOCAL": local, **options.launch,
+        "KEPT": layout.plan.chunk, "LENGTH": layout.plan.length, "STATE": state, "LOCAL": local,
+        **options.launch,
     }  # fmt: skip
 
 
@@ -134,7 +133,7 @@ def block(width: int) -> int:
 
 @triton.jit
 def locate(i_s, p_table, tokens, per_sequence, LENGTH: tl.constexpr, KEPT: tl.constexpr):
-    """First token of a segment in all of [B·T] (int64), tokens, and its first state that is kept."""
+    """First token of a segment in all of [B·T] (int64), tokens, and its first kept state."""
     if p_table is None:
         i_n, i_within = (i_s // per_sequence).to(tl.int64), i_s % per_sequence
         first = i_n * tokens + i_within * LENGTH

@@ -5,7 +5,8 @@ Three kernels: the summary (P, D) of every segment, all segments at once; the st
 a sequence after the other; every segment from its own start. Where sequences and heads fill the
 device there is one segment each, and the last kernel alone. A program has one head of one segment,
 goes through its chunks and holds S [V, K] in registers: between the kernels there is nothing but
-states. Tokens are columns of what is multiplied, so that tensor cores get their 64 rows. Axes and names as in `triton_chunk.py`.
+states. Tokens are columns of what is multiplied, so that tensor cores get their 64 rows. Axes and
+names as in `triton_chunk.py`.
 """
 
 from typing import NamedTuple
@@ -105,10 +106,7 @@ def _follow_kernel(
     else:
         begin = tl.load(p_bounds + i_n)
         segments = (tl.load(p_bounds + i_n + 1) - begin).to(tl.int32)
-    if REVERSE:
-        o_p = o_k[:, None] + o_k[None, :] * K
-    else:
-        o_p = o_k[:, None] * K + o_k[None, :]
+    o_p = o_k[:, None] + o_k[None, :] * K if REVERSE else o_k[:, None] * K + o_k[None, :]
     m_p = (o_k[:, None] < K) & (o_k[None, :] < K)
     o_state = i_nh.to(tl.int64) * (V * K) + o_tile
     b_state = tl.load(p_start + o_state, mask=m_tile, other=0.0)
@@ -141,7 +139,7 @@ def _segment_kernel(
     i_first = first * H + i_sh % H
     o_key, o_value = i_row * (H * K) + o_k[None, :], i_row * (H * V) + o_v[None, :]
     for start in tl.range(0, count, CHUNK, disable_licm=True):
-        if p_states is not None:
+        if p_states is not None:  # noqa: SIM102 (known when compiled, and not)
             if start % KEPT == 0:
                 o_before = ((i_chunk + start // KEPT) * H + i_sh % H) * (V * K)
                 store(p_states + o_before, o_tile, b_state, m_tile)
@@ -152,23 +150,25 @@ def _segment_kernel(
         b_log_decay, b_centred, b_middle, b_rest = decays(
             p_log_decay + first_k, o_key, m_key, CHUNK
         )
-        # In the order that keeps the fewest tiles: U = I (alpha S^T + A_ak V) and
-        # Y = r S^T + A_rk V + A_rb U, transposed.
+        # U = I (alpha S^T + A_ak V), then Y = r S^T + A_rk V + A_rb U, transposed
         b_state *= tl.exp(b_middle)[None, :]
-        b_alpha = load(p_alpha + first_k, o_key, m_key) * tl.exp(b_centred - b_log_decay)
-        b_r = load(p_r + first_k, o_key, m_key) * tl.exp(b_centred)
-        b_alpha, b_r = tl.trans(b_alpha), tl.trans(b_r)
-        b_u, b_y = product(b_state, b_alpha, STATE), product(b_state, b_r, LOCAL)
+        b_alpha = tl.trans(load(p_alpha + first_k, o_key, m_key) * tl.exp(b_centred - b_log_decay))
         b_k = load(p_k + first_k, o_key, m_key) * tl.exp(-b_centred)
-        b_u += product(b_v, later(product(b_k, b_alpha, STATE), CHUNK), STATE)
-        b_y += product(b_v, since(product(b_k, b_r, LOCAL), CHUNK), LOCAL)
-        b_state += product(b_v, b_k, STATE)
+        b_u = product(b_v, later(product(b_k, b_alpha, STATE), CHUNK), STATE)
+        b_u += product(b_state, b_alpha, STATE)
         b_beta = load(p_beta + first_k, o_key, m_key) * tl.exp(-b_centred)
         b_inverse = inverse(later(product(b_beta, b_alpha, STATE), CHUNK), CHUNK, STATE)
         b_u = product(b_u, b_inverse, STATE)
+        b_r = tl.trans(load(p_r + first_k, o_key, m_key) * tl.exp(b_centred))
+        b_y = product(b_state, b_r, LOCAL)
+        b_y += product(b_v, since(product(b_k, b_r, LOCAL), CHUNK), LOCAL)
         b_y += product(b_u, since(product(b_beta, b_r, LOCAL), CHUNK), LOCAL)
         store(p_y + o_first * V, o_value, tl.trans(b_y), m_value)
-        b_state = (b_state + product(b_u, b_beta, STATE)) * tl.exp(b_rest)[None, :]
+        if BLOCK_K > 64:  # read again: everything at once does not fit into registers
+            b_k = load(p_k + first_k, o_key, m_key) * tl.exp(-b_centred)
+            b_beta = load(p_beta + first_k, o_key, m_key) * tl.exp(-b_centred)
+        b_state += product(b_v, b_k, STATE) + product(b_u, b_beta, STATE)
+        b_state *= tl.exp(b_rest)[None, :]
     if p_end is not None:
         tl.store(p_end + i_sh.to(tl.int64) * (V * K) + o_tile, b_state, mask=m_tile)
 

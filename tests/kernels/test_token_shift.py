@@ -68,7 +68,10 @@ def test_outputs_and_gradients(
         assert relative_error(y, expected) < 1e-14
     reference = run(args, torch.float32, "reference", offsets)
     names = [f"output {i}" for i in range(mixes)] + [f"gradient {i}" for i in range(mixes + 2)]
-    assert_as_good(run(args, torch.float32, impl, offsets), reference, exact, FACTOR, names)
+    # A gradient of a mix sums over all tokens, terms of either sign: as many roundings.
+    least = batch * tokens * 2.0**-24
+    got = run(args, torch.float32, impl, offsets)
+    assert_as_good(got, reference, exact, FACTOR, names, least)
 
 
 def test_triton_in_float16_and_under_autocast() -> None:

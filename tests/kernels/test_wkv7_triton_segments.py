@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton (the extra gpu)")
 
+from measure import relative_error
 from test_wkv7_triton import DEVICE, NAMES, check, inputs, run, state
 
-from measure import relative_error
 from rwkvx_kernels.wkv7 import triton_chunk
 
 
