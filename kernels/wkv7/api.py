@@ -33,6 +33,11 @@ def choose(facts: Facts, head_sizes: tuple[int, int] = (64, 64), impl: str = "au
             f"has heads of {LEAST_SIZE} to {MOST_SIZE} channels, not {head_sizes[0]} (keys), "
             f"{head_sizes[1]}"
         )
+    if not triton:
+        from rwkvx_kernels.tools.triton_options import missing  # Triton may be missing
+        from rwkvx_kernels.wkv7.options import STAGES, TABLE
+
+        triton = missing(TABLE, STAGES, facts.dtype, max(head_sizes), facts.device)
     lacks = {"triton": triton, "compiled": compiled_lacks(facts), "torch": "", "reference": ""}
     return decide(impl, facts, lacks)
 
@@ -73,8 +78,9 @@ def wkv7(
             With `cu_seqlens`, [sequences, H, V, K].
         cu_seqlens: [sequences + 1] integer offsets of sequences packed along T, batch size 1.
         impl: "auto", "reference", "torch", "compiled" (Numba; a CPU, without gradients) or
-            "triton": heads of 16 to 128 channels, no float64, and log decays of which 16 in a row
-            sum to -80 or more; stronger ones give results that are not finite.
+            "triton": heads of 16 to 128 channels, no float64, and log decays of which 8 in a row
+            (16 for gradients of narrow dtypes) sum to -80 or more; stronger ones give results that
+            are not finite.
 
     Returns:
         y [B, T, H, V] in the dtype of `v`, and the final state, of the shape and dtype of

@@ -9,6 +9,8 @@ sm_90, with Triton 3.6 and 3.9.
 
 from rwkvx_kernels.tools.triton_options import Options, Row
 
+STAGES = ("segment", "summary", "follow", "carry", "gradients")
+
 TABLE = (
     Row("segment", Options(16, 64, 4, 1), bytes=2, size=64),
     Row("segment", Options(16, 16, 4, 1), bytes=4, size=128),

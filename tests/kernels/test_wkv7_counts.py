@@ -13,6 +13,8 @@ from counting import counted
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from rwkvx_kernels.token_shift.triton_mixes import backward as shift_backward
+from rwkvx_kernels.token_shift.triton_mixes import forward as shift_forward
 from rwkvx_kernels.wkv7.triton_ops import backward, forward
 
 SIZE = 64
@@ -75,3 +77,22 @@ def test_bytes_of_forward_and_backward() -> None:
     floor = once + args[3].nbytes + args[3].nbytes + 2 * once
     _, moved = run(args, True)
     assert floor <= moved <= 2.9 * floor
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_waits_for_the_device(packed: bool) -> None:
+    """Of a time mix with its token shift, forward and backward: no value goes to the host."""
+    x = torch.empty((1, 4096, 4 * SIZE), dtype=torch.bfloat16, device="meta")
+    vector, state = x[0, 0], torch.empty((3 if packed else 1, 4, SIZE, SIZE), device="meta")
+    offsets = torch.empty(4, dtype=torch.int64, device="meta") if packed else None
+    heads = x.unflatten(2, (4, SIZE))
+    with counted() as counts:
+        previous, mixes = state.new_empty(len(state), 4 * SIZE, dtype=x.dtype), [vector] * 6
+        shifted = shift_forward(x, previous, mixes, offsets, x.dtype)
+        shift_backward(x, previous, mixes, offsets, shifted)
+        tensors = [heads, heads.float(), *[heads] * 4]
+        _, final, *kept = forward(tensors, state, offsets, True)
+        backward(tensors, kept, offsets, heads, final)
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item")
+    assert counts.kernels
+    assert not [name for name in counts.kernels if any(word in name for word in waits)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton (the extra gpu)")
 
+from rwkvx_kernels.tools.triton_device import SM_90, pretend
 from rwkvx_kernels.tools.triton_options import Options, vary
 from rwkvx_kernels.wkv7 import triton_ops, wkv7
 
@@ -141,3 +142,10 @@ def test_wrong_types_are_refused() -> None:
         wkv7(*inputs(1, 1), impl="triton")
     with pytest.raises(ValueError, match=r'impl="triton" has heads of 16 to 128 channels'):
         wkv7(*[x.float() for x in inputs(1, 1, key=12)], impl="triton")
+
+
+def test_old_devices_are_refused() -> None:
+    args = [x.float() for x in inputs(1, 1, key=17)]
+    refused = pytest.raises(ValueError, match=r"needs compute capability 8\.0 or more, not sm_75")
+    with pretend(SM_90._replace(arch=75)), refused:
+        wkv7(*args, impl="triton")
