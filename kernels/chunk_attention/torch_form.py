@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.common import from_chunks, to_chunks
-from rwkvx_kernels.chunk_attention.torch_pairs import LARGE_CHUNK, Pairs, own_tiles, query_tiles
+from rwkvx_kernels.chunk_attention.torch_pairs import (
+    LARGE_CHUNK,
+    MANY_QUERIES,
+    Pairs,
+    own_tiles,
+    query_tiles,
+)
 from rwkvx_kernels.chunk_select.common import from_groups, to_groups
 from rwkvx_kernels.dispatch import without_autocast
 from rwkvx_kernels.linear import linear
@@ -97,7 +103,8 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tens
     `mask` [m, w] is True where one of the last w keys is not to be seen.
     """
     bias = None
-    if q.device.type == "cpu" and k.shape[1] >= LARGE_CHUNK:
+    large = k.shape[1] >= LARGE_CHUNK and (len(q) == 1 or q.shape[1] >= MANY_QUERIES)
+    if q.device.type == "cpu" and large:
         return _softmax_large(q, k, v, mask)
     if mask is not None:
         bias = q.new_zeros(mask.shape[0], k.shape[1])
