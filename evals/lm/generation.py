@@ -59,10 +59,8 @@ class Continuation:
         options = self._options
         if options.temperature == 0.0:
             return largest
-        if 0 < options.top_k < len(logits_V):
-            least = logits_V.topk(options.top_k).values[-1]
-            logits_V = logits_V.masked_fill(logits_V < least, float("-inf"))
-        return pick_token(logits_V, options.temperature, options.top_p, self._generator)
+        how = options.temperature, options.top_p, self._generator, options.top_k
+        return pick_token(logits_V, *how)
 
     def take(self, token: int) -> None:
         """Adds a token, or ends at it."""

@@ -74,7 +74,8 @@ def own_batches(step: Batch, stage: StageConfig, world: World) -> list[Batch]:
     """The micro-batches of a step that this process reads: one part of the rows, in order."""
     count = len(step.inputs) // world.size
     size, start = min(stage.batch, count), world.rank * count
-    return [step.rows(start + i, start + i + size) for i in range(0, count, size)]
+    stop = start + count
+    return [step.rows(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 def check_division(config: TrainConfig, processes: int) -> None:
@@ -85,10 +86,9 @@ def check_division(config: TrainConfig, processes: int) -> None:
     """
     for number, stage in enumerate(config.stages):
         rows = stage.batch * config.accumulate
-        count, rest = divmod(rows, processes)
-        if rest or count % min(stage.batch, max(count, 1)):
+        if rows % processes:
             raise InputError(
-                f"stages[{number}] has {rows} sequences a step in batches of {stage.batch}: "
+                f"stages[{number}] has {rows} sequences a step: "
                 f"{processes} processes cannot share them evenly"
             )
 
