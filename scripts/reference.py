@@ -33,7 +33,10 @@ SECTION_NAMES = ("Args", "Attributes", "Returns", "Yields", "Raises")
 UNDESCRIBED = {
     (OptimizerConfig, "betas"): "decay of AdamW's first and second moment.",
     (OptimizerConfig, "eps"): "added to the root of the second moment.",
-    (OptimizerConfig, "weight_decay"): "of matrices; vectors have none.",
+    (
+        OptimizerConfig,
+        "weight_decay",
+    ): "of the projections, the embedding and the head; other weights have none.",
     (OptimizerConfig, "clip"): "largest norm of the gradient, over all weights.",
     (OptimizerConfig, "decay"): 'share of the run, at its end, over which "wsd" falls to `final`.',
     (TrainConfig, "optimizer"): "AdamW and its schedule.",
@@ -63,10 +66,10 @@ what the descriptions call None.
 
 API_INTRO = """# Python API
 
-What `import rwkvx` offers comes first, then the modules around it, then the kernels, which are plain
-functions on tensors and need no model. Shapes are written `[B, T, C]`: the letters are those of the
-[glossary](glossary.md#axis-letters). Errors that a user can mend are
-`rwkvx.InputError`, with one line of text.
+What `import rwkvx` offers comes first, then the modules around it, then the kernels, which are
+plain functions on tensors and need no model. Shapes are written `[B, T, C]`: the letters are those
+of the [glossary](glossary.md#axis-letters). Errors that a user can mend are `rwkvx.InputError`,
+with one line of text.
 """
 
 # Headings of the API page: a module, and which of its names (None: all of `__all__`).
@@ -206,8 +209,8 @@ def config_page() -> str:
     return f"{GENERATED}{CONFIG_INTRO}\n{text}\n"
 
 
-DATA_INTRO = """One source, `data: {kind: ..., ...}`, or a list of them, each with a weight. The fields of a source
-depend on its kind and stand beside `kind`.
+DATA_INTRO = """One source, `data: {kind: ..., ...}`, or a list of them, each with a weight. The
+fields of a source depend on its kind and stand beside `kind`.
 
 """
 
@@ -227,9 +230,7 @@ def _class(kind: type, extra: tuple[str, ...] = (), without: tuple[str, ...] = (
         default = f.default if f.default_factory is MISSING else f.default_factory()
         told = own if own is not None else words.get(f.name, "")
         rows.append(_row(f.name, *_values(kind, f.name), _default(default), told))
-    intro = (
-        parts[""] if "Attributes" in parts else parts[""].partition("\n")[0].split(" weight:")[0]
-    )
+    intro = parts[""] if "Attributes" in parts else text[: text.find(". ") + 1]
     return "\n".join([_paragraphs(intro), "", *HEAD, *rows, *extra])
 
 
@@ -264,8 +265,9 @@ def _plain_hint(kind: type, name: str) -> Any:
 def _type(hint: Any) -> str:
     """Of a field, as YAML has it."""
     if is_dataclass(hint):
-        name = {ModelConfig: "model", OptimizerConfig: "optimizer", Data: "data"}.get(hint, None)
-        anchor = name or next(f.name for f in fields(TrainConfig) if _is(TrainConfig, f.name, hint))
+        anchor = next(
+            f.name for f in fields(TrainConfig) if _plain_hint(TrainConfig, f.name) is hint
+        )
         return f"[{anchor}](#{anchor})"
     inner, kind = get_args(hint), get_origin(hint)
     if kind in (Union, UnionType):
@@ -275,10 +277,6 @@ def _type(hint: Any) -> str:
     if kind is tuple:
         return f"list of {_type(inner[0])}" if inner[-1] is ... else f"{len(inner)} numbers"
     return "null" if hint is type(None) else str(hint.__name__)
-
-
-def _is(kind: type, name: str, hint: Any) -> bool:
-    return _plain_hint(kind, name) is hint
 
 
 def _short(words: str) -> str:
@@ -346,9 +344,7 @@ def _signature(path: str, function: Callable[..., Any]) -> str:
     line = f"{path}({', '.join(words)}) -> {result}"
     if len(line) > 100:
         line = f"{path}(\n" + "".join(f"    {word},\n" for word in words) + f") -> {result}"
-    line = re.sub(
-        r"\b(torch|typing|collections\.abc|pathlib|rwkvx\w*(?:\.\w+)*)\.(?=[A-Z])", "", line
-    )
+    line = re.sub(r"\b(torch|typing|collections\.abc|pathlib|rwkvx[\w.]*)\.(?=[A-Z])", "", line)
     return f"```text\n{line}\n```"
 
 
