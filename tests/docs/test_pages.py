@@ -3,6 +3,7 @@
 Each page's blocks run in order, in one folder of their own, except the commands listed here.
 """
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -168,3 +169,21 @@ def test_commands_of_a_block() -> None:
     ]
     with pytest.raises(ValueError, match="no end"):
         blocks("```sh\nrwkvx demo\n")
+
+
+def test_every_axis_letter_is_in_the_glossary() -> None:
+    """Legends on top of modules name no letter that the glossary's table lacks."""
+    table = (ROOT / "docs/glossary.md").read_text(encoding="utf-8").partition("## Axis letters")[2]
+    known = set("".join(re.findall(r"^\| ([A-Z](?:, [A-Z])*) \|", table, re.MULTILINE)))
+    used = {}
+    for path in (
+        p for folder in ("kernels", "rwkvx", "evals") for p in (ROOT / folder).rglob("*.py")
+    ):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        if legend := re.search(
+            r"\bAx(?:es|is suffixes)\b[^:;]*[:;] (.*?)(\.\s|\.$|$)", text, re.DOTALL
+        ):
+            words = " ".join(legend[1].split())
+            used |= dict.fromkeys(re.findall(r"(?:^|[,;] )([A-Z]) ", words), title(path))
+    assert len(used) > 10
+    assert not {letter: path for letter, path in used.items() if letter not in known}
