@@ -162,7 +162,7 @@ class Pairs:
 
     def empty(self, rows: Tensor) -> Tensor:
         """Room for a row of each pair, and zeros for a pair that is missing: [padded + 1, D]."""
-        made = rows.new_empty((self.padded + 1, rows.shape[1]))
+        made = rows.new_empty((self.padded + 1, rows.shape[-1]))
         made[-1] = 0
         return made
 
