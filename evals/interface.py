@@ -45,12 +45,12 @@ class LanguageModel(Protocol):
 class StateTools:
     """Making, forking and choosing rows of a state; tests replace it for models of their own."""
 
-    def fresh(self, model: Any, tokens: int) -> State:
-        """Before the first token of one sequence, with room for so many.
+    def fresh(self, model: Any, tokens: int, rows: int = 1) -> State:
+        """Before the first token of `rows` sequences, with room for so many tokens of each.
 
         A cache that grows step by step holds old and new together.
         """
-        return model.fresh_state(1, tokens) if isinstance(model, rwkvx.Model) else None
+        return model.fresh_state(rows, tokens) if isinstance(model, rwkvx.Model) else None
 
     def repeat(self, state: State, rows: int) -> State:
         """Every batch row `rows` times, copies side by side."""

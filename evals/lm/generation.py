@@ -1,6 +1,6 @@
 """Greedy generation until a stop string, for lm-eval's generate_until requests.
 
-Axes: B batch rows, V vocabulary.
+Axes: B batch rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from rwkvx.decode_graph import one_token_steps
-from rwkvx_evals.interface import device_of, is_out_of_memory, read_tokens
+from rwkvx_evals.generate import Limit, generate
+from rwkvx_evals.interface import is_out_of_memory
 from rwkvx_evals.journal import Row
 from rwkvx_evals.lm.requests import BATCH_TOKENS, Ids
-from rwkvx_evals.lm.scoring import PIECE_TOKENS, Scorer
+from rwkvx_evals.lm.scoring import Scorer
+from rwkvx_evals.models.own import OwnModel
+from rwkvx_evals.models.reader import read_prompt
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,6 @@ class Text:
     status: str = "ok"
 
 
-def cut_at(text: str, until: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first stop string, and whether there was one."""
-    places = [place for stop in until if stop and (place := text.find(stop)) >= 0]
-    return (text[: min(places)], True) if places else (text, False)
-
-
 def prompt_key(identity: str, prompt: Prompt) -> str:
     """What the journal calls an answer to this prompt."""
     text = f"generate|{identity}|{prompt.context}|{prompt.until!r}|{prompt.limit}"
@@ -52,7 +48,6 @@ class Generator:
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer, self.model = scorer, scorer.model
-        self.tokenizer = scorer.model.tokenizer
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt]) -> list[Text]:
@@ -109,32 +104,10 @@ class Generator:
 
     def _compute(self, prompts: Sequence[Prompt]) -> list[Text]:
         """One batch of prompts with contexts of equal length."""
-        ids_BT = torch.tensor([p.context for p in prompts]).to(device_of(self.model))
-        piece = max(1, PIECE_TOKENS // len(prompts))
-        logits_B1V, state = read_tokens(self.model, ids_BT, None, logits="last", piece=piece)
-        step = one_token_steps(self.model, state, max(p.limit for p in prompts))
-        tokens: list[list[int]] = [[] for _ in prompts]
-        texts: list[Text | None] = [None] * len(prompts)
+        model = OwnModel(self.model, tools=self.scorer.tools)
+        ids_BT = torch.tensor([p.context for p in prompts]).to(model.device)
+        logits_B1V, state = read_prompt(model, ids_BT, None, "last")
         assert logits_B1V is not None
-        while True:
-            row_logits = logits_B1V[:, -1].float()
-            finite = torch.isfinite(row_logits).all(dim=-1).tolist()
-            chosen = row_logits.argmax(dim=-1)
-            for row, prompt in enumerate(prompts):
-                if texts[row] is None:
-                    texts[row] = self._extend(prompt, tokens[row], int(chosen[row]), finite[row])
-            if all(text is not None for text in texts):
-                return [text for text in texts if text is not None]
-            logits_B1V = step(chosen[:, None])
-
-    def _extend(self, prompt: Prompt, tokens: list[int], token: int, finite: bool) -> Text | None:
-        """Adds one token to a row; returns its text once it is complete."""
-        if not finite:
-            return Text("", "invalid")
-        ended = token == self.tokenizer.eos_token_id
-        if not ended:
-            tokens.append(token)
-        text, stopped = cut_at(self.tokenizer.decode(tokens), prompt.until)
-        if ended or stopped or len(tokens) >= prompt.limit:
-            return Text(text)
-        return None
+        limits = [Limit(p.limit, p.until) for p in prompts]
+        found = generate(model, logits_B1V, state, limits)
+        return [Text(a.text if a.status == "ok" else "", a.status) for a in found]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rwkvx.decode_graph import one_token_steps
 from rwkvx.errors import InputError
+from rwkvx_evals.generate import Answer, Limit, generate
 from rwkvx_evals.interface import (
     LanguageModel,
     State,
@@ -27,6 +27,7 @@ from rwkvx_evals.interface import (
     read_tokens,
 )
 from rwkvx_evals.journal import Journal, Row
+from rwkvx_evals.models.own import OwnModel
 from rwkvx_evals.passkey.plan import Group, Plan, Sample, cost_of, length_label
 
 # Tokens (all rows together) between two updates of the progress bar.
@@ -45,15 +46,6 @@ def read_answer(text: str) -> str | None:
 def is_complete(text: str) -> bool:
     """Whether the first number in `text` has been ended by another character."""
     return re.search(r"[0-9][^0-9]", text) is not None
-
-
-@dataclass
-class Answer:
-    """What the model generated for one sample, and whether its logits were finite."""
-
-    tokens: list[int]
-    text: str = ""
-    valid: bool = True
 
 
 @dataclass(frozen=True)
@@ -238,39 +230,12 @@ class PasskeyRun:
             self.model, ids_BT, fork, logits="last", piece=piece, advance=advance
         )
         assert logits is not None
-        return self._generate(logits, fork)
-
-    def _generate(self, logits_B1V: Tensor, state: State) -> list[Answer]:
-        """Greedy continuation of every row until its number has ended, or the limit is reached."""
-        answers = [Answer([]) for _ in range(logits_B1V.shape[0])]
-        pending = set(range(len(answers)))
-        limit = self.plan.settings.max_new_tokens
-        read_one = one_token_steps(self.model, state, limit)
-        for step in range(limit):
-            row_logits = logits_B1V[:, -1].float()
-            finite = torch.isfinite(row_logits).all(dim=-1).tolist()
-            chosen = row_logits.argmax(dim=-1)
-            for row in sorted(pending):
-                if self._extend(answers[row], int(chosen[row]), finite[row]):
-                    pending.discard(row)
-            if not pending or step + 1 == limit:
-                break
-            logits_B1V = read_one(chosen[:, None])
-        return answers
-
-    def _extend(self, answer: Answer, token: int, finite: bool) -> bool:
-        """Adds one token; returns whether the answer is complete."""
-        if not finite:
-            answer.valid = False
-            return True
-        if token == self.tokenizer.eos_token_id:
-            return True
-        answer.tokens.append(token)
-        answer.text = self.tokenizer.decode(answer.tokens)
-        return is_complete(answer.text)
+        limit = Limit(self.plan.settings.max_new_tokens, done=is_complete)
+        own = OwnModel(self.model, tools=self.tools)
+        return generate(own, logits, fork, [limit] * len(samples))
 
     def _judge(self, sample: Sample, answer: Answer) -> Row:
-        if not answer.valid:
+        if answer.status != "ok":
             return self._row(sample, "invalid")
         correct = read_answer(answer.text) == str(sample.passkey)
         return self._row(sample, "ok", correct, answer.text, answer.tokens)
