@@ -21,7 +21,7 @@ from rwkvx.state import SparseState
 from rwkvx_evals.bench.machine import describe
 from rwkvx_evals.files import write_json, write_text
 from rwkvx_evals.interface import read_tokens
-from rwkvx_evals.passkey.plan import length_label
+from rwkvx_evals.lengths import length_label
 from rwkvx_kernels.chunk_attention import KeyValueCache, selected_chunks
 
 Results = dict[str, Any]

@@ -22,6 +22,7 @@ from rwkvx_evals.long.engine import Engine
 from rwkvx_evals.long.folder import RunFolder, identify
 from rwkvx_evals.long.plan import Plan, Settings, Target, Unit
 from rwkvx_evals.long.remote import RemoteRun
+from rwkvx_evals.long.report.words import duration
 from rwkvx_evals.long.results import (
     FAILURES,
     Results,
@@ -81,7 +82,9 @@ class Run:
         """
         self.model, self.request, self.folder, self.quiet = model, request, folder, quiet
         if isinstance(model, Endpoint):
-            target = Target(model.fingerprint(), max_length=model.max_length, remote=True)
+            target = Target(
+                model.fingerprint(), max_length=model.max_length, tokenizer=model.tokenizer
+            )
             if request.loss:
                 raise InputError(f"{loss.NAME} needs a model on this machine, not an endpoint")
         else:
@@ -278,13 +281,6 @@ def estimate(model: Reader, plan: Plan, left: int) -> str:
         seconds = time.perf_counter() - began
     speed = len(ids) / max(seconds, 1e-9)
     return f"about {duration(left / speed)} at the {speed:,.0f} tokens/s of a short text"
-
-
-def duration(seconds: float) -> str:
-    """3 s, 12 min, 4.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _gpu(model: Reader | Endpoint) -> str | None:

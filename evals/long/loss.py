@@ -172,7 +172,6 @@ def short_windows(length: int, rows: int = 4) -> Iterator[tuple[list[int], int]]
         yield [start], length - start
 
 
-@torch.inference_mode()
 def measure(model: Reader, ids: Ids, advance: Advance) -> dict[str, Any]:
     """What the journal keeps of a window; its status is "invalid" where logits are not numbers.
 
@@ -198,6 +197,7 @@ def measure(model: Reader, ids: Ids, advance: Advance) -> dict[str, Any]:
     }
 
 
+@torch.inference_mode()
 def losses(model: Reader, ids_BT: Ids, first: int, advance: Advance) -> Losses:
     """Loss (nats) of the tokens `first` >= 1 to the last of each row, [B, T - first]."""
     rows = len(ids_BT)

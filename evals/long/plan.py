@@ -17,6 +17,7 @@ import numpy as np
 from rwkvx.errors import InputError
 from rwkvx_evals.files import code_fingerprint, digest
 from rwkvx_evals.generate import Limit
+from rwkvx_evals.interface import Tokenizer
 from rwkvx_evals.long.prefixes import Hashes, Node, prefix_hashes, prefix_tree
 from rwkvx_evals.long.task import Ids, Sample, Task
 from rwkvx_evals.models.reader import Frame
@@ -50,14 +51,19 @@ class Target:
     Attributes:
         weights: fingerprint. frame: ids around every prompt. max_length: None for no limit.
         continues: see `Reader`; a model that does not shares short tails only.
-        remote: prompts are sent as text.
+        tokenizer: of a model that prompts are sent to as text; None for one that reads tokens.
     """
 
     weights: str
     frame: Frame = field(default_factory=Frame)
     max_length: int | None = None
     continues: bool = True
-    remote: bool = False
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def remote(self) -> bool:
+        """Whether prompts are sent as text."""
+        return self.tokenizer is not None
 
 
 @dataclass(frozen=True)
@@ -167,10 +173,9 @@ class Plan:
     def _make(self, name: str, length: int, index: int) -> tuple[Sample, Ids, int]:
         """A sample, its prompt as it is read, and how many tokens truncation took."""
         task, frame = self.tasks[name], self.target.frame
-        template = len(frame) if self.settings.chat else 0
-        sample = task.sample(self.writer, length - template, index)
+        sample = task.sample(self.writer, length - frame.added, index)
         limit, ids = self.target.max_length, sample.ids
-        room = None if limit is None else limit - task.answer_tokens - template
+        room = None if limit is None else limit - task.answer_tokens - frame.added
         if room is None or len(ids) <= room:
             return sample, frame.around(ids), 0
         if self.settings.truncate is None or room < 1:
@@ -221,7 +226,10 @@ class Plan:
     def text(self, question: Question) -> str:
         """The prompt as text, truncated like its tokens."""
         sample, ids, dropped = self._made(question.task, question.length, question.index)
-        return self.writer.tokenizer.decode(ids.tolist()) if dropped else sample.text
+        if not dropped:
+            return sample.text
+        assert self.target.tokenizer is not None
+        return self.target.tokenizer.decode(ids.tolist())
 
     def limit(self, question: Question) -> Limit:
         """Where its answer ends."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 RETRIES = 4
 TIMEOUT = 600.0
+# Seconds beyond the time limit that retries and their back-off may take.
+GRACE = 60.0
 # The protocol takes no more; the others are cut here.
 STOPS = 4
 _CUT_SHORT = ("content_filter", "error", "abort")
@@ -51,7 +53,7 @@ class Endpoint:
 
     Attributes:
         url: up to and with /v1. name: of the model there. chat: prompts are messages of a user.
-        timeout: seconds after which a prompt has failed, retries included.
+        timeout: seconds that one prompt may take; GRACE more with all retries.
         max_length: tokens, as the server tells; None where it does not.
     """
 
@@ -82,11 +84,9 @@ class Endpoint:
         """The greedy answer to a prompt. Raises EndpointError with the reason for none."""
         openai = _openai()
         try:
-            async with asyncio.timeout(self.timeout):
+            async with asyncio.timeout(self.timeout + GRACE):
                 return await self._ask(client, text, limit)
-        except TimeoutError as error:
-            raise EndpointError(f"no answer within {self.timeout:.0f} s") from error
-        except openai.APITimeoutError as error:
+        except (TimeoutError, openai.APITimeoutError) as error:
             raise EndpointError(f"no answer within {self.timeout:.0f} s") from error
         except openai.APIStatusError as error:
             said = " ".join(str(error).split())[:300]

@@ -16,8 +16,9 @@ def frame_of(tokenizer: Any, chat: bool = False) -> Frame:
 
     Raises InputError: a chat template is wanted and there is none, or it changes the prompt.
     """
+    document = _start_of_document(tokenizer)
     if not chat:
-        return Frame(_start_of_document(tokenizer))
+        return Frame(document, start=len(document))
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("--chat-template: this tokenizer has no chat template")
     messages = [{"role": "user", "content": _PROMPT}]
@@ -31,7 +32,8 @@ def frame_of(tokenizer: Any, chat: bool = False) -> Frame:
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is not None and start.count(bos) > 1:
         raise InputError(f"--chat-template: the template starts {start.count(bos)} documents")
-    return Frame(start, end)
+    shared = len(document) if start[: len(document)] == document else 0
+    return Frame(start, end, shared)
 
 
 def _start_of_document(tokenizer: Any) -> tuple[int, ...]:

@@ -24,18 +24,26 @@ Step = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Frame:
-    """Token ids around every prompt: what starts a document, a chat template."""
+    """Token ids around every prompt: what starts a document, a chat template.
+
+    start: so many of the first ones are also what the tokenizer itself puts before a text, and so
+    are part of a prompt already.
+    """
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    start: int = 0
 
-    def __len__(self) -> int:
-        return len(self.before) + len(self.after)
+    @property
+    def added(self) -> int:
+        """Tokens that the frame adds to a prompt."""
+        return len(self.before) + len(self.after) - self.start
 
     def around(self, ids: Ids) -> Ids:
         """The prompt inside its frame, int64 [T]; a document is started once."""
-        if self.before and len(ids) and ids[0] == self.before[0]:
-            ids = ids[1:]
+        start = self.before[: self.start]
+        if start and tuple(ids[: self.start].tolist()) == start:
+            ids = ids[self.start :]
         return np.concatenate([np.asarray(self.before, np.int64), ids, self.after]).astype(np.int64)
 
 

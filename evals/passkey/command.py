@@ -10,8 +10,9 @@ import click
 import rwkvx
 from rwkvx.config import SELECTIONS
 from rwkvx.data.folder import data_folder
+from rwkvx_evals.lengths import length_label, parse_lengths
 from rwkvx_evals.passkey.evaluate import evaluate, find_haystack
-from rwkvx_evals.passkey.plan import Settings, depth_values, length_label, parse_lengths
+from rwkvx_evals.passkey.plan import Settings, depth_values
 from rwkvx_evals.passkey.report import Results, percent
 
 

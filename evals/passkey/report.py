@@ -8,8 +8,9 @@ from typing import Any
 
 from rwkvx_evals.files import package_version, write_atomically, write_json, write_text
 from rwkvx_evals.journal import Row
+from rwkvx_evals.lengths import length_label
 from rwkvx_evals.passkey.heatmap import draw_heatmap
-from rwkvx_evals.passkey.plan import Plan, length_label
+from rwkvx_evals.passkey.plan import Plan
 from rwkvx_evals.statistics import effective_length, tally
 
 Results = dict[str, Any]

@@ -27,8 +27,9 @@ from rwkvx_evals.interface import (
     read_tokens,
 )
 from rwkvx_evals.journal import Journal, Row
+from rwkvx_evals.lengths import length_label
 from rwkvx_evals.models.own import OwnModel
-from rwkvx_evals.passkey.plan import Group, Plan, Sample, cost_of, length_label
+from rwkvx_evals.passkey.plan import Group, Plan, Sample, cost_of
 
 # Tokens (all rows together) between two updates of the progress bar.
 PIECE_TOKENS = 16_384

@@ -25,6 +25,16 @@ class SmallWriter:
     data: Path | None = None
     book: Path | None = None
 
+    @property
+    def begin(self) -> list[int]:
+        """What the tokenizer itself puts before a text."""
+        plain, full = (self.tokenizer.encode("a", add_special_tokens=a) for a in (False, True))
+        return list(full[: len(full) - len(plain)])
+
+    def cut(self, ids: Any, tokens: int) -> Any:
+        """The start of a document and some of the ids, int64, so many in all."""
+        return np.array([*self.begin, *ids], dtype=np.int64)[:tokens]
+
 
 @dataclass(frozen=True)
 class Needle:
@@ -40,9 +50,10 @@ class Needle:
         builder = PasskeyBuilder(writer.tokenizer)
         depth = index % 10 / 9
         key = int(np.random.default_rng((writer.seed, length, index)).integers(10_000, 50_000))
-        tokens = length - self.answer_tokens
+        tokens = length - self.answer_tokens - len(writer.begin)
         ids = builder.build(standard_filler(writer.tokenizer), tokens, depth, key).ids
         text = writer.tokenizer.decode(ids.tolist())
+        ids = writer.cut(ids, length)
         return Sample(f"{self.name}-{length}-{index}", ids, text, (str(key),), {"depth": depth})
 
     def score(self, answer: str, sample: Sample) -> float:
@@ -61,9 +72,10 @@ class Noise:
 
     def sample(self, writer: SmallWriter, length: int, index: int) -> Sample:
         draw = np.random.default_rng((writer.seed, length, index, 1))
-        letters = draw.integers(97, 123, length - self.answer_tokens)
-        text = bytes(letters.tolist()).decode()
-        ids = np.array(writer.tokenizer.encode(text, add_special_tokens=False)[: len(letters)])
+        letters = bytes(draw.integers(97, 123, 2 * length).tolist()).decode()
+        encoded = writer.tokenizer.encode(letters, add_special_tokens=False)
+        ids = writer.cut(encoded, length - self.answer_tokens)
+        text = writer.tokenizer.decode(ids[len(writer.begin) :].tolist())
         return Sample(f"{self.name}-{length}-{index}", ids, text, ("abcde",))
 
     def score(self, answer: str, sample: Sample) -> float:

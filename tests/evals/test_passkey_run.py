@@ -15,8 +15,9 @@ import pytest
 from oracle import HistoryTools, Oracle
 
 from rwkvx.errors import InputError
+from rwkvx_evals.lengths import parse_length, parse_lengths
 from rwkvx_evals.passkey.evaluate import evaluate
-from rwkvx_evals.passkey.plan import Settings, depth_values, parse_length, parse_lengths
+from rwkvx_evals.passkey.plan import Settings, depth_values
 from rwkvx_evals.passkey.run import is_complete, read_answer
 
 SETTINGS = Settings((512, 1024, 2048), depth_values(5), 3, 12, "float32")
