@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +43,38 @@ def shade(score: float) -> str:
     return " high" if score >= 0.75 else " middle" if score >= 0.55 else ""
 
 
-@cache
-def _environment() -> jinja2.Environment:
-    folder = Path(__file__).parent
+def breakable(name: str) -> Markup:
+    """A name that may be broken after its underscores."""
+    return Markup(str(Markup.escape(name)).replace("_", "_<wbr>"))
+
+
+Filters = Mapping[str, Callable[..., Any]]
+FILTERS: Filters = {
+    "length_label": length_label,
+    "duration": duration,
+    "bytes": size,
+    "plus_minus": plus_minus,
+    "shade": shade,
+    "breakable": breakable,
+}
+
+
+def fill(
+    template: str,
+    *folders: Path,
+    filters: Mapping[str, Callable[..., Any]] | None = None,
+    **values: Any,
+) -> str:
+    """A page; every text in it is escaped.
+
+    folders: where templates are beside this folder. filters: what they need beside FILTERS.
+    """
+    here = Path(__file__).parent
     made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader([here, *folders]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
-    made.filters |= {
-        "length_label": length_label,
-        "duration": duration,
-        "bytes": size,
-        "plus_minus": plus_minus,
-        "shade": shade,
-    }
-    made.globals["style"] = Markup((folder / "style.css").read_text(encoding="utf-8"))
-    return made
-
-
-def fill(template: str, **values: Any) -> str:
-    """A page; every text in it is escaped."""
-    return _environment().get_template(template).render(**values)
+    made.filters |= {**FILTERS, **(filters or {})}
+    made.globals["style"] = Markup((here / "style.css").read_text(encoding="utf-8"))
+    return made.get_template(template).render(**values)
