@@ -5,7 +5,8 @@ Axes: B batch rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import rwkvx
 import rwkvx.state
+from rwkvx.state import ModelState
 
 State = Any
 Advance = Callable[[int], None]
@@ -60,9 +62,30 @@ class StateTools:
         """The batch rows named by `rows`, int64 `[B']`."""
         return rwkvx.select_state(state, rows)
 
+    def join(self, states: Sequence[State]) -> State:
+        """States after equally many tokens as one batch, rows in order."""
+        singles = [
+            self.select(state, torch.tensor([row])) if len(state.blocks[0].ffn_shift) > 1 else state
+            for state in states
+            for row in range(len(state.blocks[0].ffn_shift))
+        ]
+        blocks = zip(*(state.blocks for state in singles), strict=True)
+        return ModelState(tuple(_join_blocks(parts) for parts in blocks), singles[0].length)
+
     def bytes(self, state: State) -> int:
         """Memory that the state takes."""
         return rwkvx.state.state_bytes(state)
+
+
+def _join_blocks(parts: Sequence[Any]) -> Any:
+    """Block states of one row each as one: tensors row by row, caches side by side."""
+    fields: list[Any] = []
+    for values in zip(*parts, strict=True):
+        if isinstance(values[0], Tensor):
+            fields.append(torch.cat(values))
+        else:
+            fields.append(None if values[0] is None else tuple(chain.from_iterable(values)))
+    return type(parts[0])(*fields)
 
 
 def device_of(model: Any) -> torch.device:

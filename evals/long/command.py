@@ -117,18 +117,17 @@ def choose(text: str) -> tuple[dict[str, Task], bool]:
 
 def _export(folder: Path, tasks: dict[str, Task], loss: bool, options: dict[str, Any]) -> None:
     from rwkvx_evals.long.export import export
-    from rwkvx_evals.long.writer import Writer
     from rwkvx_evals.models.open import open_tokenizer
 
     if options["tokenizer"] is None:
         raise InputError("--export needs --tokenizer world, bytes or a folder")
     if loss:
         raise InputError(f"{NAME} has no samples to export")
-    words = open_tokenizer(options["tokenizer"])
-    data, book = data_folder(options["data"]), options["haystack"]
-    writer = Writer(words, seed=options["seed"], data=data, book=book)
-    lengths = parse_lengths(options["lengths"])
-    export(folder, list(tasks.values()), lengths, options["samples"], writer)
+    export(
+        folder, open_tokenizer(options["tokenizer"]), list(tasks.values()),
+        parse_lengths(options["lengths"]), options["samples"], options["seed"],
+        data=data_folder(options["data"]), book=options["haystack"],
+    )  # fmt: skip
     click.echo(f"samples: {folder}")
 
 

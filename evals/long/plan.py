@@ -194,9 +194,9 @@ class Plan:
             yield Unit(digest(members), length, node, node.tokens(sizes))
 
     def batches(self, labels: Sequence[str]) -> list[list[str]]:
-        """Questions that are read together: prompts of equal length, so that none is padded."""
+        """Questions that are answered together, in order: prompts of equal length, none padded."""
         by_length: dict[int, list[str]] = {}
-        for label in sorted(labels):
+        for label in labels:
             by_length.setdefault(self.questions[label].tokens, []).append(label)
         found = []
         for tokens, group in sorted(by_length.items()):
@@ -230,6 +230,13 @@ class Plan:
             return sample.text
         assert self.target.tokenizer is not None
         return self.target.tokenizer.decode(ids.tolist())
+
+    def score(self, question: Question, answer: str) -> float:
+        """0 to 1 for an answer. Raises InputError when the task gives anything else."""
+        score = float(self.tasks[question.task].score(answer, self.sample(question)))
+        if not 0.0 <= score <= 1.0:
+            raise InputError(f"task {question.task} gave a score of {score}, not 0 to 1")
+        return round(score, 6)
 
     def limit(self, question: Question) -> Limit:
         """Where its answer ends."""

@@ -78,10 +78,9 @@ class RemoteRun:
         except EndpointError as error:
             row = self.plan.row(question, "error", reason=str(error))
         else:
-            task = self.plan.tasks[question.task]
-            score = float(task.score(found.text, self.plan.sample(question)))
+            score = self.plan.score(question, found.text)
             row = self.plan.row(
-                question, "ok", score=round(score, 6), answer=found.text,
+                question, "ok", score=score, answer=found.text,
                 answer_tokens=found.tokens or 0, logprob=found.logprob,
                 endpoint_tokens=found.prompt_tokens,
             )  # fmt: skip

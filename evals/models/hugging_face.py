@@ -71,6 +71,7 @@ class HuggingFaceModel:
         if not self._keeps:
             self.segment = max(1, min(SEGMENT, LOGITS_BYTES // (4 * self.vocab_size)))
         self._head_is_all = False
+        self.joins = False
         self.continues = self._probe()
 
     @property
@@ -133,9 +134,9 @@ class HuggingFaceModel:
             yield head(part)
 
     @contextmanager
-    def branch(self, state: State, rows: int) -> Iterator[State]:
+    def branch(self, state: State, rows: int, *, keep: bool = False) -> Iterator[State]:
         """Lends the cache itself where it can be cropped afterwards, else a copy."""
-        if rows == 1 and _can_crop(state):
+        if rows == 1 and not keep and _can_crop(state):
             length = state.get_seq_length()
             try:
                 yield state
@@ -151,6 +152,19 @@ class HuggingFaceModel:
             copied.reorder_cache(torch.zeros(rows, dtype=torch.int64, device=self.device))
         yield copied
 
+    def join(self, states: Sequence[State]) -> State:
+        """One cache of all rows: of each layer, what has a row for each sequence."""
+        joined = states[0]
+        for number, layer in enumerate(joined.layers):
+            layers = [state.layers[number] for state in states]
+            for name, value in vars(layer).items():
+                if isinstance(value, dict):  # the states of linear attention, by number
+                    for key in value:
+                        value[key] = _side_by_side([vars(x)[name][key] for x in layers])
+                else:
+                    setattr(layer, name, _side_by_side([vars(x)[name] for x in layers]))
+        return joined
+
     def steps(self, state: State, tokens: int) -> Step:
         def step(ids_B1: Tensor) -> Tensor:
             nonlocal state
@@ -165,8 +179,9 @@ class HuggingFaceModel:
         """Whether reading in two calls gives what one call gives: some caches start anew."""
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(self.vocab_size, (1, PROBE_TOKENS), generator=draw).to(self.device)
-        whole, _ = self._forward(ids, None, "all")
+        whole, after = self._forward(ids, None, "all")
         assert whole is not None
+        self.joins = bool(getattr(after, "layers", None))
         if not torch.isfinite(whole).all():
             return True  # nothing to compare; its answers will be invalid, and say so
 
@@ -185,6 +200,12 @@ class HuggingFaceModel:
             head = self.model.get_output_embeddings()(hidden)
             self._head_is_all = bool((head.float() - whole.float()).abs().max() < 1e-3)
         return continues
+
+
+def _side_by_side(values: Sequence[Any]) -> Any:
+    """Tensors with rows as one; anything else as it is in the first."""
+    first = values[0]
+    return torch.cat(list(values)) if isinstance(first, Tensor) and first.dim() > 1 else first
 
 
 def _can_crop(cache: Any) -> bool:

@@ -33,6 +33,7 @@ class OwnModel:
     max_length: int | None = None
     segment: int = SEGMENT
     continues: bool = True
+    joins: bool = True
     frame: Frame = field(default_factory=Frame)
 
     @property
@@ -68,8 +69,11 @@ class OwnModel:
         return slices_by_reading(self, ids_BT, first, width)
 
     @contextmanager
-    def branch(self, state: State, rows: int) -> Iterator[State]:
+    def branch(self, state: State, rows: int, *, keep: bool = False) -> Iterator[State]:
         yield self.tools.repeat(state, rows)
+
+    def join(self, states: Sequence[State]) -> State:
+        return self.tools.join(states)
 
     def steps(self, state: State, tokens: int) -> Step:
         return one_token_steps(self.model, state, tokens)

@@ -61,6 +61,7 @@ class Reader(Protocol):
         segment: tokens (all rows together) to read in one call.
         continues: whether several tokens may be read onto a state. If not, a prompt is read in one
             call, and what follows token by token.
+        joins: whether states can be joined.
     """
 
     @property
@@ -90,6 +91,9 @@ class Reader(Protocol):
     @property
     def continues(self) -> bool: ...
 
+    @property
+    def joins(self) -> bool: ...
+
     def fingerprint(self) -> str:
         """Hash of the weights (hexadecimal)."""
         ...
@@ -116,8 +120,17 @@ class Reader(Protocol):
         """
         ...
 
-    def branch(self, state: State, rows: int) -> AbstractContextManager[State]:
-        """`rows` copies of a state of one row, to go on from; afterwards `state` is as before."""
+    def branch(
+        self, state: State, rows: int, *, keep: bool = False
+    ) -> AbstractContextManager[State]:
+        """`rows` copies of a state of one row, to go on from; afterwards `state` is as before.
+
+        keep: the copies are used after the context too.
+        """
+        ...
+
+    def join(self, states: Sequence[State]) -> State:
+        """States after equally many tokens as one batch, rows in order; they are used up."""
         ...
 
     def steps(self, state: State, tokens: int) -> Step:
