@@ -63,7 +63,7 @@ def render_markdown(runs: Sequence[Run], parts: Sequence[list[Difference]]) -> s
             "",
             f"## {run.label} minus {runs[0].label}",
             "",
-            f"| task | length | samples | {runs[0].label} | {run.label} | difference | clear |",
+            f"| task | length | samples | {runs[0].label} | {run.label} | difference | significant |",
             "|---|---:|---:|---:|---:|---:|---|",
         ]
         for row in rows:
@@ -71,10 +71,10 @@ def render_markdown(runs: Sequence[Run], parts: Sequence[list[Difference]]) -> s
             count = f"{row['n']}" if row["paired"] else f"{row['n']} (unpaired)"
             lines.append(
                 f"| {row['task']} | {length} | {count} | {side(row, 'a')} | {side(row, 'b')} | "
-                f"{gain(row)} | {'yes' if row['clear'] else ''} |"
+                f"{gain(row)} | {'yes' if row['significant'] else ''} |"
             )
     note = (
-        "Differences with one standard error, in points of percent (loss: nats); clear: 0 lies "
+        "Differences with one standard error, in points of percent (loss: nats); significant: 0 lies "
         "outside of the 95 % interval. A failed sample counts 0."
     )
     lines += ["", note, ""]
@@ -151,6 +151,6 @@ def summary(runs: Sequence[Run], parts: Sequence[list[Difference]]) -> str:
     for run, rows in zip(runs[1:], parts, strict=True):
         lines.append(f"{run.label} minus {runs[0].label}:")
         for row in rows:
-            mark = "  clear" if row["significant"] else ""
+            mark = "  significant" if row["significant"] else ""
             lines.append(f"  {_name(row):<28} {gain(row):>16}  n = {row['n']}{mark}")
     return "\n".join(lines)

@@ -100,10 +100,10 @@ def test_a_prefix_is_read_once(tmp_path: Path) -> None:
 def test_answers_are_made_together_wherever_prompts_branch(tmp_path: Path) -> None:
     model = oracle()
     ask(model, tmp_path, tasks=NEEDLE, lengths=(600,))
-    assert set(model.model.rows_seen) == {1, 10}
+    assert max(model.model.rows_seen) == 10
     pairs = oracle()
     ask(pairs, tmp_path / "pairs", tasks=NEEDLE, lengths=(600,), batch=2)
-    assert set(pairs.model.rows_seen) == {1, 2}
+    assert max(pairs.model.rows_seen) == 2
 
 
 def test_hashes_find_what_prompts_share() -> None:
