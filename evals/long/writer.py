@@ -207,13 +207,16 @@ class Writer:
         Raises InputError where the length is too short for what the layout holds, or the haystack
         too short for the length.
         """
-        room = self.room(task, length, layout)
-        units = layout.units
-        if units is None:
-            layout.haystack.reach(room)
-            units = layout.haystack.fitting(room)
-        for fewer in range(min(_TRIES, units + 1) if layout.units is None else 1):
-            written = self._write(layout, units - fewer, length - task.answer_tokens)
+        room, hay = self.room(task, length, layout), layout.haystack
+        if layout.units is None:
+            hay.reach(room)
+            # One more than fits, as there may be fewer tokens than all parts have by themselves.
+            most = min(hay.fitting(room) + 1, len(hay))
+            tries = range(most, max(most - _TRIES, -1), -1)
+        else:
+            tries = range(layout.units, layout.units - 1, -1)
+        for units in tries:
+            written = self._write(layout, units, length - task.answer_tokens)
             if written is not None:
                 ids, text = written
                 return Sample(f"{task.name}-{length}-{index}", ids, text, tuple(answers), about)
@@ -240,10 +243,9 @@ class Writer:
         """Ids (exactly so many) and text; None where the count cannot be made exact."""
         hay = layout.haystack
         runs, last, before = self._runs(layout, units)
-        parts, texts = [self.begin], []
+        parts = [self.begin]
         for number, (text, start, end) in enumerate(runs):
             parts += [self._encode(text, number == 0), hay.ids(start, end)]
-            texts += [text, hay.text(start, end)]
         left = tokens - sum(map(len, parts))
         after = layout.filler[1] if layout.filler else hay.after
 
@@ -254,7 +256,8 @@ class Writer:
         if final is None:
             return None
         ids = np.concatenate([*parts, self._encode_text(final, not runs)])
-        return ids, "".join([*texts, final])
+        between = [part for text, start, end in runs for part in (text, hay.text(start, end))]
+        return ids, "".join([*between, final])
 
     def _runs(self, layout: Layout, units: int) -> tuple[list[tuple[str, int, int]], str, str]:
         """Texts that are tokenised as one, each with the untouched units start … end behind it.

@@ -23,9 +23,8 @@ TAIL = (
 )
 
 
-def repeats(length: int) -> tuple[int, int]:
-    """How often a common word and any other appear, as RULER has it for short and long prompts."""
-    return (6, 1) if length < 4096 else (30, 3)
+# How often a common word and any other appear, in long and in short lists.
+LONG, SHORT = (30, 3), (6, 1)
 
 
 class CommonWords:
@@ -34,10 +33,11 @@ class CommonWords:
     name = "ruler_cwe"
     about = "the 10 most common words of a numbered list; share of them named"
     source = (
-        "RULER (arXiv 2404.06654), as in lm-eval (no worked example); lengths are exact. Lists "
-        "too long for RULER's 8,000 words are made of adjective-noun pairs, all of them"
+        "RULER (arXiv 2404.06654), as in lm-eval (no worked example); lengths are exact, with "
+        "room for answers written in bytes; lists too long for RULER's 8,000 words are made of "
+        "adjective-noun pairs, all of them"
     )
-    answer_tokens = 120
+    answer_tokens = 240
     stop: tuple[str, ...] = ()
 
     def sample(self, writer: Writer, length: int, index: int) -> Sample:
@@ -62,10 +62,12 @@ class _Rows:
     """Numbered lists of words, from tokens of the numbers and the words that are made once."""
 
     def __init__(self, writer: Writer, length: int, room: int) -> None:
-        self._often, self._seldom = repeats(length)
         self.words: Sequence[str] = sorted({*words("noun"), *words("adjective"), *words("verb")})
         some = " ".join(f"{1000 + n}. {word}" for n, word in enumerate(self.words[::40]))
         each = len(writer.encode(some)) / len(self.words[::40])
+        # As RULER has it from 4,096 tokens on, where the common words leave room for others.
+        fits = length >= 4096 and room > 2 * COMMON * LONG[0] * each
+        self._often, self._seldom = LONG if fits else SHORT
         # One in eight more than will fit, and more of the first, which have shorter numbers.
         self._entries = int(room / each * 1.125) + 400
         wanted = self._entries // self._seldom
@@ -75,7 +77,14 @@ class _Rows:
         texts = [f" {n}." for n in range(1, self._entries + 1)] + [f" {w}" for w in self.words]
         used = np.arange(max(self._entries, len(self.words)))
         mixed = [used % self._entries, self._entries + used % len(self.words)]
-        self._table = Table(texts, writer.encode, np.stack(mixed, axis=1).reshape(-1))
+        # Words and small numbers are the same at every length.
+        known: dict[str, Ids] = writer.keep("ruler_cwe tokens", dict)
+        known |= {text: writer.encode(text) for text in texts if text not in known}
+        self._table = Table(
+            texts,
+            lambda text: known[text] if text in known else writer.encode(text),
+            np.stack(mixed, axis=1).reshape(-1),
+        )
 
     def tokens(self, order: Ids) -> Ids:
         """Tokens of the lists of the first 1, 2, … words of an order, int64 [words]."""

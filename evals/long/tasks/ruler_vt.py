@@ -58,10 +58,10 @@ class VariableTracking:
     name = "ruler_vt"
     about = "5 variables that are assigned one value in a chain, in noise; share of them named"
     source = (
-        "RULER (arXiv 2404.06654), as in lm-eval; lengths are exact, and all samples of a seed "
-        f"share the worked example, of {EXAMPLE_LINES} lines"
+        "RULER (arXiv 2404.06654), as in lm-eval; lengths are exact, with room for answers "
+        f"written in bytes; all samples share the worked example, of {EXAMPLE_LINES} lines"
     )
-    answer_tokens = 30
+    answer_tokens = 40
     stop: tuple[str, ...] = ()
 
     def sample(self, writer: Writer, length: int, index: int) -> Sample:
