@@ -5,7 +5,7 @@ Axes: B batch rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +24,10 @@ class Limit:
     Attributes:
         tokens: at most so many.
         stop: strings that end it and are no part of it.
-        done: whether a text needs nothing after it; it is called after every token.
     """
 
     tokens: int
     stop: tuple[str, ...] = ()
-    done: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,6 @@ class _Row:
         return self.model.decode(self.tokens) if self.tokens else ""
 
     def _has_ended(self) -> bool:
-        if self.limit.done is not None and self.limit.done(self._text()):
-            return True
         return bool(self._stop_length) and cut_at(self._end(), self.limit.stop)[1]
 
     def _end(self) -> str:

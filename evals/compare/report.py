@@ -63,7 +63,7 @@ def render_markdown(runs: Sequence[Run], parts: Sequence[list[Difference]]) -> s
             "",
             f"## {run.label} minus {runs[0].label}",
             "",
-            f"| task | length | samples | {runs[0].label} | {run.label} | difference | significant |",
+            f"| task | length | samples | {runs[0].label} | {run.label} | difference | certain |",
             "|---|---:|---:|---:|---:|---:|---|",
         ]
         for row in rows:
@@ -74,7 +74,7 @@ def render_markdown(runs: Sequence[Run], parts: Sequence[list[Difference]]) -> s
                 f"{gain(row)} | {'yes' if row['significant'] else ''} |"
             )
     note = (
-        "Differences with one standard error, in points of percent (loss: nats); significant: 0 lies "
+        "Differences with one standard error, in points of percent (loss: nats); certain: 0 lies "
         "outside of the 95 % interval. A failed sample counts 0."
     )
     lines += ["", note, ""]

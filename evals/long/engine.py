@@ -235,9 +235,14 @@ class Engine:
         question = self.plan.questions[label]
         if answer.status != "ok":
             return self.plan.row(question, answer.status, answer=answer.text)
-        tokens = len(answer.tokens)
-        score = self.plan.score(question, answer.text)
-        return self.plan.row(question, "ok", score=score, answer=answer.text, answer_tokens=tokens)
+        return self.plan.row(
+            question,
+            "ok",
+            score=self.plan.score(question, answer.text),
+            answer=answer.text,
+            answer_tokens=len(answer.tokens),
+            tokens=list(answer.tokens),
+        )
 
     def _record(self, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:

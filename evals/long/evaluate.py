@@ -32,6 +32,7 @@ from rwkvx_evals.long.results import (
     task_results,
     total,
 )
+from rwkvx_evals.long.shards import SharedJournal
 from rwkvx_evals.long.task import Ids, Task
 from rwkvx_evals.long.work import Job, Worker, processes, timing
 from rwkvx_evals.models.endpoint import Endpoint
@@ -110,6 +111,8 @@ class Run:
         """Answers what the run folder lacks, together with whoever else works in it."""
         rank, _ = processes()
         loud = not self.quiet and rank == 0
+        if loud and (changed := self.changed()):
+            click.echo(f"warning: {changed}", err=True)
         if isinstance(self.model, Endpoint):
             remote = RemoteRun(
                 self.model, self.plan, self.folder.journal, self.folder.claims,
@@ -130,25 +133,25 @@ class Run:
                 click.echo(estimate(self.model, self.plan, left), err=True)
         worker.run(jobs)
 
+    def changed(self) -> str | None:
+        """A warning where this folder has answers to other samples of the same names."""
+        questions, rows = self.plan.questions, self.folder.journal.rows.values()
+        asked = {row["id"]: row["prompt"] for row in rows if row.get("id") in questions}
+        other = sum(questions[name].sample != prompt for name, prompt in asked.items())
+        if not other:
+            return None
+        return (
+            f"{other} samples were others when this folder was last worked on (another data folder "
+            "or book?): they are asked again"
+        )
+
     def jobs(self, model: Reader) -> list[Job]:
         """What can be claimed, the longest first: what does not fit is known soon, and processes
         end together."""
-        jobs = [self._unit(model, unit) for unit in self.plan.units]
+        jobs = plan_jobs(model, self.plan, self.folder.journal)
         for question in self.losses.questions if self.losses else ():
             jobs.append(self._window(model, question))
         return sorted(jobs, key=lambda job: (-job.tokens, job.key))
-
-    def _unit(self, model: Reader, unit: Unit) -> Job:
-        def do(advance: Any) -> tuple[int, int]:
-            engine = Engine(model, self.plan, self.folder.journal, advance)
-            engine.ask(unit)
-            return engine.read, engine.generated
-
-        questions = [self.plan.questions[label] for label in unit.node.members()]
-        names = sorted({question.task for question in questions})
-        label = f"{names[0]}{' ...' if len(names) > 1 else ''} {unit.length:,}"
-        keys = tuple(question.key for question in questions)
-        return Job(unit.key, keys, label, unit.length, unit.tokens, do)
 
     def _window(self, model: Reader, question: loss.Question) -> Job:
         tokens = loss.tokens_to_read(question.length)
@@ -235,6 +238,24 @@ def evaluate(
         run = Run(model, request, writer, folder, quiet=quiet)
         run.answer()
         return folder.report(run.results)
+
+
+def plan_jobs(model: Reader, plan: Plan, journal: SharedJournal) -> list[Job]:
+    """The units of a plan as jobs of the engine."""
+
+    def job(unit: Unit) -> Job:
+        def do(advance: Any) -> tuple[int, int]:
+            engine = Engine(model, plan, journal, advance)
+            engine.ask(unit)
+            return engine.read, engine.generated
+
+        questions = [plan.questions[label] for label in unit.node.members()]
+        names = sorted({question.task for question in questions})
+        label = f"{names[0]}{' ...' if len(names) > 1 else ''} {unit.length:,}"
+        keys = tuple(question.key for question in questions)
+        return Job(unit.key, keys, label, unit.length, unit.tokens, do)
+
+    return [job(unit) for unit in plan.units]
 
 
 def announce(plan: Plan, losses: loss.LossPlan | None, left: int) -> str:

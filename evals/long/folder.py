@@ -15,7 +15,7 @@ from rwkvx.errors import InputError
 from rwkvx_evals.files import code_fingerprint, digest, package_version, write_json
 from rwkvx_evals.long.plan import Settings
 from rwkvx_evals.long.report import write_report
-from rwkvx_evals.long.results import Results, Row, write_samples
+from rwkvx_evals.long.results import Results, Row, write_rows
 from rwkvx_evals.long.shards import Claims, SharedJournal
 from rwkvx_evals.long.work import PAUSE
 
@@ -59,9 +59,9 @@ class RunFolder:
                 same = ("answers", "sample_manifest", "weights", "timing")
                 if old is not None and all(old.get(name) == found[name] for name in same):
                     return old
-                write_samples(samples, self.path / "samples.jsonl")
+                write_rows(samples, self.path / "samples.jsonl")
                 if windows:
-                    write_samples(windows, self.path / "windows.jsonl")
+                    write_rows(windows, self.path / "windows.jsonl")
                 write_report(found, samples, self.path)
                 write_json(self.path / RESULTS, found)
                 return found

@@ -260,6 +260,7 @@ class Plan:
             "prompt": question.sample,
             "prompt_tokens": question.tokens,
             "answer_tokens": 0,
+            "tokens": [],
             "truncated": question.dropped,
             **more,
         }

@@ -84,12 +84,12 @@ def total(rows: Sequence[Row], skipped: int) -> dict[str, int]:
 
 def sample_rows(rows: Iterable[Row]) -> list[Row]:
     """Rows as samples.jsonl holds them: without what only the journal needs, in order."""
-    hidden = ("key", "attempt")
+    hidden = ("key", "attempt", "tokens")
     shown = [{k: v for k, v in row.items() if k not in hidden} for row in rows]
     return sorted(shown, key=lambda row: (row["task"], row["length"], row["index"]))
 
 
-def write_samples(rows: Sequence[Row], path: Path) -> None:
+def write_rows(rows: Sequence[Row], path: Path) -> None:
     """One JSON object per line, the file whole or not at all."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     text = "".join(f"{line}\n" for line in lines)

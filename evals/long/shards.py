@@ -117,7 +117,7 @@ def _new_file(folder: Path) -> Path:
                 continue
             return path
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+        raise InputError(f"cannot open {folder}: {error.strerror or error}") from error
     raise AssertionError("itertools.count ends")
 
 

@@ -34,7 +34,9 @@ _NEEDED = "".join(chr(c) for c in range(33, 127))
 _LEADS = ("\n", ".", "x")
 _PROBES = ("The grass is green.", " The sky is blue.", "\nHere we go.")
 _SHORT = ("", ".", "!", " a", " I", " so", " on", "...", " too", " and", " then", "-")
-_ENDINGS = sorted({"".join(pair) for pair in product(_SHORT, repeat=2)}, key=len)
+_ENDINGS = sorted(
+    {"".join(pair) for pair in product(_SHORT, repeat=2)}, key=lambda ending: (len(ending), ending)
+)
 _LONGEST_ENDING = len(_ENDINGS[-1])  # in characters, so in tokens too
 _WORDS = (
     "well", "now", "then", "so", "yes", "oh", "why", "but", "or", "if", "as", "at", "by", "my",

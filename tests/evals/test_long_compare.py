@@ -20,7 +20,7 @@ from rwkvx_evals.compare.command import compare_command
 from rwkvx_evals.compare.pairs import Run, compare, read_runs
 from rwkvx_evals.files import write_json
 from rwkvx_evals.long.plan import Settings
-from rwkvx_evals.long.results import write_samples
+from rwkvx_evals.long.results import write_rows
 from rwkvx_evals.models.own import OwnModel
 
 
@@ -28,7 +28,7 @@ def save(folder: Path, run: tuple[dict[str, Any], list[dict[str, Any]]]) -> Path
     results, rows = run
     results.pop("loss_by_position", None)
     write_json(folder / "results.json", results)
-    write_samples(rows, folder / "samples.jsonl")
+    write_rows(rows, folder / "samples.jsonl")
     return folder
 
 
