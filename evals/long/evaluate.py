@@ -190,7 +190,7 @@ class Run:
             "total": total(samples, len(plan.skipped)),
             "tasks": {name: self._task(name, samples) for name in plan.tasks},
             "timing": timing(list(journal.rows.values())),
-            "warnings": [w for w in [check_tokens(samples)] if w],
+            "warnings": [w for w in [check_tokens(samples), whole_prompts(self.model)] if w],
         }
         if self.losses:
             found[loss.NAME] = self._losses(windows)
@@ -238,6 +238,16 @@ def evaluate(
         run = Run(model, request, writer, folder, quiet=quiet)
         run.answer()
         return folder.report(run.results)
+
+
+def whole_prompts(model: Reader | Endpoint) -> str | None:
+    """A warning for a model that shares little and whose memory grows with the prompt."""
+    if isinstance(model, Endpoint) or model.continues:
+        return None
+    return (
+        f"the cache of {model.name} starts anew where several tokens are read onto it: every "
+        "prompt is read in one call, and prefixes are shared before short endings only"
+    )
 
 
 def plan_jobs(model: Reader, plan: Plan, journal: SharedJournal) -> list[Job]:

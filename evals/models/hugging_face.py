@@ -27,6 +27,7 @@ CACHES = ("cache", "past_key_values", "cache_params")
 LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 SEGMENT = 4096
 LOGITS_BYTES = 256_000_000
+UNLIMITED = 1 << 40
 PROBE_TOKENS = 64
 # Rounding of a whole network, in parts of its largest logit; not going on from what was read
 # shows in the first of them.
@@ -182,23 +183,27 @@ class HuggingFaceModel:
         whole, after = self._forward(ids, None, "all")
         assert whole is not None
         self.joins = bool(getattr(after, "layers", None))
-        if not torch.isfinite(whole).all():
-            return True  # nothing to compare; its answers will be invalid, and say so
+        compared = torch.isfinite(whole)  # unused tokens may be masked by -inf
+        if not compared.any():
+            return True  # its answers will be invalid, and say so
+
+        largest = whole.float()[compared].abs().max()
+
+        def same(found: Tensor, start: int) -> bool:
+            error = (found.float() - whole[:, start:].float())[compared[:, start:]].abs()
+            return bool((error <= TOLERANCE[whole.dtype] * largest).all())
 
         def agrees(cut: int) -> bool:
             _, state = self._forward(ids[:, :cut], None, "none")
             rest, _ = self._forward(ids[:, cut:], state, "all")
-            assert rest is not None
-            error = (rest.float() - whole[:, cut:].float()).abs().max()
-            return bool(error <= TOLERANCE[whole.dtype] * whole.float().abs().max())
+            return rest is not None and same(rest, cut)
 
         if not agrees(PROBE_TOKENS - 1):
             raise InputError(f"{self.name}: one token after a text gives another answer than both")
         continues = agrees(PROBE_TOKENS // 2)
         if not continues:
             hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
-            head = self.model.get_output_embeddings()(hidden)
-            self._head_is_all = bool((head.float() - whole.float()).abs().max() < 1e-3)
+            self._head_is_all = same(self.model.get_output_embeddings()(hidden), 0)
         return continues
 
 
@@ -248,6 +253,7 @@ def load_hugging_face(
     common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust}
     try:
         words = tokenizer or AutoTokenizer.from_pretrained(folder, **common)
+        words.model_max_length = UNLIMITED  # it would warn of every book
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), device_map=device_map, **common
         )

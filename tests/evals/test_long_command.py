@@ -136,6 +136,27 @@ def test_two_checkpoints_are_compared(tiny: Path, tmp_path: Path) -> None:
     assert {row["paired"] for row in found["compared"][0]["differences"]} == {True}
 
 
+def test_a_task_written_after_the_pattern_runs(tiny: Path, tmp_path: Path) -> None:
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    from needles import ask
+
+    from rwkvx_evals.long.writer import Writer
+
+    file = Path(__file__).parent / "long" / "colour.py"
+    assert len(file.read_text().splitlines()) <= 60
+    spec = spec_from_file_location("colour", file)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(module := module_from_spec(spec))
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 100)
+    model = open_model(str(tiny), Options())
+    writer = Writer(model.tokenizer, book=tmp_path / "book.txt")  # type: ignore[arg-type]
+    tasks = {task.name: task for task in module.TASKS}
+    found = ask(model, tmp_path / "out", tasks=tasks, lengths=(300,), samples=4, writer=writer)
+    assert found["tasks"]["colour"]["lengths"]["300"]["scored"] == 4
+
+
 def test_exporting(tmp_path: Path) -> None:
     done = run("--export", str(tmp_path / "e"), "--tokenizer", "world", "--tasks", "passkey",
                "--lengths", "400", "--samples", "2")  # fmt: skip

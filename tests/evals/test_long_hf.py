@@ -112,6 +112,7 @@ def test_batches_and_sharing_change_nothing(model: HuggingFaceModel, tmp_path: P
     assert found["prompt_tokens"]["read"] == found["prompt_tokens"]["without_sharing"]
     texts = {row["answer"] for row in answers(tmp_path / "plain")}
     assert len(texts) > 12
+    assert bool(found["warnings"]) is not model.continues
     for number, more in enumerate(({}, {"batch": 1}, {"batch": 8})):
         out = tmp_path / str(number)
         found = ask(model, out, **SMALL, **more)

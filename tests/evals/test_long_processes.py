@@ -108,6 +108,37 @@ def test_two_processes_answer_nothing_twice(tmp_path: Path, whole: Path) -> None
     check(tmp_path, whole)
 
 
+SAMPLES = """
+from rwkvx.errors import InputError
+from rwkvx.tokenizers import get_tokenizer
+from rwkvx_evals.long.tasks import TASKS
+from rwkvx_evals.long.writer import Writer
+writer = Writer(get_tokenizer("bytes"))
+for name, task in TASKS.items():
+    for length in (2000, 900):
+        try:
+            print(name, task.sample(writer, length, 3).sha256)
+        except InputError:
+            print(name, "needs data, or more tokens")
+"""
+
+
+def test_every_process_makes_the_same_samples() -> None:
+    """Sets are in another order in every process: nothing may depend on it."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    common = {k: v for k, v in os.environ.items() if k != "RWKVX_DATA"} | {"PYTHONPATH": paths}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAMPLES],
+            env=common | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True,
+        )
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    first, second = (process.communicate(timeout=120)[0] for process in both)
+    assert first == second
+    assert sum(len(line.split()) == 2 for line in first.splitlines()) > 20
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
