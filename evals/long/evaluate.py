@@ -89,7 +89,7 @@ class Run:
             if request.loss:
                 raise InputError(f"{loss.NAME} needs a model on this machine, not an endpoint")
         else:
-            target = Target(model.fingerprint(), model.frame, model.max_length, model.continues)
+            target = target_of(model)
         self.weights = target.weights
         tasks = (request.tasks, request.lengths, request.samples)
         self.plan = Plan(
@@ -238,6 +238,12 @@ def evaluate(
         run = Run(model, request, writer, folder, quiet=quiet)
         run.answer()
         return folder.report(run.results)
+
+
+def target_of(model: Reader) -> Target:
+    """What a plan needs to know of a model that reads tokens."""
+    limits = (model.max_length, model.rows, model.continues)
+    return Target(model.fingerprint(), model.frame, *limits)
 
 
 def whole_prompts(model: Reader | Endpoint) -> str | None:

@@ -20,11 +20,10 @@ from rwkvx_evals.generate import Limit
 from rwkvx_evals.interface import Tokenizer
 from rwkvx_evals.long.prefixes import Hashes, Node, prefix_hashes, prefix_tree
 from rwkvx_evals.long.task import Ids, Sample, Task
-from rwkvx_evals.models.reader import Frame
+from rwkvx_evals.models.reader import ROWS, Frame
 
-# Rows read together unless told otherwise: as many as make this many prompt tokens, at most ROWS.
+# Prompts read together, unless told otherwise, are at most so many tokens.
 BATCH_TOKENS = 65_536
-ROWS = 16
 TRUNCATIONS = ("left", "middle")
 
 
@@ -50,13 +49,14 @@ class Target:
 
     Attributes:
         weights: fingerprint. frame: ids around every prompt. max_length: None for no limit.
-        continues: see `Reader`; a model that does not shares short tails only.
+        rows, continues: see `Reader`; a model that does not continue shares short tails only.
         tokenizer: of a model that prompts are sent to as text; None for one that reads tokens.
     """
 
     weights: str
     frame: Frame = field(default_factory=Frame)
     max_length: int | None = None
+    rows: int = ROWS
     continues: bool = True
     tokenizer: Tokenizer | None = None
 
@@ -143,7 +143,7 @@ class Plan:
         self.questions: dict[str, Question] = {}
         self.skipped: list[Skipped] = []
         self.units: list[Unit] = []
-        self._made = lru_cache(maxsize=batch or ROWS)(self._make)
+        self._made = lru_cache(maxsize=batch or target.rows)(self._make)
         for length in sorted(lengths, reverse=True):
             hashes = self._plan_length(length)
             self.units += self._units(length, hashes)
@@ -206,7 +206,7 @@ class Plan:
 
     def rows(self, tokens: int) -> int:
         """How many prompts of so many tokens are read together at most."""
-        return self._batch or max(1, min(ROWS, BATCH_TOKENS // max(1, tokens)))
+        return self._batch or max(1, min(self.target.rows, BATCH_TOKENS // max(1, tokens)))
 
     def sample(self, question: Question) -> Sample:
         """The sample behind a question. Raises InputError when a task makes another one now."""

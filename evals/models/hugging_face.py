@@ -19,7 +19,7 @@ from torch import Tensor
 from rwkvx.errors import InputError
 from rwkvx_evals.interface import Tokenizer
 from rwkvx_evals.models.frames import frame_of
-from rwkvx_evals.models.reader import Frame, State, Step, slices_by_reading
+from rwkvx_evals.models.reader import ROWS, Frame, State, Step, slices_by_reading
 
 # How the argument, and the field of the output, is called that carries what was read. The first
 # is transformers' own from 5.24 on, the others older ones'.
@@ -71,6 +71,7 @@ class HuggingFaceModel:
         self.segment = SEGMENT
         if not self._keeps:
             self.segment = max(1, min(SEGMENT, LOGITS_BYTES // (4 * self.vocab_size)))
+        self.rows = ROWS
         self._head_is_all = False
         self.joins = False
         self.continues = self._probe()

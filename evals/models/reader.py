@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rwkvx_evals.interface import Advance, Tokenizer
 
+ROWS = 16
 State = Any
 Ids = NDArray[np.int64]
 Step = Callable[[Tensor], Tensor]
@@ -58,6 +59,7 @@ class Reader(Protocol):
         max_length: tokens of prompt and answer together; None: no limit.
         end_ids: tokens that end a document, and with it an answer.
         frame: what stands around every prompt.
+        rows: prompts to read together at most, unless told otherwise.
         segment: tokens (all rows together) to read in one call.
         continues: whether several tokens may be read onto a state. If not, a prompt is read in one
             call, and what follows token by token.
@@ -84,6 +86,9 @@ class Reader(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def rows(self) -> int: ...
 
     @property
     def segment(self) -> int: ...

@@ -14,8 +14,8 @@ from rwkvx.data.passkey import Filler, PasskeyBuilder, prose_filler, standard_fi
 from rwkvx.errors import InputError
 from rwkvx_evals.files import machine, peak_memory_bytes, write_json
 from rwkvx_evals.interface import LanguageModel, StateTools, Tokenizer
-from rwkvx_evals.long.evaluate import announce, estimate, plan_jobs
-from rwkvx_evals.long.plan import Plan, Target
+from rwkvx_evals.long.evaluate import announce, estimate, plan_jobs, target_of
+from rwkvx_evals.long.plan import Plan
 from rwkvx_evals.long.plan import Settings as RunSettings
 from rwkvx_evals.long.shards import Claims, SharedJournal
 from rwkvx_evals.long.work import Worker, timing
@@ -65,7 +65,7 @@ def evaluate(
     for length in settings.lengths:  # none is skipped here
         task.builder.prefix_length(length, 0.0)
     plan = Plan(
-        {task.name: task}, settings.lengths, settings.samples, None, Target(own.fingerprint()),
+        {task.name: task}, settings.lengths, settings.samples, None, target_of(own),
         RunSettings(dtype=settings.dtype), batch=batch,
     )  # fmt: skip
     with SharedJournal(out / "journal") as journal, closing(Claims(out / "claims")) as claims:
