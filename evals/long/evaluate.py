@@ -24,7 +24,6 @@ from rwkvx_evals.long.plan import Plan, Settings, Target, Unit
 from rwkvx_evals.long.remote import RemoteRun
 from rwkvx_evals.long.report.words import duration
 from rwkvx_evals.long.results import (
-    FAILURES,
     Results,
     Row,
     check_tokens,
@@ -32,6 +31,7 @@ from rwkvx_evals.long.results import (
     task_results,
     total,
 )
+from rwkvx_evals.long.rows import FAILURES
 from rwkvx_evals.long.shards import SharedJournal
 from rwkvx_evals.long.task import Ids, Task
 from rwkvx_evals.long.work import Job, Worker, processes, timing

@@ -141,6 +141,7 @@ class LossPlan:
         window = self.books.window(question.length, question.index)
         row: dict[str, Any] = {
             "key": question.key,
+            "kind": "window",
             "id": question.id,
             "task": NAME,
             "length": question.length,
@@ -148,6 +149,10 @@ class LossPlan:
             "prompt": question.prompt,
             "book": window.book,
             "start": window.start,
+            "buckets": [],
+            "compared": 0,
+            "key_tokens": 0,
+            "key_loss": 0.0,
         }
         try:
             return row | measure(model, window.ids, advance)

@@ -248,6 +248,7 @@ class Plan:
         sample = self.sample(question)
         return {
             "key": question.key,
+            "kind": "sample",
             "id": question.id,
             "task": question.task,
             "length": question.length,

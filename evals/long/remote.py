@@ -89,7 +89,7 @@ class RemoteRun:
     def _timing(self, question: Question, row: dict[str, Any], seconds: float) -> dict[str, Any]:
         return {
             "key": f"unit-{question.key}-{self.journal.shard}",
-            "status": "unit",
+            "kind": "unit",
             "length": question.length,
             "seconds": round(seconds, 3),
             "read": question.tokens,

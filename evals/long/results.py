@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from rwkvx_evals.files import write_text
+from rwkvx_evals.long.rows import FAILURES
 from rwkvx_evals.statistics import effective_length, summary
 
 Results = dict[str, Any]
 Row = dict[str, Any]
 
-# Kinds of failure: no memory, logits that are not numbers, no answer from an endpoint.
-FAILURES = ("oom", "invalid", "error")
 # Beyond so many different depths, they are shown in tenths.
 DEPTHS = 12
 
@@ -84,7 +83,7 @@ def total(rows: Sequence[Row], skipped: int) -> dict[str, int]:
 
 def sample_rows(rows: Iterable[Row]) -> list[Row]:
     """Rows as samples.jsonl holds them: without what only the journal needs, in order."""
-    hidden = ("key", "attempt", "tokens")
+    hidden = ("key", "kind", "attempt", "tokens")
     shown = [{k: v for k, v in row.items() if k not in hidden} for row in rows]
     return sorted(shown, key=lambda row: (row["task"], row["length"], row["index"]))
 

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from rwkvx.errors import InputError
 from rwkvx_evals.journal import Journal, Row
+from rwkvx_evals.long.rows import check_row
 
 # Bits of a key that name the byte to lock: far more than there are units, within a file offset.
 _KEY_DIGITS = 15
@@ -39,11 +40,11 @@ class SharedJournal:
         self.folder = folder
         self.rows: dict[str, Row] = {}
         self._read: dict[str, int] = {}
+        self.refresh()
         self._own = Journal(_new_file(folder))
         self.shard = self._own.path.stem
-        self.refresh()
         # What failed before this process began is worth another try, once.
-        self._failed = {key: row for key, row in self.rows.items() if row["status"] in RETRIED}
+        self._failed = {k: row for k, row in self.rows.items() if row.get("status") in RETRIED}
 
     def refresh(self) -> None:
         """Reads what was added to the shards since the last time."""
@@ -122,11 +123,15 @@ def _new_file(folder: Path) -> Path:
 
 
 def _parse(line: bytes, path: Path) -> Row:
+    """Raises InputError for anything that this package has not written."""
     try:
         row: Row = json.loads(line)
-        row["key"], row["status"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {line[:60]!r} is no row: {error}") from error
+        check_row(row)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is damaged: {line[:40]!r} is no row of a run ({str(error)[:60]}); move the "
+            "file away to compute its answers again"
+        ) from error
     return row
 
 

@@ -95,7 +95,7 @@ class Worker:
         # What differs from run to run stands in rows of its own, beside the answers.
         row = {
             "key": f"unit-{job.key}-{self.journal.shard}",
-            "status": "unit",
+            "kind": "unit",
             "length": job.length,
             "seconds": round(time.perf_counter() - began, 3),
             "read": read,
@@ -110,7 +110,7 @@ def timing(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Seconds, tokens and peak memory by length, over all processes and starts of a run."""
     found: dict[int, dict[str, Any]] = {}
     for row in rows:
-        if row["status"] != "unit":
+        if row["kind"] != "unit":
             continue
         entry = found.setdefault(
             row["length"], {"seconds": 0.0, "read": 0, "generated": 0, "peak_bytes": 0}

@@ -8,7 +8,8 @@ import numpy as np
 
 from rwkvx_evals.files import digest
 from rwkvx_evals.long.loss import NAME, collect
-from rwkvx_evals.long.results import FAILURES, sample_rows, task_results, total
+from rwkvx_evals.long.results import sample_rows, task_results, total
+from rwkvx_evals.long.rows import FAILURES
 
 LENGTHS = (1024, 4096, 16384, 65536, 262144, 1048576)
 TASKS = (

@@ -16,6 +16,7 @@ import pytest
 from needles import ask, oracle
 
 from rwkvx.errors import InputError
+from rwkvx_evals.long.rows import FIELDS
 from rwkvx_evals.long.shards import Claims, SharedJournal
 from rwkvx_evals.long.work import own_device
 
@@ -142,6 +143,7 @@ def test_every_process_makes_the_same_samples() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
+from rwkvx_evals.long.rows import FIELDS
 from rwkvx_evals.long.shards import Claims
 claims = Claims(Path(sys.argv[1]))
 with claims.take("ab" * 32) as ours:
@@ -182,7 +184,10 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def row(key: str, **more: Any) -> dict[str, Any]:
-    return {"key": key, "status": "ok"} | more
+    found = {"key": key, "kind": "sample", "id": key, "task": "t", "length": 5, "index": 0,
+             "prompt": "", "status": "ok", "score": 1.0, "answer": "", "expected": [], "about": {},
+             "prompt_tokens": 1, "answer_tokens": 1, "tokens": [], "truncated": 0}  # fmt: skip
+    return found | more
 
 
 def test_shards_are_read_together(tmp_path: Path) -> None:
@@ -205,15 +210,22 @@ def test_shards_are_read_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tail", [b'{"key": "b", "n', b"\x00\x00\x00", b"\x00\x00\n"])
 def test_a_shard_that_was_cut_short(tmp_path: Path, tail: bytes) -> None:
-    (tmp_path / "0000.jsonl").write_bytes(b'{"key":"a","status":"ok"}\n' + tail)
+    (tmp_path / "0000.jsonl").write_text(json.dumps(row("a", attempt=1)) + "\n")
+    with (tmp_path / "0000.jsonl").open("ab") as file:
+        file.write(tail)
     with SharedJournal(tmp_path) as journal:
         assert list(journal.rows) == ["a"]
 
 
-def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
-    (tmp_path / "0000.jsonl").write_bytes(b'rubbish\n{"key":"a","status":"ok"}\n')
-    with pytest.raises(InputError, match=r"0000.jsonl is damaged: b'rubbish' is no row"):
-        SharedJournal(tmp_path)
+@pytest.mark.parametrize("name", ["kind", *FIELDS["sample"]])
+def test_a_damaged_row_is_refused(tmp_path: Path, name: str) -> None:
+    good = row("a", attempt=1)
+    without = {key: value for key, value in good.items() if key != name}
+    for bad in (without, good | {name: None}, good | {name: True}, [good], "rubbish"):
+        (tmp_path / "0000.jsonl").write_text(f"{json.dumps(bad)}\n{json.dumps(good)}\n")
+        with pytest.raises(InputError, match=r"0000.jsonl is damaged"):
+            SharedJournal(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["0000.jsonl"]
 
 
 def test_each_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
