@@ -51,8 +51,12 @@ class Niah:
 
     @property
     def about(self) -> str:
-        hidden = f"{self.asked * self.each} of {self.shown * self.each} {self.values}"
-        return f"{hidden} by {self.keys[:-1]} keys, in {self.haystack}; share of them found"
+        place = {"noise": "noise", "book": "a book", "needles": "many others like it"}
+        asked, hidden = self.asked * self.each, self.shown * self.each
+        return (
+            f"{asked} of {hidden} {self.values} hidden in {place[self.haystack]}, "
+            f"told by {self.keys}; share of them found"
+        )
 
     @property
     def source(self) -> str:
