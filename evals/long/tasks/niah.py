@@ -73,7 +73,8 @@ class Niah:
         keys: list[str] = []
         while len(keys) < self.shown:
             key = draw(self.keys, rng)
-            if key not in keys and f" for {key} is:" not in hay:
+            known = self.haystack == "needles" and hay.holds(f" for {key} is:", length)
+            if key not in keys and not known:
                 keys.append(key)
         values = [[draw(self.values, rng) for _ in range(self.each)] for _ in keys]
         depths = np.sort(rng.choice(DEPTHS, self.shown * self.each, replace=False)) / 100

@@ -104,6 +104,16 @@ def test_samples_share_their_prefix(shared: MakeWriter, name: str) -> None:
         assert shared > min(hidden) * 0.8 * short - 400
 
 
+def test_no_key_is_hidden_twice(writer: MakeWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few words to draw from: the key that is asked for is none of the distractors'."""
+    monkeypatch.setattr("rwkvx_evals.long.sources.words", lambda kind: tuple("abcdefghijklmnop"))
+    made = writer("bytes")
+    for index in range(8):
+        sample = TASKS["niah_multikey_2"].sample(made, 4000, index)
+        key = sample.text.rsplit(" for ", 1)[1].split(" mentioned")[0]
+        assert sample.text.count(f" for {key} is:") == 1
+
+
 def test_too_short(shared: MakeWriter) -> None:
     made = shared("bytes")
     for name in FAMILIES:
