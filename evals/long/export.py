@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,11 @@ def export(
     write_text(folder / "rwkvx_long.py", _HELPER)
     files: dict[str, Any] = {}
     wanted = [(task, length) for task in tasks for length in lengths]
-    for task, length in tqdm(wanted, desc="export", unit="file", disable=None):
-        name = f"{task.name}-{length}"
-        files[f"{name}.jsonl"] = _export(folder / f"{name}.jsonl", writer, task, length, samples)
-        write_text(folder / f"{name}.yaml", _lm_eval_yaml(task, name))
+    with tqdm(total=len(wanted) * samples, desc="export", unit="sample", disable=None) as bar:
+        for task, length in wanted:
+            path = folder / f"{task.name}-{length}.jsonl"
+            files[path.name] = _export(path, writer, task, length, samples, bar.update)
+            write_text(path.with_suffix(".yaml"), _lm_eval_yaml(task, path.stem))
     manifest = {
         "version": package_version(),
         "seed": seed,
@@ -63,7 +64,14 @@ def export(
     return manifest
 
 
-def _export(path: Path, writer: Writer, task: Task, length: int, samples: int) -> dict[str, Any]:
+def _export(
+    path: Path,
+    writer: Writer,
+    task: Task,
+    length: int,
+    samples: int,
+    advance: Callable[[], object],
+) -> dict[str, Any]:
     """Writes one file, a row at a time; returns what the manifest says of it."""
     entry: dict[str, Any] = {"task": task.name, "length": length}
 
@@ -78,6 +86,7 @@ def _export(path: Path, writer: Writer, task: Task, length: int, samples: int) -
                 hashes[sample.id] = sample.sha256
                 if index == 0:
                     entry["text_gives_tokens"] = writer.reads_as_written(sample)
+                advance()
         entry.update(sha256=sha.hexdigest(), samples=hashes)
 
     write_atomically(path, write)

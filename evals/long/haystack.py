@@ -77,15 +77,14 @@ class Haystack:
         """Units so far."""
         return len(self._token_at) - 1
 
-    def __contains__(self, text: str) -> bool:
-        """Whether a text occurs in what was read so far."""
-        return text in self._text
-
     # ------------------------------------------------------------- reading
 
     def reach(self, tokens: int) -> None:
-        """Reads on until there are so many tokens; InputError where the source ends before."""
-        while self.tokens < tokens:
+        """Reads on beyond so many tokens; InputError where the source ends before them.
+
+        Beyond, so that the unit after them is there whatever else was asked for before.
+        """
+        while self.tokens <= tokens:
             block = list(islice(self._source, _BLOCK))
             if not block and self._pending is None:
                 break
@@ -174,6 +173,11 @@ class Haystack:
         if after and at - self._token_at[after - 1] < self._token_at[after] - at:
             return after - 1
         return after
+
+    def holds(self, text: str, tokens: int) -> bool:
+        """Whether a text occurs in the units of the first so many tokens."""
+        self.reach(tokens)
+        return text in self.text(0, self.fitting(tokens))
 
     def ids(self, start: int, end: int) -> Ids:
         """Tokens between the cuts of the places `start` and `end`, int64 [N]; a view."""

@@ -34,7 +34,7 @@ HEAD = (
 
 def node(number: int) -> str:
     """The name of a node: as in the published graphs, ten digits of a hash of its number."""
-    return hashlib.md5(str(number).encode()).hexdigest()[:10]
+    return hashlib.md5(str(number).encode(), usedforsecurity=False).hexdigest()[:10]
 
 
 class Graph:

@@ -51,8 +51,12 @@ class Niah:
 
     @property
     def about(self) -> str:
-        hidden = f"{self.asked * self.each} of {self.shown * self.each} {self.values}"
-        return f"{hidden} by {self.keys[:-1]} keys, in {self.haystack}; share of them found"
+        place = {"noise": "noise", "book": "a book", "needles": "many others like it"}
+        asked, hidden = self.asked * self.each, self.shown * self.each
+        return (
+            f"{asked} of {hidden} {self.values} hidden in {place[self.haystack]}, "
+            f"told by {self.keys}; share of them found"
+        )
 
     @property
     def source(self) -> str:
@@ -69,7 +73,8 @@ class Niah:
         keys: list[str] = []
         while len(keys) < self.shown:
             key = draw(self.keys, rng)
-            if key not in keys and f" for {key} is:" not in hay:
+            known = self.haystack == "needles" and hay.holds(f" for {key} is:", length)
+            if key not in keys and not known:
                 keys.append(key)
         values = [[draw(self.values, rng) for _ in range(self.each)] for _ in keys]
         depths = np.sort(rng.choice(DEPTHS, self.shown * self.each, replace=False)) / 100

@@ -41,3 +41,16 @@ def writer(tokenizers: dict[str, object], data: Path) -> MakeWriter:
         return Writer(tokenizers[kind], **{"data": data, **settings})  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shared(writer: MakeWriter) -> MakeWriter:
+    """The same writer each time for a kind of tokenizer: no test may depend on what it has made."""
+    made: dict[str, Writer] = {}
+
+    def get(kind: str = "world") -> Writer:
+        if kind not in made:
+            made[kind] = writer(kind)
+        return made[kind]
+
+    return get

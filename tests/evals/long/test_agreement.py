@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
+import json
 import random
 import re
 from collections import Counter
@@ -20,6 +22,7 @@ lm_tasks = pytest.importorskip("lm_eval.tasks")
 import nltk  # noqa: E402 (lm-eval's own dependency for these tasks)
 from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
+from rwkvx.data.folder import data_folder  # noqa: E402
 from rwkvx_evals.long import sources  # noqa: E402
 from rwkvx_evals.long.haystack import Haystack, Table  # noqa: E402
 from rwkvx_evals.long.sources import NOISE, babi  # noqa: E402
@@ -77,7 +80,7 @@ def written(writer: Writer, task: Task, layout: Layout, text: str) -> Sample:
 
 def haystack(writer: Writer, units: list[str], before: str = "", after: str = "") -> Haystack:
     hay = Haystack("lm-eval's", iter(units), writer.encode, before=before, after=after)
-    hay.reach(sum(len(writer.encode(unit)) for unit in units))
+    hay.reach(len(writer.encode("".join(units))))
     assert len(hay) == len(units)
     return hay
 
@@ -95,10 +98,10 @@ def assert_same_scores(task: Task, ours: Sample, theirs: Any, row: dict[str, Any
 
 @pytest.mark.parametrize("name", NIAH)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_needles(writer: MakeWriter, name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_needles(shared: MakeWriter, name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks.ruler import niah_utils, prepare_niah
 
-    made, task = writer("bytes"), TASKS[name]
+    made, task = shared("bytes"), TASKS[name]
     kind = {"noise": "repeat", "book": "essay", "needles": "needle"}[task.haystack]
     book = " ".join(f"It rained on day {n} of the year." for n in range(400))
     monkeypatch.setattr(prepare_niah, "cached_sent_tokenize", lambda text: list(split(text)))
@@ -136,10 +139,10 @@ def test_needles(writer: MakeWriter, name: str, seed: int, monkeypatch: pytest.M
     assert_same_scores(task, ours, theirs, row)
 
 
-def test_variable_tracking(writer: MakeWriter) -> None:
+def test_variable_tracking(shared: MakeWriter) -> None:
     from lm_eval.tasks.ruler import vt_utils
 
-    made, task = writer("bytes"), TASKS["ruler_vt"]
+    made, task = shared("bytes"), TASKS["ruler_vt"]
     random.seed(4)
     np.random.seed(4)
     [shown] = vt_utils.sys_vartrack_w_noise_random(words, 1, 300, incremental=5)
@@ -174,10 +177,10 @@ def test_variable_tracking(writer: MakeWriter) -> None:
 
 
 @pytest.mark.parametrize("length", [1500, 5000])
-def test_common_words(writer: MakeWriter, length: int) -> None:
+def test_common_words(shared: MakeWriter, length: int) -> None:
     from lm_eval.tasks.ruler import cwe_utils
 
-    made, task = writer("bytes"), TASKS["ruler_cwe"]
+    made, task = shared("bytes"), TASKS["ruler_cwe"]
     random.seed(5)
     rows = cwe_utils.sys_word_pair_random(2, length, tokenizer=words)
     theirs = lm_task("ruler_cwe", rows)
@@ -194,11 +197,11 @@ def test_common_words(writer: MakeWriter, length: int) -> None:
         assert_same_scores(task, ours, theirs, row)
 
 
-def test_frequent_words(writer: MakeWriter) -> None:
+def test_frequent_words(shared: MakeWriter) -> None:
     pytest.importorskip("scipy")
     from lm_eval.tasks.ruler import fwe_utils
 
-    made, task = writer("bytes"), TASKS["ruler_fwe"]
+    made, task = shared("bytes"), TASKS["ruler_fwe"]
     random.seed(6)
     rows = fwe_utils.sys_kwext(words, 3000, num_samples=2)
     theirs = lm_task("ruler_fwe", rows)
@@ -218,8 +221,8 @@ def test_frequent_words(writer: MakeWriter) -> None:
 
 
 @pytest.mark.parametrize("number", range(1, 21))
-def test_babilong(writer: MakeWriter, data: Path, number: int) -> None:
-    made, task = writer("bytes"), TASKS[f"babilong_qa{number}"]
+def test_babilong(shared: MakeWriter, data: Path, number: int) -> None:
+    made, task = shared("bytes"), TASKS[f"babilong_qa{number}"]
     story = babi(data, number)[0]
     ours = task.sample(made, 4000, 0)
     [*_, last] = ours.text.split("\n\n")
@@ -239,11 +242,11 @@ def answers(nodes: tuple[str, ...]) -> Iterator[str]:
     yield ""
 
 
-def test_graph_scores(writer: MakeWriter) -> None:
+def test_graph_scores(shared: MakeWriter) -> None:
     """Another name and ending, the same F1 of an answer in its format."""
     from lm_eval.tasks.graphwalks.utils import process_results
 
-    made, task = writer(), TASKS["graphwalks_bfs"]
+    made, task = shared(), TASKS["graphwalks_bfs"]
     for index in range(5):
         sample = task.sample(made, 4000, index)
         for answer in answers(sample.answers):
@@ -251,10 +254,10 @@ def test_graph_scores(writer: MakeWriter) -> None:
             assert task.score(answer, sample) == pytest.approx(theirs["flexible_f1"])
 
 
-def test_digits_score(writer: MakeWriter) -> None:
+def test_digits_score(shared: MakeWriter) -> None:
     from lm_eval.tasks.infinitebench.utils import process_results_int_match, process_results_math
 
-    made = writer()
+    made = shared()
     for name, score in (
         ("passkey", process_results_int_match), ("number_string", process_results_int_match),
         ("find_smallest", process_results_math),
@@ -264,6 +267,29 @@ def test_digits_score(writer: MakeWriter) -> None:
         for answer in (key, f" is {key}.", f"{key}1", f"no {key} 5", f"5 {key}", "none", ""):
             theirs = score({"answer": [key]}, [answer])["score"]
             assert TASKS[name].score(answer, sample) == theirs
+
+
+def test_key_values_of_the_published_data(shared: MakeWriter) -> None:
+    """The prompt that Lost in the Middle makes of its own records."""
+    folder = data_folder(None)
+    file = folder / "kv_retrieval" / "kv-retrieval-75_keys.jsonl.gz" if folder else None
+    if file is None or not file.is_file():
+        pytest.skip("no data folder with kv_retrieval")
+    made, task = shared("world"), TASKS["kv_retrieval"]
+    with gzip.open(file, "rt") as lines:
+        for row in (json.loads(next(lines)) for _ in range(3)):
+            records = [f'"{key}": "{value}"' for key, value in row["ordered_kv_records"]]
+            text = (
+                "Extract the value corresponding to the specified key in the JSON object below.\n"
+                "\nJSON data:\n{" + ",\n ".join(records) + f'}}\n\nKey: "{row["key"]}"\n'
+                "Corresponding value:"
+            )
+            hay = haystack(made, [f",\n {record}" for record in records], before=",\n ")
+            ours = written(made, task, task.layout(hay, row["key"], len(hay)), text)
+            assert ours.text == text
+            scored = Sample("", ours.ids, "", (row["value"],))
+            assert task.score(f' "{row["value"].upper()}"', scored) == 1.0
+            assert task.score(f' "{row["key"]}"', scored) == 0.0
 
 
 def test_noise_is_rulers() -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from rwkvx_evals.long.haystack import Haystack
 from rwkvx_evals.long.sources import babi
 from rwkvx_evals.long.task import Sample
 from rwkvx_evals.long.tasks import TASKS
+from rwkvx_evals.long.tasks.graphwalks import Graph
 from rwkvx_evals.long.writer import Writer
 
 MakeWriter = Callable[..., Writer]
@@ -25,8 +27,8 @@ def samples(writer: Writer, name: str, length: int = 5000) -> list[Sample]:
 
 
 @pytest.mark.parametrize("name", ["passkey", "passkey_book"])
-def test_passkey(writer: MakeWriter, name: str) -> None:
-    for sample in samples(writer(), name):
+def test_passkey(shared: MakeWriter, name: str) -> None:
+    for sample in samples(shared(), name):
         key = re.search(
             r"\nThe pass key is (\d+)\. Remember it\. \1 is the pass key\.\n", sample.text
         )
@@ -37,8 +39,8 @@ def test_passkey(writer: MakeWriter, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("niah")])
-def test_needles(writer: MakeWriter, name: str) -> None:
-    for sample in samples(writer(), name):
+def test_needles(shared: MakeWriter, name: str) -> None:
+    for sample in samples(shared(), name):
         found = re.findall(r"special magic \w+ for ([\w' -]+) is: ([\w-]+)\.", sample.text)
         query = re.search(r"magic \w+ for (.*) mentioned in the provided text\?", sample.text)
         assert query is not None
@@ -51,8 +53,8 @@ def test_needles(writer: MakeWriter, name: str) -> None:
             assert len(found) == 4
 
 
-def test_variable_tracking(writer: MakeWriter) -> None:
-    for sample in samples(writer(), "ruler_vt"):
+def test_variable_tracking(shared: MakeWriter) -> None:
+    for sample in samples(shared(), "ruler_vt"):
         text, question = sample.text.rsplit("\nQuestion: ", 1)
         value = re.search(r"assigned the value (\d+) in", question)
         assert value is not None
@@ -63,9 +65,9 @@ def test_variable_tracking(writer: MakeWriter) -> None:
         assert f"{len(sample.answers)} variables are" in question
 
 
-def test_common_words(writer: MakeWriter) -> None:
+def test_common_words(shared: MakeWriter) -> None:
     for length, often in ((1500, (6, 1)), (8000, (30, 3))):
-        for sample in samples(writer(), "ruler_cwe", length):
+        for sample in samples(shared(), "ruler_cwe", length):
             text = sample.text.split("appear most often.\n")[1].split("\nQuestion")[0]
             listed = re.findall(r"(\d+)\. ([^\d]+?)(?= \d+\.| The|[.!]|$)", text)
             assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
@@ -77,8 +79,8 @@ def test_common_words(writer: MakeWriter) -> None:
             assert rest <= {often[1], often[1] - 1}
 
 
-def test_frequent_words(writer: MakeWriter) -> None:
-    for sample in samples(writer(), "ruler_fwe"):
+def test_frequent_words(shared: MakeWriter) -> None:
+    for sample in samples(shared(), "ruler_fwe"):
         text = sample.text.split("frequently appeared coded words. ")[1].split("\nQuestion")[0]
         (dots, _), *most = Counter(text.split()).most_common(4)
         assert dots == "..."
@@ -86,9 +88,9 @@ def test_frequent_words(writer: MakeWriter) -> None:
         assert len({count for _, count in most}) == 3  # no ties
 
 
-def test_documents(writer: MakeWriter, data: Path) -> None:
+def test_documents(shared: MakeWriter, data: Path) -> None:
     known = {(s.facts, s.question): s.answer for number in range(1, 21) for s in babi(data, number)}
-    for sample in samples(writer(), "ruler_qa"):
+    for sample in samples(shared(), "ruler_qa"):
         question = re.search(r"Question: In the document about (.*?): (.*) Answer:$", sample.text)
         assert question is not None
         story = re.findall(rf"Document \d+:\n{re.escape(question[1])}\n(.*)", sample.text)
@@ -98,8 +100,8 @@ def test_documents(writer: MakeWriter, data: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["babilong_qa1", "babilong_qa20"])
-def test_babilong(writer: MakeWriter, data: Path, name: str) -> None:
-    made, stories = writer(), {s.facts: s for s in babi(data, int(name.split("qa")[1]))}
+def test_babilong(shared: MakeWriter, data: Path, name: str) -> None:
+    made, stories = shared(), {s.facts: s for s in babi(data, int(name.split("qa")[1]))}
     for sample in samples(made, name):
         context = sample.text.split("\n\n")[-1].split("\n")[0]
         question = sample.text.rsplit("\n", 1)[1]
@@ -112,8 +114,8 @@ def test_babilong(writer: MakeWriter, data: Path, name: str) -> None:
     assert again == [s.answers for s in samples(made, name)]
 
 
-def test_key_values(writer: MakeWriter) -> None:
-    made = writer()
+def test_key_values(shared: MakeWriter) -> None:
+    made = shared()
     for sample in samples(made, "kv_retrieval"):
         shown, question = sample.text.split("JSON data:\n")[1].split('\n\nKey: "')
         records = json.loads(shown[: shown.index("}") + 1])
@@ -123,8 +125,8 @@ def test_key_values(writer: MakeWriter) -> None:
 
 
 @pytest.mark.parametrize("name", ["graphwalks_bfs", "graphwalks_parents"])
-def test_graphs(writer: MakeWriter, name: str) -> None:
-    for sample in samples(writer(), name):
+def test_graphs(shared: MakeWriter, name: str) -> None:
+    for sample in samples(shared(), name):
         listed = sample.text.split("the following edges:\n")[2].split("\n\nOperation:\n")
         edges = re.findall(r"^(\w{10}) -> (\w{10})$", listed[0], re.MULTILINE)
         assert len(edges) > 50
@@ -143,6 +145,18 @@ def test_graphs(writer: MakeWriter, name: str) -> None:
             assert 0 < part < 1
 
 
+def test_walks_that_come_back(shared: MakeWriter) -> None:
+    edges = [("a", "b"), ("b", "c"), ("c", "a"), ("c", "d"), ("a", "c"), ("d", "d"), ("d", "e")]
+    lines = iter([f"{start} -> {end}\n" for start, end in edges])
+    hay = Haystack("ring", lines, shared("bytes").encode, after="\n")
+    hay.reach(7 * 7)
+    graph = Graph(hay, len(hay))
+    for depth in range(5):
+        assert graph.at_depth("a", depth) == reached(edges, "a", depth)
+    assert graph.at_depth("a", 1) == {"b", "c"}  # c is no deeper, a is where it began
+    assert graph.at_depth("a", 2) == {"d"}
+
+
 def reached(edges: list[tuple[str, str]], start: str, depth: int) -> set[str]:
     distance, queue = {start: 0}, deque([start])
     while queue:
@@ -155,9 +169,9 @@ def reached(edges: list[tuple[str, str]], start: str, depth: int) -> set[str]:
 
 
 @pytest.mark.parametrize("needles", [2, 4, 8])
-def test_co_reference(writer: MakeWriter, needles: int) -> None:
+def test_co_reference(shared: MakeWriter, needles: int) -> None:
     task = TASKS[f"mrcr_{needles}"]
-    for sample in samples(writer(), task.name):
+    for sample in samples(shared(), task.name):
         *turns, last = sample.text.split("User: ")[1:]
         asked = re.match(
             r"Prepend (\w{10}) to the (\d)\w\w \(1 indexed\) (.*) about (\w+)\. Do", last
@@ -181,8 +195,8 @@ def test_co_reference(writer: MakeWriter, needles: int) -> None:
         assert task.score(prefix + half, sample) == expected < 1
 
 
-def test_number_string(writer: MakeWriter) -> None:
-    for sample in samples(writer(), "number_string"):
+def test_number_string(shared: MakeWriter) -> None:
+    for sample in samples(shared(), "number_string"):
         key = re.search(r"\nThe sequence of digits is (\d{10})\. Remember it\. \1 is", sample.text)
         assert key is not None
         assert (key[1],) == sample.answers
@@ -191,8 +205,8 @@ def test_number_string(writer: MakeWriter) -> None:
 
 
 @pytest.mark.parametrize(("name", "rank"), [("find_smallest", 1), ("find_second", 2)])
-def test_smallest_numbers(writer: MakeWriter, name: str, rank: int) -> None:
-    for sample in samples(writer(), name):
+def test_smallest_numbers(shared: MakeWriter, name: str, rank: int) -> None:
+    for sample in samples(shared(), name):
         numbers = json.loads(sample.text[sample.text.index("[") : sample.text.index("]") + 1])
         assert len(numbers) > 1000
         right = sorted(set(numbers))[rank - 1]

@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from rwkvx.data.folder import data_folder
 from rwkvx.errors import InputError
 from rwkvx_evals.long import tasks as package
+from rwkvx_evals.long.sources import BABI, LONG_BOOKS, babi
 from rwkvx_evals.long.task import Sample, Task
 from rwkvx_evals.long.tasks import TASKS, find_tasks
 from rwkvx_evals.long.writer import Writer
@@ -47,8 +50,8 @@ def test_all_tasks_are_there() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_lengths_are_exact_and_the_answer_scores(writer: MakeWriter, name: str) -> None:
-    task, made = TASKS[name], writer("world")
+def test_lengths_are_exact_and_the_answer_scores(shared: MakeWriter, name: str) -> None:
+    task, made = TASKS[name], shared("world")
     for length, count in ((1024, 2), (4096, 2), (9973, 1)):
         samples = [task.sample(made, length, index) for index in range(count)]
         for index, sample in enumerate(samples):
@@ -65,8 +68,8 @@ def test_lengths_are_exact_and_the_answer_scores(writer: MakeWriter, name: str) 
 
 @pytest.mark.parametrize("kind", ["bytes", "words", "marked", "across"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_any_tokenizer(writer: MakeWriter, kind: str, name: str) -> None:
-    task, made = TASKS[name], writer(kind)
+def test_any_tokenizer(shared: MakeWriter, kind: str, name: str) -> None:
+    task, made = TASKS[name], shared(kind)
     sample = task.sample(made, 4099, 1)
     assert len(sample.ids) + task.answer_tokens == 4099
     assert made._tokenizer.decode(sample.ids[len(made.begin) :].tolist()) == sample.text
@@ -86,9 +89,9 @@ def test_no_order_and_no_choice_of_tasks_changes_a_sample(writer: MakeWriter, na
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"ruler_cwe", "ruler_fwe"}))
-def test_samples_share_their_prefix(writer: MakeWriter, name: str) -> None:
+def test_samples_share_their_prefix(shared: MakeWriter, name: str) -> None:
     """Up to the first of what is hidden; the whole context where only the question differs."""
-    task, made = TASKS[name], writer()
+    task, made = TASKS[name], shared()
     first, second = (task.sample(made, 6000, index) for index in (8, 18))
     short = min(len(first.ids), len(second.ids))
     shared = int(np.argmin(np.append(first.ids[:short] == second.ids[:short], False)))
@@ -101,17 +104,27 @@ def test_samples_share_their_prefix(writer: MakeWriter, name: str) -> None:
         assert shared > min(hidden) * 0.8 * short - 400
 
 
-def test_too_short(writer: MakeWriter) -> None:
+def test_no_key_is_hidden_twice(writer: MakeWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few words to draw from: the key that is asked for is none of the distractors'."""
+    monkeypatch.setattr("rwkvx_evals.long.sources.words", lambda kind: tuple("abcdefghijklmnop"))
     made = writer("bytes")
+    for index in range(8):
+        sample = TASKS["niah_multikey_2"].sample(made, 4000, index)
+        key = sample.text.rsplit(" for ", 1)[1].split(" mentioned")[0]
+        assert sample.text.count(f" for {key} is:") == 1
+
+
+def test_too_short(shared: MakeWriter) -> None:
+    made = shared("bytes")
     for name in FAMILIES:
         with pytest.raises(InputError, match=f"{name} needs at least [0-9,]+ tokens"):
             TASKS[name].sample(made, 60, 0)
 
 
-def test_the_number_named_is_enough(writer: MakeWriter) -> None:
+def test_the_number_named_is_enough(shared: MakeWriter) -> None:
     """Nearly: the questions of other samples may be some tokens longer."""
     for name in FAMILIES:
-        made = writer("world")
+        made = shared("world")
         with pytest.raises(InputError) as error:
             TASKS[name].sample(made, 20, 0)
         needed = int(str(error.value).split("at least ")[1].split()[0].replace(",", ""))
@@ -122,6 +135,22 @@ def test_the_number_named_is_enough(writer: MakeWriter) -> None:
 def test_no_data(writer: MakeWriter, tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"holds no (books|bAbI)"):
         TASKS[name].sample(writer(data=tmp_path), 4096, 0)
+
+
+def test_real_data(tokenizers: dict[str, Any]) -> None:
+    folder = data_folder(None)
+    if folder is None or not (folder / BABI).is_file() or not (folder / LONG_BOOKS).is_dir():
+        pytest.skip(f"no data folder with {BABI} and {LONG_BOOKS}")
+    made = Writer(tokenizers["world"], data=folder)
+    for number in range(1, 21):
+        stories = babi(folder, number)
+        assert len(stories) >= 900
+        assert all(fact < len(story.facts) for story in stories for fact in story.support)
+    for name in EXPECTED:
+        for length in (1024, 6000):
+            sample = TASKS[name].sample(made, length, 0)
+            assert len(sample.ids) + TASKS[name].answer_tokens == length
+            assert made.reads_as_written(sample)
 
 
 def test_find_tasks() -> None:

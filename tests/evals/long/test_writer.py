@@ -118,6 +118,16 @@ def test_no_order_of_asking_changes_a_sample(writer: MakeWriter) -> None:
     assert (asked(second, 5000), asked(second, 500)) == (long, short)
 
 
+def test_the_unit_after_those_that_fit_is_always_there(writer: MakeWriter) -> None:
+    """Or what fits would depend on how far a haystack was read for other lengths."""
+    encode = writer("bytes").encode
+    for tokens in range(0, 1400):
+        hay = Haystack("lines", cycle(["nine____\n"]), encode, after="\n")
+        hay.reach(tokens)
+        assert len(hay) > hay.fitting(tokens)
+        assert hay.fitting(tokens) == tokens // 9
+
+
 def test_randomness_is_a_function_of_seed_and_key(writer: MakeWriter) -> None:
     drawn = [writer(seed=seed).rng("task", 4096, 1).integers(2**60) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
