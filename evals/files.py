@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,40 +15,27 @@ from typing import Any
 
 import rwkvx
 import rwkvx_kernels
-from rwkvx.errors import InputError
+from rwkvx.files import replacing, write_json, write_text
+
+__all__ = [
+    "code_fingerprint", "digest", "machine", "package_version", "peak_memory_bytes",
+    "write_atomically", "write_json", "write_text",
+]  # fmt: skip
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a temporary neighbour of `path`, then renames it into place.
 
-    Raises InputError, leaving the old file as it was, when the disk refuses (full, read-only).
+    Raises WriteError, leaving the old file as it was, when the disk refuses (full, read-only).
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file atomically."""
-    write_atomically(path, lambda temporary: _write_utf8(temporary, text))
-
-
-def _write_utf8(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically, with keys in the order given."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def short(path: Path | str, size: int = 100) -> str:
+    """A path for a message of one line: its end, where it is longer."""
+    text = str(path)
+    return text if len(text) <= size else f"…{text[1 - size :]}"
 
 
 def digest(value: Any) -> str:

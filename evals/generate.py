@@ -1,11 +1,11 @@
-"""Greedy generation for many prompts at once: the one that all evaluations use.
+"""Generation for many prompts at once, greedy unless told otherwise: all evaluations use this.
 
 Axes: B batch rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from rwkvx_evals.models.reader import Reader, State
 
 # Decoded beside the longest stop string, so that a character cut in two cannot hide one.
 SLACK_CHARACTERS = 8
+# Draws a token id from the float32 logits [V] of one row.
+Draw = Callable[[Tensor], int]
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,12 @@ class Limit:
     Attributes:
         tokens: at most so many.
         stop: strings that end it and are no part of it.
+        draw: how each token is chosen; None for the most likely one.
     """
 
     tokens: int
     stop: tuple[str, ...] = ()
+    draw: Draw | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:
 def generate(
     model: Reader, logits_B1V: Tensor, state: State, limits: Sequence[Limit]
 ) -> list[Answer]:
-    """The most likely continuation of every row, token by token.
+    """A continuation of every row, token by token.
 
     Args:
         logits_B1V: after each row's prompt. state: the same moment's; it is used up.
@@ -64,12 +68,15 @@ def generate(
     for count in range(1, longest + 1):
         logits_BV = logits_B1V[:, -1].float()
         finite = is_finite(logits_BV).tolist()
-        chosen = logits_BV.argmax(dim=-1)
-        for row, token, fine in zip(rows, chosen.tolist(), finite, strict=True):
-            row.add(token, fine)
+        chosen = logits_BV.argmax(dim=-1).tolist()
+        for i, row in enumerate(rows):
+            draw = row.limit.draw
+            if draw is not None and row.answer is None and finite[i]:
+                chosen[i] = draw(logits_BV[i])
+            row.add(chosen[i], finite[i])
         if count == longest or all(row.answer for row in rows):
             break
-        logits_B1V = step(chosen[:, None])
+        logits_B1V = step(torch.tensor(chosen, device=logits_BV.device)[:, None])
     return [row.finished() for row in rows]
 
 

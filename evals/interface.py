@@ -65,9 +65,9 @@ class StateTools:
     def join(self, states: Sequence[State]) -> State:
         """States after equally many tokens as one batch, rows in order."""
         singles = [
-            self.select(state, torch.tensor([row])) if len(state.blocks[0].ffn_shift) > 1 else state
+            self.select(state, torch.tensor([row])) if state.rows > 1 else state
             for state in states
-            for row in range(len(state.blocks[0].ffn_shift))
+            for row in range(state.rows)
         ]
         blocks = zip(*(state.blocks for state in singles), strict=True)
         return ModelState(tuple(_join_blocks(parts) for parts in blocks), singles[0].length)

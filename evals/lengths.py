@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 
-from rwkvx.errors import InputError
+from rwkvx.errors import InputError, shown
+from rwkvx.ranges import TOKENS, check
 
 _UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
 
 
 def parse_length(text: str) -> int:
     """`4096`, `4k` (× 1024) or `1m` (× 1024²) as tokens; raises InputError for anything else."""
-    match = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,12})([km]?)", text.strip().lower())
     if match is None or int(match[1]) == 0:
-        raise InputError(f"length {text!r} is not a positive number such as 1000, 4k or 1m")
-    return int(match[1]) * _UNITS[match[2]]
+        raise InputError(f"length {shown(text)} is not a positive number such as 1000, 4k or 1m")
+    length = int(match[1]) * _UNITS[match[2]]
+    check("length", length, TOKENS)
+    return length
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

@@ -6,45 +6,67 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-# Standard normal quantile of a two-sided 95 % interval.
-Z95 = 1.959964
+# The 97.5 % point of the normal distribution: intervals here hold 95 %.
+Z = 1.959964
 
 
-def wilson(mean: float, variance: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a mean of values in 0 to 1, (low, high).
+def accuracy(correct: int, asked: int) -> tuple[float, float | None]:
+    """Share of right answers and its binomial standard error; failed samples stay in `asked`.
 
-    It is right where the plain standard error is not: 50 of 50 right answers are no proof of
-    100 %. variance: of the values, divided by n; for answers right or wrong mean * (1 - mean).
-    Source: E. B. Wilson, JASA 22 (1927), with the sample's variance in place of the binomial one.
+    The error is None where all or none are right: the formula says 0 there, which would be
+    certainty. `wilson` says what is known.
     """
-    centre = mean + z * z / (2 * n)
-    half = z * math.sqrt(max(variance, 0.0) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-def standard_error(mean: float, variance: float, n: int) -> float:
-    """Half of Wilson's interval at one standard deviation: never 0, also not at 0 and 100 %."""
-    scale = 1 + 1 / n
-    return math.sqrt(max(variance, 0.0) / n + 1 / (4 * n * n)) / scale
-
-
-def accuracy(correct: int, asked: int) -> tuple[float, float]:
-    """Share of right answers and its standard error; failed samples stay in `asked`."""
     share = correct / asked
-    return share, standard_error(share, share * (1.0 - share), asked)
+    if correct in (0, asked):
+        return share, None
+    return share, math.sqrt(share * (1.0 - share) / asked)
+
+
+def wilson(
+    correct: float, asked: int, variance: float | None = None, z: float = Z
+) -> tuple[float, float]:
+    """The 95 % interval of a share, also where all or none are right.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
+
+    Args:
+        correct: right answers, or the sum of scores in 0 to 1.
+        variance: of the scores, divided by `asked`; None for answers right or wrong.
+        z: half of the width in standard errors.
+    """
+    share, extra = correct / asked, z * z / asked
+    if variance is None:
+        variance = share * (1 - share)
+    middle = (share + extra / 2) / (1 + extra)
+    half = z * math.sqrt(variance / asked + extra / asked / 4) / (1 + extra)
+    # The ends are exact where rounding could leave the share itself outside.
+    low = 0.0 if share == 0.0 else middle - half
+    return low, 1.0 if share == 1.0 else middle + half
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of scores in 0 to 1: half of Wilson's interval at one standard error.
+
+    It is never 0, also where all scores are equal.
+    """
+    low, high = wilson(math.fsum(values), len(values), _variance(values), 1.0)
+    return (high - low) / 2
 
 
 def summary(values: Sequence[float]) -> dict[str, float | None]:
     """Mean, standard error and 95 % interval of scores in 0 to 1; None where there are none."""
-    n = len(values)
-    if not n:
+    if not values:
         return {"score": None, "stderr": None, "low": None, "high": None}
-    mean = math.fsum(values) / n
-    variance = math.fsum((v - mean) ** 2 for v in values) / n
-    low, high = wilson(mean, variance, n)
-    found = {"score": mean, "stderr": standard_error(mean, variance, n), "low": low, "high": high}
+    total = math.fsum(values)
+    low, high = wilson(total, len(values), _variance(values))
+    mean, error = total / len(values), standard_error(values)
+    found = {"score": mean, "stderr": error, "low": low, "high": high}
     return {name: round(value, 6) for name, value in found.items()}
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = math.fsum(values) / len(values)
+    return math.fsum((v - mean) ** 2 for v in values) / len(values)
 
 
 def tally(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -60,7 +82,8 @@ def tally(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **counts,
         "correct": correct,
         "accuracy": round(share, 6),
-        "stderr": round(error, 6),
+        "stderr": None if error is None else round(error, 6),
+        "interval": [round(end, 6) for end in wilson(correct, len(rows))],
     }
 
 

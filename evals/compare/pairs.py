@@ -11,7 +11,7 @@ from typing import Any
 
 from rwkvx.errors import InputError
 from rwkvx_evals.long.loss import NAME
-from rwkvx_evals.statistics import Z95, standard_error
+from rwkvx_evals.statistics import Z, standard_error
 
 Row = dict[str, Any]
 
@@ -114,10 +114,10 @@ def _difference(task: str, length: int | None, a: list[Row], b: list[Row]) -> di
     if paired:
         x, y = ([_score(side[i]) for i in same] for side in (left, right))
         # Differences lie between -1 and 1: halved and moved they are scores, whose error is known.
-        error = 2 * _error([(1 + v - u) / 2 for u, v in zip(x, y, strict=True)])
+        error = 2 * standard_error([(1 + v - u) / 2 for u, v in zip(x, y, strict=True)])
     else:
         x, y = ([_score(row) for row in side] for side in (a, b))
-        error = math.hypot(_error(x), _error(y))
+        error = math.hypot(standard_error(x), standard_error(y))
     difference = math.fsum(y) / len(y) - math.fsum(x) / len(x)
     return {
         "task": task,
@@ -128,18 +128,13 @@ def _difference(task: str, length: int | None, a: list[Row], b: list[Row]) -> di
         "b": round(math.fsum(y) / len(y), 6),
         "difference": round(difference, 6),
         "stderr": round(error, 6),
-        "significant": abs(difference) > Z95 * error,
+        "significant": abs(difference) > Z * error,
         "failed": sum(row["status"] != "ok" for row in (*a, *b)),
     }
 
 
 def _score(row: Row) -> float:
     return float(row["score"]) if row["status"] == "ok" else 0.0
-
-
-def _error(values: Sequence[float]) -> float:
-    n, mean = len(values), math.fsum(values) / len(values)
-    return standard_error(mean, math.fsum((v - mean) ** 2 for v in values) / n, n)
 
 
 def _losses(a: Run, b: Run) -> list[dict[str, Any]]:
@@ -171,7 +166,7 @@ def _losses(a: Run, b: Run) -> list[dict[str, Any]]:
                 "b": round(math.fsum(y for _, y in pairs) / n, 6),
                 "difference": round(mean, 6),
                 "stderr": None if error is None else round(error, 6),
-                "significant": error is not None and abs(mean) > Z95 * error,
+                "significant": error is not None and abs(mean) > Z * error,
                 "failed": 0,
             }
         )

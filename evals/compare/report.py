@@ -16,7 +16,7 @@ from rwkvx_evals.lengths import length_label
 from rwkvx_evals.long.loss import NAME
 from rwkvx_evals.long.report.charts import label, line, picture
 from rwkvx_evals.long.report.words import fill
-from rwkvx_evals.statistics import Z95
+from rwkvx_evals.statistics import Z
 
 Difference = dict[str, Any]
 CLEAR, UNCLEAR = "#0b6e69", "#8a94a3"
@@ -95,7 +95,7 @@ def _chart(rows: Sequence[Difference], name: str) -> Markup | str:
     shown = _scores(rows)
     if not shown:
         return ""
-    reach = max(abs(row["difference"]) + Z95 * row["stderr"] for row in shown)
+    reach = max(abs(row["difference"]) + Z * row["stderr"] for row in shown)
     reach = min(1.0, 1.05 * reach)
     width, left, right, step = 520.0, 170.0, 14.0, 19.0
     height = step * len(shown) + 34
@@ -112,7 +112,7 @@ def _chart(rows: Sequence[Difference], name: str) -> Markup | str:
         y = 18 + step * number
         kind = "s1" if row["significant"] else "s6"
         parts.append(label(left - 8, y + 4, Markup.escape(_name(row)), "end"))
-        ends = [x(row["difference"] + s * Z95 * row["stderr"]) for s in (-1, 1)]
+        ends = [x(row["difference"] + s * Z * row["stderr"]) for s in (-1, 1)]
         parts.append(
             f'<line style="stroke:var(--{kind})" stroke-width="2" x1="{ends[0]:.1f}" '
             f'x2="{ends[1]:.1f}" y1="{y}" y2="{y}"/><circle style="fill:var(--{kind})" '
@@ -132,7 +132,7 @@ def draw(runs: Sequence[Run], parts: Sequence[list[Difference]], path: Path) -> 
         shown = _scores(rows)
         for number, row in enumerate(shown):
             colour = CLEAR if row["significant"] else UNCLEAR
-            error = 100 * Z95 * row["stderr"]
+            error = 100 * Z * row["stderr"]
             place.errorbar(100 * row["difference"], number, xerr=error, fmt="o", color=colour,
                            markersize=5, capsize=3)  # fmt: skip
         place.axvline(0, color="#333333", linewidth=1)

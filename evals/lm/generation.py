@@ -1,4 +1,4 @@
-"""Greedy generation until a stop string, for lm-eval's generate_until requests.
+"""Generation until a stop string, for lm-eval's generate_until requests.
 
 Axes: B batch rows, T tokens, V vocabulary.
 """
@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from rwkvx_evals.generate import Limit, generate
+from rwkvx.sampling import pick_token
+from rwkvx_evals.generate import Draw, Limit, generate
 from rwkvx_evals.interface import is_out_of_memory
 from rwkvx_evals.journal import Row
+from rwkvx_evals.lm.answers import Text, text_of
+from rwkvx_evals.lm.options import Options
 from rwkvx_evals.lm.requests import BATCH_TOKENS, Ids
 from rwkvx_evals.lm.scoring import Scorer
 from rwkvx_evals.models.own import OwnModel
@@ -22,41 +26,60 @@ from rwkvx_evals.models.reader import read_prompt
 
 @dataclass(frozen=True)
 class Prompt:
-    """Continue `context` greedily up to `limit` tokens, a stop string, or the end of document."""
+    """Continue `context`. draw: which of several draws of the same prompt, 0 where greedy."""
 
     context: Ids
-    until: tuple[str, ...]
-    limit: int
+    options: Options
+    draw: int = 0
 
 
-@dataclass(frozen=True)
-class Text:
-    """What was generated, without the stop string; status as in `Score`."""
+def drawing(options: Options, seed: int) -> Draw | None:
+    """How the tokens of one row are drawn; None where the most likely ones are taken.
 
-    text: str
-    status: str = "ok"
+    seed: decides what is drawn, whatever else is in the batch.
+    """
+    if options.temperature == 0.0:
+        return None
+    generator = torch.Generator().manual_seed(seed)
 
+    def draw(logits_V: Tensor) -> int:
+        # -inf is a logit of tokens that are never drawn (see `is_finite`).
+        logits_V = logits_V.clamp_min(torch.finfo(logits_V.dtype).min)
+        if 0 < options.top_k < len(logits_V):
+            kept = logits_V.topk(options.top_k)
+            place = pick_token(kept.values, options.temperature, options.top_p, generator)
+            return int(kept.indices[place])
+        return pick_token(logits_V, options.temperature, options.top_p, generator)
 
-def prompt_key(identity: str, prompt: Prompt) -> str:
-    """What the journal calls an answer to this prompt."""
-    text = f"generate|{identity}|{prompt.context}|{prompt.until!r}|{prompt.limit}"
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return draw
 
 
 class Generator:
     """Generates for many prompts; shares model, journal and progress with a `Scorer`."""
 
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer, self.model = scorer, scorer.model
+    def __init__(self, scorer: Scorer, seed: int) -> None:
+        """seed: of all draws; each prompt and draw has its own from it."""
+        self.scorer, self.seed = scorer, seed
+        self.model = OwnModel(scorer.model, tools=scorer.tools)
+
+    def key(self, prompt: Prompt) -> str:
+        """What the journal calls an answer to this prompt."""
+        options = prompt.options
+        drawn = f"|{self.seed}|{prompt.draw}" if options.temperature else ""
+        text = f"generate|{self.scorer.identity}|{prompt.context}|{options!r}{drawn}"
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt]) -> list[Text]:
         """Answers in the order of `prompts`; equal prompts are computed once."""
         unique = list(dict.fromkeys(prompts))
+        answers = {prompt: self._recall(prompt) for prompt in unique}
         by_length: dict[int, list[Prompt]] = {}
         for prompt in unique:
-            by_length.setdefault(len(prompt.context), []).append(prompt)
-        answers = {prompt: self._recall(prompt) for prompt in unique}
+            if prompt.options.limit > 0:
+                by_length.setdefault(len(prompt.context), []).append(prompt)
+            else:
+                answers[prompt] = Text("")
         batches = []
         for length, group in sorted(by_length.items(), reverse=True):
             size = max(1, min(self.scorer.batch, BATCH_TOKENS // length))
@@ -77,10 +100,7 @@ class Generator:
 
     def _recall(self, prompt: Prompt) -> Text | None:
         journal = self.scorer.journal
-        row = journal.rows.get(prompt_key(self.scorer.identity, prompt)) if journal else None
-        if row is None or row["status"] == "oom":
-            return None
-        return Text(row["text"], row["status"])
+        return text_of(journal.rows.get(self.key(prompt))) if journal is not None else None
 
     def _row(self, prompt: Prompt, text: Text) -> Row:
         return {
@@ -88,7 +108,7 @@ class Generator:
             "status": text.status,
             "text": text.text,
             "context_tokens": len(prompt.context),
-            "key": prompt_key(self.scorer.identity, prompt),
+            "key": self.key(prompt),
         }
 
     def _batch(self, prompts: Sequence[Prompt]) -> list[Text]:
@@ -104,10 +124,14 @@ class Generator:
 
     def _compute(self, prompts: Sequence[Prompt]) -> list[Text]:
         """One batch of prompts with contexts of equal length."""
-        model = OwnModel(self.model, tools=self.scorer.tools)
-        ids_BT = torch.tensor([p.context for p in prompts]).to(model.device)
-        logits_B1V, state = read_prompt(model, ids_BT, None, "last")
+        ids_BT = torch.tensor([p.context for p in prompts]).to(self.model.device)
+        logits_B1V, state = read_prompt(self.model, ids_BT, None, "last")
         assert logits_B1V is not None
-        limits = [Limit(p.limit, p.until) for p in prompts]
-        found = generate(model, logits_B1V, state, limits)
+        found = generate(self.model, logits_B1V, state, [self._limit(p) for p in prompts])
         return [Text(a.text if a.status == "ok" else "", a.status) for a in found]
+
+    def _limit(self, prompt: Prompt) -> Limit:
+        options = prompt.options
+        # Of the key's hash: 60 bits, whatever else is in the batch.
+        seed = int(self.key(prompt)[:15], 16)
+        return Limit(options.limit, options.until, drawing(options, seed))

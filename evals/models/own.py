@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import rwkvx
-from rwkvx.decode_graph import one_token_steps
+from rwkvx import decoding
 from rwkvx_evals.interface import LanguageModel, StateTools, Tokenizer, device_of
 from rwkvx_evals.models.reader import ROWS, Frame, State, Step, slices_by_reading
 
@@ -87,4 +87,4 @@ class OwnModel:
         return self.tools.join(states)
 
     def steps(self, state: State, tokens: int) -> Step:
-        return one_token_steps(self.model, state, tokens)
+        return decoding.start(self.model, state, tokens).step

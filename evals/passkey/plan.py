@@ -8,13 +8,16 @@ from typing import Any
 
 from rwkvx.data.passkey import Filler, PasskeyBuilder, draw_key
 from rwkvx.errors import InputError
+from rwkvx.ranges import COUNT, TOKENS, Whole, check
 from rwkvx_evals.long.task import Sample
+
+DEPTHS = Whole(1, 1000)
+MOST_SAMPLES = 100_000
 
 
 def depth_values(count: int) -> tuple[float, ...]:
     """`count` depths from 0 (right after the task) to 1 (right before the question)."""
-    if count < 1:
-        raise InputError(f"{count} depths: at least one is needed")
+    check("depths", count, DEPTHS)
     if count == 1:
         return (0.5,)
     return tuple(index / (count - 1) for index in range(count))
@@ -31,10 +34,13 @@ class Settings:
     dtype: str
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise InputError(f"{self.seeds} seeds: at least one is needed")
-        if self.max_new_tokens < 1:
-            raise InputError(f"{self.max_new_tokens} new tokens: at least one is needed")
+        check("seeds", self.seeds, COUNT)
+        check("max_new_tokens", self.max_new_tokens, TOKENS)
+        samples = len(self.lengths) * len(self.depths) * self.seeds
+        if samples > MOST_SAMPLES:
+            raise InputError(
+                f"{samples:,} samples (lengths × depths × seeds): at most {MOST_SAMPLES:,} at once"
+            )
 
     @property
     def samples(self) -> int:

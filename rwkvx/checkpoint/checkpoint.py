@@ -6,16 +6,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkvx.config import TOKENIZERS, ModelConfig
+from rwkvx import memory
+from rwkvx.config import TOKENIZER_FILE, TOKENIZERS, ModelConfig
+from rwkvx.dtypes import wider
 from rwkvx.errors import InputError
 from rwkvx.model import Model
 
 
 class Checkpoint(NamedTuple):
-    """A whole model as data; the names are those of `Model(config).state_dict()`."""
+    """A whole model as data; the names are those of `Model(config).state_dict()`.
+
+    tokenizer: Hugging Face's, where the config says "file".
+    """
 
     config: ModelConfig
     tensors: dict[str, Tensor]
+    tokenizer: Any = None
 
     @classmethod
     def of(cls, model: Model) -> "Checkpoint":
@@ -29,18 +35,25 @@ class Checkpoint(NamedTuple):
                 raise InputError(
                     f"{name} is int8: save the model that was loaded, in its own dtype"
                 )
-        return cls(model.config, {n: x.detach() for n, x in model.state_dict().items()})
+        tensors = {n: x.detach() for n, x in model.state_dict().items()}
+        return cls(model.config, tensors, model.tokenizer_of_file)
 
     def model(self) -> Model:
         """A model in evaluation mode on these very tensors, whatever their dtypes."""
         with torch.device("meta"):
             model = Model(self.config)
         model.load_state_dict(self.tensors, assign=True)
+        model.use_tokenizer(self.tokenizer)
         return model.eval()
 
-    def to(self, dtype: torch.dtype) -> "Checkpoint":
-        """The same in another dtype."""
-        return self._replace(tensors={n: x.to(dtype) for n, x in self.tensors.items()})
+    def to(self, dtype: torch.dtype, origin: str = "the model") -> "Checkpoint":
+        """The same in another dtype.
+
+        Raises:
+            InputError: a number is too large for it.
+        """
+        tensors = {n: cast(x, dtype, f"{origin}: {n}") for n, x in self.tensors.items()}
+        return self._replace(tensors=tensors)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -54,29 +67,57 @@ def merge_config(found: Mapping[str, Any], overrides: Mapping[str, Any]) -> Mode
     return ModelConfig.from_dict({**found, **overrides})
 
 
-def check_finite(checkpoint: Checkpoint, origin: str) -> None:
-    """Refuse a tensor with NaN or infinity, by name; reads everything once, copies nothing.
+def cast(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """`x` in another dtype, every number of it finite; `what` names it in an error.
 
     Raises:
-        InputError: there is one.
+        InputError: NaN or infinities, from the start or because `dtype` is too narrow.
     """
-    for name, x in checkpoint.tensors.items():
-        if x.numel() and x.is_floating_point():
-            # Both carry NaN on. isfinite() would hold whole tensors of its own.
-            low, high = torch.aminmax(x)
-            if not (low.isfinite() and high.isfinite()):
-                raise InputError(f"{origin}: {name} holds NaN or infinite values")
+    y = x.to(dtype)
+    if is_finite(y):
+        return y
+    if not is_finite(x):
+        raise InputError(f"{what} holds NaN or infinite values")
+    name = str(dtype).removeprefix("torch.")
+    raise InputError(f"{what} overflows in {name}: try dtype {wider(dtype)}")
 
 
-def check_vocabulary(config: ModelConfig, origin: str) -> None:
+def is_finite(x: Tensor) -> bool:
+    """Whether a tensor is free of NaN and infinities; reads it once, copies nothing."""
+    if not x.numel() or not x.is_floating_point():
+        return True
+    # Both carry NaN on. isfinite() would hold whole tensors of its own.
+    low, high = torch.aminmax(x)
+    return bool(low.isfinite() and high.isfinite())
+
+
+def check_vocabulary(config: ModelConfig, origin: str, tokenizer: Any = None) -> None:
     """Refuse an embedding with fewer rows than the tokenizer has ids.
+
+    tokenizer: the one that "file" stands for, if it is at hand.
 
     Raises:
         InputError: it has.
     """
-    ids = 0 if config.tokenizer is None else TOKENIZERS[config.tokenizer]
+    if config.tokenizer == TOKENIZER_FILE:
+        from rwkvx.tokenizers.file import count_ids
+
+        ids = count_ids(tokenizer) if tokenizer is not None else 0
+    else:
+        ids = 0 if config.tokenizer is None else TOKENIZERS[config.tokenizer]
     if config.vocab_size < ids:
         raise InputError(
             f"{origin}: emb.weight has {config.vocab_size} rows, but the tokenizer "
             f"{config.tokenizer!r} has {ids} ids: name another tokenizer, or none"
         )
+
+
+def check_room(checkpoint: Checkpoint, dtype: torch.dtype | None, origin: str) -> None:
+    """Refuse weights that this machine has no memory to hold in another dtype.
+
+    Raises:
+        InputError: there are too many; those that stay mapped from the file are not counted.
+    """
+    tensors = checkpoint.tensors.values()
+    needed = sum(x.numel() * dtype.itemsize for x in tensors if dtype and x.dtype != dtype)
+    memory.check_room(needed, f"{origin} in {str(dtype).removeprefix('torch.')}")

@@ -9,13 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from rwkvx.checkpoint.checkpoint import Checkpoint
-from rwkvx.checkpoint.files import write_json
-from rwkvx.checkpoint.folder import CONFIG, read_json
-from rwkvx.checkpoint.layout import BLOCK, Layout, Pattern, refuse_sparse
+from rwkvx.checkpoint.folder import CONFIG, read_json, tokenizer_beside, write_tokenizer
+from rwkvx.checkpoint.hub import special_ids
+from rwkvx.checkpoint.layout import BLOCK, Layout, Pattern, without_prefix
 from rwkvx.checkpoint.manifest import verify_manifest, write_manifest
-from rwkvx.checkpoint.shards import SHARD_BYTES, read_weights, write_weights
-from rwkvx.config import ModelConfig
-from rwkvx.errors import InputError
+from rwkvx.checkpoint.shards import SHARD_BYTES, read_weights, remove_other_weights, write_weights
+from rwkvx.checkpoint.sidecar import keep_lost, with_sidecar
+from rwkvx.config import TOKENIZER_FILE, TOKENIZER_JSON, ModelConfig
+from rwkvx.errors import InputError, shown
+from rwkvx.files import is_there, replacing_folder, write_json
 
 TITLE = "Hugging Face folder of flash-linear-attention"
 SUFFIXES: tuple[str, ...] = ()  # a plain folder is our own
@@ -55,8 +57,8 @@ def fla_name(name: str, pattern: Pattern) -> str:
 
 
 FLA = Layout(
+    name="fla",
     rename=fla_name,
-    blocks={"rwkv7": re.compile(r"(model\.layers\.)(\d+)\.")},
     deep=re.compile(r"\.att\.x_[rwkvag]$"),
     transposed=True,
     unused=re.compile(r"model\.layers\.0\.attn\.v_lora\..*"),
@@ -82,40 +84,42 @@ def read(folder: Path, overrides: Mapping[str, Any], meta: bool = False) -> Chec
         raise InputError(f"{origin} has attention layers of fla's own (attn in {CONFIG})")
     for name, ours in (("norm_eps", NORM_EPS), ("hidden_act", "sqrelu")):
         if data.get(name, ours) != ours:
-            raise InputError(f"{origin}: {name} is {data[name]!r}, RWKV-7 has {ours!r}")
-    raw = _unpack(read_weights(folder, meta))
+            raise InputError(f"{origin}: {name} is {shown(data[name])}, RWKV-7 has {ours!r}")
+    raw = _unpack(without_prefix(read_weights(folder, meta)))
     embedding, head = _OUTER["emb.weight"], _OUTER["head.weight"]
     if data.get("tie_word_embeddings") and head not in raw and embedding in raw:
         raw[head] = raw[embedding].clone()
     layers = data.get("num_hidden_layers")
-    known = {}
+    known: dict[str, Any] = {}
+    if is_there(folder / TOKENIZER_JSON):
+        known["tokenizer"] = TOKENIZER_FILE
     if (r_k := raw.get("model.layers.0.attn.r_k")) is not None and r_k.dim() == 2:
         known["group_norm_eps"] = _group_norm_eps(r_k.shape[1])
-    checkpoint = FLA.read(raw, origin, overrides, **known)
+    checkpoint = FLA.read(raw, origin, with_sidecar(folder, overrides), **known)
     found = len(checkpoint.config.pattern)
     if layers is not None and layers != found:
-        raise InputError(f"{origin} holds {found} blocks, its {CONFIG} tells of {layers}")
-    return checkpoint
+        raise InputError(f"{origin} holds {found} blocks, its {CONFIG} tells of {shown(layers)}")
+    return checkpoint._replace(tokenizer=tokenizer_beside(checkpoint.config, folder))
 
 
-def write(checkpoint: Checkpoint, folder: Path) -> None:
+def write(checkpoint: Checkpoint, folder: Path) -> str | None:
     """Write weights, config and SHA-256 sums, in the layout of fla 0.3 and later; dtypes kept.
 
     Raises:
-        InputError: sparse blocks, or a group norm that is not fla's for this head size.
+        InputError: sparse blocks.
+        WriteError: the disk refuses; then nothing has changed.
     """
-    config = checkpoint.config
-    refuse_sparse(config, "the layout of flash-linear-attention")
-    if not math.isclose(config.group_norm_eps, _group_norm_eps(config.head_size)):
-        raise InputError(
-            f"flash-linear-attention has no place for a group norm with eps "
-            f"{config.group_norm_eps:g}: with heads of {config.head_size} it takes "
-            f"{_group_norm_eps(config.head_size):g}"
-        )
-    written = write_weights(folder, FLA.write(checkpoint), SHARD_BYTES)
-    dtype = str(checkpoint.tensors["head.weight"].dtype).removeprefix("torch.")
-    write_json(folder / CONFIG, {**_config(config), "torch_dtype": dtype})
-    write_manifest(folder, [CONFIG, *written])
+    FLA.check_place(checkpoint.config, "the layout of flash-linear-attention")
+    with replacing_folder(folder) as temporary:
+        written = write_weights(temporary, FLA.write(checkpoint), SHARD_BYTES)
+        dtype = str(checkpoint.tensors["head.weight"].dtype).removeprefix("torch.")
+        written += write_tokenizer(checkpoint, temporary)
+        ends = special_ids(checkpoint.tokenizer)
+        config = {**_config(checkpoint.config), **ends, "torch_dtype": dtype}
+        write_json(temporary / CONFIG, config)
+        write_manifest(temporary, [CONFIG, *written])
+    remove_other_weights(folder, written)
+    return keep_lost(checkpoint.config, folder, TITLE, read)
 
 
 def verify(folder: Path) -> str:

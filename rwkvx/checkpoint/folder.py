@@ -1,25 +1,33 @@
 """Our own folder: config.json, safetensors (sharded when large), SHA-256 sums of both, and what
 Hugging Face's Auto classes want beside them."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rwkvx.checkpoint.checkpoint import Checkpoint, merge_config
-from rwkvx.checkpoint.files import write_json
-from rwkvx.checkpoint.hub import CONFIG_KEYS, own_keys, write_hub_files
-from rwkvx.checkpoint.layout import BLOCK, NOTHING, Layout
+from rwkvx.checkpoint.foreign import by_config, by_folder
+from rwkvx.checkpoint.hub import (
+    CONFIG_KEYS,
+    TOKENIZER_CONFIG,
+    own_keys,
+    special_ids,
+    write_hub_files,
+)
+from rwkvx.checkpoint.layout import BLOCK, NOTHING, Layout, without_prefix
 from rwkvx.checkpoint.manifest import verify_manifest, write_manifest
-from rwkvx.checkpoint.shards import SHARD_BYTES, read_weights, write_weights
-from rwkvx.config import ModelConfig
+from rwkvx.checkpoint.shards import SHARD_BYTES, read_weights, remove_other_weights, write_weights
+from rwkvx.config import TOKENIZER_FILE, TOKENIZER_JSON, ModelConfig
 from rwkvx.errors import InputError
+from rwkvx.files import is_there, replacing_folder, write_json
+from rwkvx.files import read_json as read_json_file
 from rwkvx.model import Model
 
 TITLE = "folder of rwkvx"
 SUFFIXES: tuple[str, ...] = ()  # whatever no other format claims
 CONFIG = "config.json"
-OWN = Layout(lambda name, _: name, {}, deep=NOTHING, transposed=False, unused=NOTHING)
+CONFIG_BYTES = 1_000_000
+OWN = Layout("rwkvx", lambda name, _: name, deep=NOTHING, transposed=False, unused=NOTHING)
 
 
 def matches(path: Path) -> bool:
@@ -32,12 +40,22 @@ def save_folder(model: Model, folder: str | Path) -> None:
     write(Checkpoint.of(model), Path(folder))
 
 
-def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the weights, the config, then their sums, each file complete or not at all."""
-    written = write_weights(folder, checkpoint.tensors, shard_bytes)
-    write_json(folder / CONFIG, {**CONFIG_KEYS, **checkpoint.config.to_dict()})
-    code = write_hub_files(folder, checkpoint.config.tokenizer)
-    write_manifest(folder, [CONFIG, code, *written])
+def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTES) -> str | None:
+    """Write the weights, the config and their sums.
+
+    Raises:
+        WriteError: the disk refuses; then nothing has changed.
+    """
+    with replacing_folder(folder) as temporary:
+        written = write_weights(temporary, checkpoint.tensors, shard_bytes)
+        written += write_tokenizer(checkpoint, temporary)
+        ends = special_ids(checkpoint.tokenizer)
+        write_json(temporary / CONFIG, {**CONFIG_KEYS, **ends, **checkpoint.config.to_dict()})
+        known = folder / TOKENIZER_CONFIG
+        code = write_hub_files(temporary, None if known.exists() else checkpoint.config.tokenizer)
+        write_manifest(temporary, [CONFIG, code, *written])
+    remove_other_weights(folder, written)
+    return None  # it has a place for everything
 
 
 def read(folder: Path, overrides: Mapping[str, Any], meta: bool = False) -> Checkpoint:
@@ -48,14 +66,32 @@ def read(folder: Path, overrides: Mapping[str, Any], meta: bool = False) -> Chec
             wrong shape; a depth that is not the pattern's.
     """
     config = merge_config(read_config(folder).to_dict(), overrides)
-    tensors = read_weights(folder, meta)
+    tensors = without_prefix(read_weights(folder, meta))
     origin = str(folder)
     depth = 1 + max((int(m[1]) for name in tensors if (m := BLOCK.match(name))), default=-1)
     if depth != len(config.pattern):
         raise InputError(
             f"{origin} holds {depth} blocks, the pattern of its config {len(config.pattern)}"
         )
-    return OWN.fit(tensors, config, origin)
+    return OWN.fit(tensors, config, origin)._replace(tokenizer=tokenizer_beside(config, folder))
+
+
+def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Write the tokenizer, if the model's is a file; the names of the files."""
+    if checkpoint.tokenizer is None:
+        return []
+    from rwkvx.tokenizers.file import save_tokenizer
+
+    return save_tokenizer(checkpoint.tokenizer, folder)
+
+
+def tokenizer_beside(config: ModelConfig, folder: Path) -> Any:
+    """The tokenizer that lies in the folder, if the config says that one does."""
+    if config.tokenizer != TOKENIZER_FILE or not is_there(folder / TOKENIZER_JSON):
+        return None
+    from rwkvx.tokenizers.file import read_tokenizer
+
+    return read_tokenizer(folder)
 
 
 def verify(folder: Path) -> str:
@@ -65,11 +101,13 @@ def verify(folder: Path) -> str:
 
 def read_config(folder: Path) -> ModelConfig:
     """The config of a folder."""
-    path = folder / CONFIG
+    path, data = folder / CONFIG, read_json(folder)
+    if "pattern" not in data and (words := by_config(data)):
+        raise InputError(f"{folder} holds {words}")
     try:
-        return ModelConfig.from_dict(own_keys(read_json(folder)))
+        return ModelConfig.from_dict(own_keys(data))
     except InputError as error:
-        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
 def read_json(folder: Path) -> dict[str, Any]:
@@ -79,12 +117,14 @@ def read_json(folder: Path) -> dict[str, Any]:
         InputError: there is none, or it is damaged.
     """
     path = folder / CONFIG
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{folder} is no model folder: cannot read {path}") from error
-    except ValueError as error:  # neither UTF-8 nor JSON
-        raise InputError(f"{path} is damaged: {error}") from error
+    if not is_there(path):
+        words = by_folder(folder)
+        raise InputError(
+            f"{folder} is no model folder: it is {words}"
+            if words
+            else f"{folder} is no model folder: cannot read {path}"
+        )
+    data = read_json_file(path, CONFIG_BYTES)
     if not isinstance(data, dict):
         raise InputError(f"{path} is damaged: it holds no mapping")
     return data

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from rwkvx.checkpoint import fla, folder, ggml, pth
 from rwkvx.checkpoint.checkpoint import Checkpoint
+from rwkvx.checkpoint.foreign import by_start
+from rwkvx.checkpoint.stored import start_of
 from rwkvx.errors import InputError
 
 
@@ -22,10 +24,11 @@ class Format(Protocol):
         """Whether the content of an existing file or folder looks like this format."""
 
     def read(self, path: Path, overrides: Mapping[str, Any], meta: bool = False, /) -> Checkpoint:
-        """The model, with fields of the config overridden; `meta`: no weights, only shapes."""
+        """The model, with fields of the config as a sidecar says, and overridden over that; `meta`:
+        no weights, only shapes."""
 
-    def write(self, checkpoint: Checkpoint, path: Path, /) -> None:
-        """Write the model with the dtypes it has."""
+    def write(self, checkpoint: Checkpoint, path: Path, /) -> str | None:
+        """Write the model with the dtypes it has; what to tell of fields that a sidecar keeps."""
 
     def verify(self, path: Path, /) -> str:
         """Check what checksums there are; what was checked, in words."""
@@ -38,11 +41,13 @@ def detect(path: Path) -> Format:
     """The format of a file or folder, by its content.
 
     Raises:
-        InputError: none of them.
+        InputError: none of them, in words that say what it is where that can be told.
     """
     for candidate in FORMATS.values():
         if candidate.matches(path):
             return candidate
+    if words := by_start(start_of(path)):
+        raise InputError(f"{path} is of no known format: it is {words}")
     titles = "; ".join(candidate.TITLE for candidate in FORMATS.values())
     raise InputError(f"{path} is of no known format ({titles}), or damaged at its beginning")
 

@@ -6,23 +6,23 @@ and the data (RWKV/rwkv.cpp, docs/FILE_FORMAT.md). Low-rank matrices are transpo
 BlinkDL's, and the six mixes of a time mix are one tensor x_rwkvag [6, 1, C].
 """
 
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rwkvx.checkpoint.checkpoint import Checkpoint
-from rwkvx.checkpoint.files import replacing
-from rwkvx.checkpoint.layout import Layout, refuse_sparse
+from rwkvx.checkpoint.layout import Layout
 from rwkvx.checkpoint.pth import BLINKDL, blinkdl_name
-from rwkvx.config import ModelConfig
+from rwkvx.checkpoint.sidecar import keep_lost, with_sidecar
+from rwkvx.checkpoint.stored import MOST_TENSORS, Stored, read_stored, start_of
 from rwkvx.errors import InputError
+from rwkvx.files import open_regular, replacing
 
 TITLE = "ggml file of rwkv.cpp"
 SUFFIXES: tuple[str, ...] = (".bin",)
@@ -34,8 +34,8 @@ _LONGEST = 256  # bytes of a name
 _PACKED, _MIXES = "x_rwkvag", "rwkvag"
 
 GGML = Layout(
+    name="ggml",
     rename=blinkdl_name,
-    blocks=BLINKDL.blocks,
     deep=BLINKDL.deep,
     transposed=True,
     unused=BLINKDL.unused,
@@ -54,10 +54,7 @@ _ORDER = (
 
 def matches(path: Path) -> bool:
     """Whether the file begins with the magic number."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == struct.pack("<i", MAGIC)
+    return start_of(path)[:4] == struct.pack("<i", MAGIC)
 
 
 def read(path: Path, overrides: Mapping[str, Any], meta: bool = False) -> Checkpoint:
@@ -66,14 +63,14 @@ def read(path: Path, overrides: Mapping[str, Any], meta: bool = False) -> Checkp
     Raises:
         InputError: a quantised, truncated or damaged file, or tensors that do not fit.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         _, version, vocab, width, layers, _ = _integers(file, 6, path)
         if version not in VERSIONS:
             raise InputError(f"{path} is of version {version}; known: {VERSIONS}")
-        raw = dict(_tensors(file, path, size, meta))
+        stored = _stored(file, path)
+    raw = read_stored(path, stored, meta)
     raw = {name: x for key, packed in raw.items() for name, x in _unpack(key, packed)}
-    checkpoint = GGML.read(raw, str(path), overrides)
+    checkpoint = GGML.read(raw, str(path), with_sidecar(path, overrides))
     config = checkpoint.config
     for what, told, found in (
         ("depth", layers, len(config.pattern)),
@@ -85,18 +82,15 @@ def read(path: Path, overrides: Mapping[str, Any], meta: bool = False) -> Checkp
     return checkpoint
 
 
-def write(checkpoint: Checkpoint, path: Path) -> None:
+def write(checkpoint: Checkpoint, path: Path) -> str | None:
     """Write what rwkv.cpp reads: matrices in float32 or float16 as they are, the rest in float32.
 
     Raises:
-        InputError: sparse blocks, a group norm that is not RWKV-7's, or another dtype.
+        InputError: sparse blocks, or another dtype.
+        WriteError: the disk refuses.
     """
     config = checkpoint.config
-    refuse_sparse(config, "the file of rwkv.cpp")
-    if config.group_norm_eps != ModelConfig.group_norm_eps:
-        raise InputError(
-            f"rwkv.cpp has no place for a group norm with eps {config.group_norm_eps:g}"
-        )
+    GGML.check_place(config, "the file of rwkv.cpp")
     for name, x in checkpoint.tensors.items():
         if x.dtype not in DTYPES.values():
             kind = str(x.dtype).removeprefix("torch.")
@@ -110,7 +104,8 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
             x = raw[name]
             head = (x.dim(), len(name), int(x.dtype == torch.float16), *reversed(x.shape))
             file.write(struct.pack(f"<{len(head)}i", *head) + name.encode())
-            x.numpy().tofile(file)
+            file.write(x.numpy().tobytes())
+    return keep_lost(config, path, TITLE, read)
 
 
 def verify(path: Path) -> str:
@@ -118,32 +113,29 @@ def verify(path: Path) -> str:
     raise InputError(f"{path}: files of rwkv.cpp carry no checksums to verify")
 
 
-def _tensors(file: IO[bytes], path: Path, size: int, meta: bool) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, one after another to the end of the file."""
-    while file.tell() < size:
+def _stored(file: IO[bytes], path: Path) -> dict[str, Stored]:
+    """Where the tensors lie that stand one after another to the end of the file."""
+    stored: dict[str, Stored] = {}
+    size = os.fstat(file.fileno()).st_size
+    while (at := file.tell()) < size:
         dims, length, kind = _integers(file, 3, path)
-        if not (0 < dims <= 4 and 0 < length <= _LONGEST):
-            raise InputError(f"{path} is damaged at byte {file.tell()}")
+        if not (0 < dims <= 4 and 0 < length <= _LONGEST) or len(stored) == MOST_TENSORS:
+            raise InputError(f"{path} is damaged at byte {at}")
         shape = tuple(reversed(_integers(file, dims, path)))
         name = file.read(length).decode("ascii", "replace")
-        if not re.fullmatch(r"[\w.]+", name, re.ASCII):
-            raise InputError(f"{path} is damaged at byte {file.tell()}: {name!r} is no name")
+        if not re.fullmatch(r"[\w.]+", name, re.ASCII) or name in stored:
+            raise InputError(f"{path} is damaged at byte {at}: {name!r} is no name, or comes twice")
         if kind in QUANTISED:
             raise InputError(
                 f"{path}: {name} is quantised ({QUANTISED[kind]}): convert the file of FP32 or FP16"
             )
         if kind not in DTYPES or min(shape) < 1:
             raise InputError(f"{path} is damaged: {name} is of type {kind} and shape {shape}")
-        dtype = DTYPES[kind]
-        end = file.tell() + prod(shape) * dtype.itemsize
-        if end > size:
+        stored[name] = Stored(DTYPES[kind], shape, file.tell(), size)
+        if stored[name].start + stored[name].bytes > size:
             raise InputError(f"{path} is truncated in {name}")
-        if meta:
-            yield name, torch.empty(shape, dtype=dtype, device="meta")
-            file.seek(end)
-        else:
-            numbers = np.fromfile(file, np.float16 if kind else np.float32, prod(shape))
-            yield name, torch.from_numpy(numbers).view(shape)
+        file.seek(stored[name].bytes, 1)
+    return stored
 
 
 def _integers(file: IO[bytes], count: int, path: Path) -> tuple[int, ...]:

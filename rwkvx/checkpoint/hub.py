@@ -1,15 +1,15 @@
 """What a folder needs beside config and weights for Hugging Face's Auto classes to load it."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rwkvx.checkpoint.files import write_bytes, write_json
-from rwkvx.config import ModelConfig
+from rwkvx.config import field_names
+from rwkvx.files import write_json, write_text
 
 MODEL_TYPE = "rwkvx"
 TOKENIZER_CLASSES = {"world": "WorldTokenizer", "bytes": "ByteTokenizer"}
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _MODULE = "modeling_rwkvx"
 _CODE = """\
 # Loads this folder with trust_remote_code=True, through the installed package: pip install rwkvx
@@ -27,14 +27,22 @@ CONFIG_KEYS: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": 0,
-    # Nothing in the model ends anywhere; tools that ask for a limit get the length it is made for.
-    "max_position_embeddings": 1 << 20,
+    # Nothing in the model ends anywhere. lm-eval's `hf` cuts prompts to this length, with a
+    # warning, and tries batches of 64 times as much to find the batch size by itself.
+    "max_position_embeddings": 8192,
 }
+
+
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """Of config.json: the special ids of a tokenizer that is a file; none for None."""
+    if tokenizer is None:
+        return {}
+    return {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos", "pad")}
 
 
 def own_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a config.json is for `ModelConfig`: all, unless Hugging Face put its own beside."""
-    own = {f.name for f in fields(ModelConfig)}
+    own = field_names()
     return {k: v for k, v in config.items() if k in own or config.get("model_type") != MODEL_TYPE}
 
 
@@ -45,13 +53,13 @@ def tokenizer_auto_map(name: str) -> dict[str, Any]:
 
 def write_code(folder: Path) -> str:
     """The Python file that `auto_map` names, nothing but an import; returns its name."""
-    write_bytes(folder / f"{_MODULE}.py", _CODE.encode())
+    write_text(folder / f"{_MODULE}.py", _CODE)
     return f"{_MODULE}.py"
 
 
 def write_hub_files(folder: Path, tokenizer: str | None) -> str:
     """The code and, unless there is one, the tokenizer's description; returns the code's name."""
-    path = folder / "tokenizer_config.json"
+    path = folder / TOKENIZER_CONFIG
     if tokenizer in TOKENIZER_CLASSES and not path.exists():
         name = TOKENIZER_CLASSES[tokenizer]
         write_json(path, {"auto_map": tokenizer_auto_map(name), "tokenizer_class": name})

@@ -1,41 +1,50 @@
 """`rwkvx.load`: a model from a shipped name, or from a file or folder of any known format."""
 
+import re
+import warnings
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rwkvx.checkpoint.checkpoint import Checkpoint, check_finite, check_vocabulary
+from rwkvx.checkpoint.checkpoint import Checkpoint, cast, check_room, check_vocabulary
+from rwkvx.checkpoint.folder import CONFIG
 from rwkvx.checkpoint.formats import detect
-from rwkvx.errors import InputError
+from rwkvx.checkpoint.shards import INDEX, OLD_INDEX
+from rwkvx.dtypes import DTYPES
+from rwkvx.errors import InputError, one_line, shown
+from rwkvx.files import is_there, open_regular, user_path
 from rwkvx.model import Model
 from rwkvx.quantize import quantize
-
-DTYPES = ("float32", "bfloat16", "float16", "float64", "int8")
-
-
-def shipped_models() -> list[str]:
-    """Names of the models inside the package."""
-    folder = Path(str(files("rwkvx"))) / "models"
-    return sorted(p.parent.name for p in folder.glob("*/config.json"))
+from rwkvx.shipped import MODELS, shipped_models
 
 
 def find_model(path: str | Path) -> Path:
     """The file or folder that `path` names: a path, or the name of a shipped model.
 
+    Weights, an index or a config.json inside a model's folder mean the folder.
+
     Raises:
-        InputError: neither is there.
+        InputError: neither is there, or it is something that is not read, such as a pipe.
     """
-    found = Path(path).expanduser()
-    if found.exists():
+    found = user_path(path)
+    if not is_there(found):
+        shipped = MODELS / str(path)
+        if "/" not in str(path) and (shipped / CONFIG).exists():
+            return shipped
+        known = ", ".join(shipped_models()) or "none"
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+        way = f"; from the hub: `hf download {path} --local-dir DIR`, then name DIR" if hub else ""
+        raise InputError(
+            f"no model {shown(str(path))}: not a file or folder, nor shipped ({known}){way}"
+        )
+    if found.is_dir():
         return found
-    shipped = Path(str(files("rwkvx"))) / "models" / str(path)
-    if (shipped / "config.json").exists():
-        return shipped
-    known = ", ".join(shipped_models()) or "none"
-    raise InputError(f"no model {str(path)!r}: not a file or folder, nor shipped ({known})")
+    with open_regular(found):  # or say why not
+        pass
+    own = found.suffix == ".safetensors" or found.name in (CONFIG, INDEX, OLD_INDEX)
+    return found.parent if own and (found.parent / CONFIG).is_file() else found
 
 
 def load(
@@ -43,6 +52,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
     *,
+    impl: str = "auto",
     verify: bool = False,
     **overrides: Any,
 ) -> Model:
@@ -52,55 +62,67 @@ def load(
     from the file (safetensors, .pth) into memory, not copied. Training does not reach the file.
 
     Args:
-        path: a shipped name ("passkey-tiny"), our own folder, a `.pth` file of RWKV-7 or RWKV-X
-            (chunk_size 2048 and topk 3 unless overridden), a Hugging Face folder of
-            flash-linear-attention's RWKV7, or a ggml file of rwkv.cpp.
+        path: a shipped name ("passkey-tiny"), our own folder, a `.pth` or safetensors file of
+            RWKV-7 or RWKV-X (chunk_size 2048 and topk 3 unless overridden or kept beside it), a
+            Hugging Face folder of flash-linear-attention's RWKV7, or a ggml file of rwkv.cpp.
         device: where the weights go.
         dtype: "float32", "bfloat16", "float16", "float64", or "int8": projections and head in
             int8 with a scale for each row, the rest in bfloat16: for decoding; such a model
             can be neither trained nor saved. torch's own, such as torch.float32, will do too.
+        impl: which implementations run: "auto", "reference" (the equations, slowly), "torch",
+            "compiled" (Numba; a CPU, no gradients) or "triton" (a GPU). See `rwkvx.explain`.
         verify: check the file's checksums first: SHA-256 in folders, CRC-32 in `.pth`.
         overrides: fields of `ModelConfig` that leave the parameters as they are, such as
             chunk_size=..., topk=..., tokenizer=....
 
     Raises:
-        InputError: nothing there, an unknown format, damage, weights that do not fit or are not
-            finite.
+        InputError: nothing there, an unknown format, damage, weights that do not fit, are not
+            finite or overflow in `dtype`, or more of them than this machine has memory.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
     where = usable_device(str(device))
-    model = read_checkpoint(find_model(path), overrides, verify).model()
-    if name == "int8":
-        return quantize(model.to(where, torch.bfloat16))
-    return model.to(where, getattr(torch, name))
+    wide = torch.bfloat16 if name == "int8" else getattr(torch, name)
+    model = read_checkpoint(find_model(path), overrides, verify, wide).model().to(where)
+    model.impl = impl
+    return quantize(model) if name == "int8" else model
 
 
-def read_checkpoint(path: Path, overrides: Mapping[str, Any], verify: bool = False) -> Checkpoint:
-    """Config and tensors of a file or folder, with the dtypes they have there, and sound.
+def read_checkpoint(
+    path: Path, overrides: Mapping[str, Any], verify: bool = False, dtype: torch.dtype | None = None
+) -> Checkpoint:
+    """Config and tensors of a file or folder, sound; in `dtype`, or in those they have there.
 
     Raises:
         InputError: as `load`.
     """
     found = detect(path)
+    # Headers first: what does not fit costs no reading.
+    checkpoint = found.read(path, overrides, True)
+    check_vocabulary(checkpoint.config, str(path), checkpoint.tokenizer)
+    check_room(checkpoint, dtype, str(path))
     if verify:
         found.verify(path)
     checkpoint = found.read(path, overrides)
-    check_vocabulary(checkpoint.config, str(path))
-    check_finite(checkpoint, str(path))
-    return checkpoint
+    tensors = {
+        name: cast(x, dtype or x.dtype, f"{path}: {name}") for name, x in checkpoint.tensors.items()
+    }
+    return checkpoint._replace(tensors=tensors)
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name.
+    """The device of that name, on which a number has been computed.
 
     Raises:
-        InputError: there is none, or this torch cannot use it.
+        InputError: there is none, or this torch cannot compute on it.
     """
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used: {error}") from error
+        with warnings.catch_warnings():  # about devices of the past
+            warnings.simplefilter("ignore")
+            device = torch.device(name)
+            torch.ones(1, device=device).add(1).item()
+    except Exception as error:  # each back end has errors of its own
+        reason = one_line(str(error).partition("\n")[0], 120)
+        raise InputError(f"device {shown(name)} cannot be used: {reason}") from error
     return device

@@ -3,17 +3,19 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
-from rwkvx.checkpoint.files import write_bytes
-from rwkvx.errors import InputError
+from rwkvx.errors import InputError, shown
+from rwkvx.files import decoded, is_there, open_regular, read_bytes, write_text
 
 MANIFEST = "SHA256SUMS"
+_MOST_BYTES = 1_000_000
 
 
 def write_manifest(folder: Path, names: Iterable[str]) -> None:
     """Write the sums of these files of the folder."""
     lines = [f"{_sum(folder / name)}  {name}\n" for name in sorted(names)]
-    write_bytes(folder / MANIFEST, "".join(lines).encode())
+    write_text(folder / MANIFEST, "".join(lines))
 
 
 def verify_manifest(folder: Path) -> str:
@@ -23,17 +25,16 @@ def verify_manifest(folder: Path) -> str:
         InputError: no manifest, a damaged one, or a file that is missing or has changed, by name.
     """
     path = folder / MANIFEST
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no {MANIFEST} to verify it against") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+    if not is_there(path):
+        raise InputError(f"{folder} has no {MANIFEST} to verify it against")
+    lines = decoded(read_bytes(path, _MOST_BYTES), path).splitlines()
+    if len(set(lines)) < len(lines):
+        raise InputError(f"{path} is damaged: it names a file twice")
     for line in lines:
         expected, space, name = line.partition("  ")
-        if not space or not name or Path(name).name != name:
-            raise InputError(f"{path} is damaged: {line[:80]!r} is no sum and file name")
-        if not (folder / name).is_file():
+        if not space or not name or Path(name).name != name or "\0" in name:
+            raise InputError(f"{path} is damaged: {shown(line)} is no sum and file name")
+        if not is_there(folder / name):
             raise InputError(f"{folder / name} is missing, {MANIFEST} names it")
         if _sum(folder / name) != expected:
             raise InputError(
@@ -47,5 +48,5 @@ def verify_manifest(folder: Path) -> str:
 
 
 def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()

@@ -3,10 +3,7 @@
 Sources: BlinkDL/RWKV-LM, RWKV-v7; howard-hou/RWKV-X.
 """
 
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +12,20 @@ import torch
 from torch import Tensor
 
 from rwkvx.checkpoint.checkpoint import Checkpoint
-from rwkvx.checkpoint.files import replacing
-from rwkvx.checkpoint.layout import BLOCK, Layout, Pattern, index_in_kind
-from rwkvx.config import ModelConfig, hybrid_pattern
+from rwkvx.checkpoint.fla import FLA
+from rwkvx.checkpoint.foreign import by_names
+from rwkvx.checkpoint.layout import BLOCK, Layout, Pattern, index_in_kind, without_prefix
+from rwkvx.checkpoint.pickled import PICKLE, ZIP, damaged_part, stored_in_pickle
+from rwkvx.checkpoint.safetensors import is_safetensors, stored_in_safetensors
+from rwkvx.checkpoint.sidecar import keep_lost, with_sidecar
+from rwkvx.checkpoint.stored import read_stored, start_of
+from rwkvx.config import ModelConfig
 from rwkvx.errors import InputError
+from rwkvx.files import replacing
+from rwkvx.kinds import KINDS
 
 TITLE = ".pth of RWKV-7 (BlinkDL) or RWKV-X"
 SUFFIXES: tuple[str, ...] = (".pth",)
-ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # first bytes: as torch writes since 1.6, and before
 
 
 def blinkdl_name(name: str, pattern: Pattern) -> str:
@@ -35,75 +38,89 @@ def rwkvx_name(name: str, pattern: Pattern) -> str:
     if not (m := BLOCK.fullmatch(name)):
         return f"rwkv.{blinkdl_name(name, pattern)}"
     position = int(m[1])
-    place = "rwkv.blocks" if pattern[position] == "rwkv7" else "moba"
-    return f"{place}.{index_in_kind(position, pattern)}.{m[2]}"
+    prefix = KINDS[pattern[position]].prefixes["rwkv-x"]
+    return f"{prefix}{index_in_kind(position, pattern)}.{m[2]}"
 
 
 _DEEP = re.compile(r"\.(x_[rwkvag]|[wav]0|k_k|k_a)$")
 BLINKDL = Layout(
+    name="blinkdl",
     rename=blinkdl_name,
-    blocks={"rwkv7": re.compile(r"(blocks\.)(\d+)\.")},
     deep=_DEEP,
     transposed=False,
     unused=re.compile(r"blocks\.0\.att\.v[012]"),
 )
 RWKVX = Layout(
+    name="rwkv-x",
     rename=rwkvx_name,
-    blocks={
-        "rwkv7": re.compile(r"(rwkv\.blocks\.)(\d+)\."),
-        "sparse": re.compile(r"(moba\.)(\d+)\."),
-    },
     deep=_DEEP,
     transposed=False,
     unused=re.compile(r"rwkv\.blocks\.0\.att\.v[012]"),
 )
 
 
+ANCHORS = {"rwkv.emb.weight": RWKVX, "emb.weight": BLINKDL, "model.embeddings.weight": FLA}
+
+
 def matches(path: Path) -> bool:
-    """Whether the file begins as `torch.save` begins one."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(4)
-    return start == ZIP or start[:1] == PICKLE
+    """Whether the file begins as `torch.save` begins one, or as safetensors."""
+    start = start_of(path)
+    return start[:4] == ZIP or start[:1] == PICKLE or is_safetensors(path)
 
 
 def read(path: Path, overrides: Mapping[str, Any], meta: bool = False) -> Checkpoint:
     """Config and tensors; memory-mapped, or on the meta device with the weights unread.
 
     Sizes are read from the tensors. RWKV-X files do not tell chunk size and top-k: 2048 and 3,
-    as released, unless overridden.
+    as released, unless overridden. Tensors by the names of flash-linear-attention are read too.
 
     Raises:
-        InputError: not a weights-only file, damaged, or not of these layouts.
+        InputError: not a file of tensors alone, damaged, or not of these layouts.
     """
-    raw = _load(path, meta)
-    if "rwkv.emb.weight" in raw:
-        return RWKVX.read(raw, str(path), overrides)
-    if "emb.weight" in raw:
-        return BLINKDL.read(raw, str(path), overrides)
+    raw = read_tensors(path, meta)
+    if "ln0.weight" in raw:
+        raise InputError(f"{path} holds tensors by rwkvx's own names: name the folder they lie in")
+    for anchor, layout in ANCHORS.items():
+        if anchor in raw:
+            return layout.read(raw, str(path), with_sidecar(path, overrides))
+    if words := by_names(raw):
+        raise InputError(f"{path} holds {words}")
     raise InputError(
         f"{path} does not hold an RWKV-7 or RWKV-X model (neither emb.weight nor rwkv.emb.weight)"
     )
 
 
-def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write as RWKV-X stores a hybrid, or BlinkDL pure RWKV-7; dtypes as they are.
-
-    Block 0 comes without its unused value residual. Chunk size and top-k have no place in the
-    file: a reader must be told them.
+def read_tensors(path: Path, meta: bool = False) -> dict[str, Tensor]:
+    """The tensors of a `.pth` or safetensors file by their plain names.
 
     Raises:
-        InputError: the model has what the layout cannot hold.
-        OSError: the disk refuses; then there is no file, or the old one.
+        InputError: no such file, or damaged.
     """
-    if reason := no_place_in_pth(checkpoint.config):
-        raise InputError(f"the .pth layout has no place for {reason}")
-    layout = RWKVX if "sparse" in checkpoint.config.pattern else BLINKDL
+    stored = stored_in_safetensors(path) if is_safetensors(path) else stored_in_pickle(path)
+    return read_stored(path, without_prefix(stored), meta)
+
+
+def write(checkpoint: Checkpoint, path: Path) -> str | None:
+    """Write as RWKV-X stores a hybrid, or BlinkDL pure RWKV-7; dtypes as they are.
+
+    Block 0 comes without its unused value residual. Fields of the config that no tensor tells, such
+    as the chunk size, go to a sidecar; what is returned tells of them.
+
+    Raises:
+        InputError: the model has tensors that the layout has no names for.
+        WriteError: the disk refuses; then there is no file, or the old one.
+    """
+    layout = layout_of(checkpoint.config)
+    layout.check_place(checkpoint.config, "the .pth layout")
     raw = layout.write(checkpoint)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         # A view would bring the whole mapping it belongs to.
-        torch.save({n: x if _owns_storage(x) else x.clone() for n, x in raw.items()}, temporary)
+        own = {n: x if _owns_storage(x) else x.clone() for n, x in raw.items()}
+        try:
+            torch.save(own, file)
+        except RuntimeError as error:  # torch's words for an OSError, whose cause it does not tell
+            raise OSError(f"the disk is full or refuses ({_first_line(error)})") from error
+    return keep_lost(checkpoint.config, path, TITLE, read)
 
 
 def verify(path: Path) -> str:
@@ -112,84 +129,21 @@ def verify(path: Path) -> str:
     Raises:
         InputError: one does not hold, or there are none.
     """
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} carries no checksums, or is truncated")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged, count = archive.testzip(), len(archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {_first_line(error)}") from error
+    if start_of(path)[:4] != ZIP:
+        raise InputError(f"{path} carries no checksums")
+    damaged, count = damaged_part(path)
     if damaged:
         raise InputError(f"{path} is damaged: the CRC-32 of its part {damaged} does not hold")
     return f"CRC-32 of {count} parts"
 
 
-def no_place_in_pth(config: ModelConfig) -> str | None:
-    """What of a model the layout cannot hold, None if it holds everything."""
-    rwkv_blocks, sparse_blocks = (config.pattern.count(x) for x in ("rwkv7", "sparse"))
-    if not rwkv_blocks:
-        return "a model without RWKV-7 blocks"
-    uneven = sparse_blocks and rwkv_blocks % sparse_blocks
-    if uneven or config.pattern != hybrid_pattern(rwkv_blocks, sparse_blocks):
-        return "this order of blocks"
-    if config.key_conv and sparse_blocks:
-        return "a key convolution"
-    if config.kv_heads != config.heads and sparse_blocks:
-        return "grouped-query heads"
-    if config.group_norm_eps != ModelConfig.group_norm_eps:
-        return f"a group norm with eps {config.group_norm_eps:g}"
-    return None
-
-
-def _load(path: Path, meta: bool) -> dict[str, Tensor]:
-    try:
-        with warnings.catch_warnings():  # of torch, about unusual pickles: what fails is said here
-            warnings.simplefilter("ignore")
-            raw = _unpickle(path, meta)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} {_why_not(error)}") from error
-    except Exception as error:  # damaged pickles fail in any way
-        raise InputError(f"{path} is truncated or damaged: {_first_line(error)}") from error
-    named = isinstance(raw, dict) and all(
-        isinstance(name, str) and isinstance(x, Tensor) for name, x in raw.items()
-    )
-    if not named:
-        raise InputError(f"{path} does not hold tensors by name")
-    return raw
-
-
-def _unpickle(path: Path, meta: bool) -> Any:
-    if meta:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        with FakeTensorMode():
-            raw = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(raw, dict):
-            return raw
-        return {
-            name: torch.empty(x.shape, dtype=x.dtype, device="meta") if _is_tensor(x) else x
-            for name, x in raw.items()
-        }
-    with path.open("rb") as file:
-        mappable = file.read(4) == ZIP
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
+def layout_of(config: ModelConfig) -> Layout:
+    """BlinkDL's where it has all kinds of block, else that of RWKV-X."""
+    return BLINKDL if set(config.pattern) <= set(BLINKDL.kinds) else RWKVX
 
 
 def _owns_storage(x: Tensor) -> bool:
     return x.untyped_storage().nbytes() == x.numel() * x.element_size()
-
-
-def _why_not(error: Exception) -> str:
-    """What a pickle holds beside tensors, from torch's many lines about it."""
-    if found := re.search(r"GLOBAL (\S+)", str(error)):
-        return f"holds code ({found[1]}), not only tensors; nothing of it was executed"
-    found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    reason = found[1][:200] if found else _first_line(error)
-    return f"holds more than tensors, or is damaged; nothing was executed: {reason}"
 
 
 def _first_line(error: Exception) -> str:

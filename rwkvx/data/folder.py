@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import lzma
 import os
 from pathlib import Path
 
+import rwkvx.files as files
 from rwkvx.errors import InputError
 
 DATA_VARIABLE = "RWKVX_DATA"
@@ -22,30 +22,18 @@ def data_folder(explicit: str | os.PathLike[str] | None) -> Path | None:
         name, origin = os.environ.get(DATA_VARIABLE, ""), DATA_VARIABLE
     if not name:
         return None
-    folder = Path(name).expanduser()
+    folder = files.user_path(name)
     if not folder.is_dir():
         raise InputError(f"data folder {name!r} (from {origin}) is not a folder")
     return folder
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """One whole UTF-8 text file, plain or compressed (`.xz`).
+    """One whole text file, plain or compressed; see `rwkvx.files.read_text`.
 
-    Raises InputError for a missing file, a truncated archive, bytes that are not UTF-8, and an
-    empty text.
+    Raises InputError as that does, and for an empty text.
     """
-    file = Path(path).expanduser()
-    try:
-        raw = file.read_bytes()
-        if file.suffix == ".xz":
-            raw = lzma.decompress(raw)
-    except (OSError, lzma.LZMAError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read text file {str(path)!r}: {reason}") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"text file {str(path)!r} is not UTF-8: {error}") from error
+    text = files.read_text(files.user_path(path))
     if not text.strip():
         raise InputError(f"text file {str(path)!r} is empty")
     return text

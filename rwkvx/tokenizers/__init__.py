@@ -1,9 +1,13 @@
-"""Tokenizers: RWKV World and plain bytes, both behind Hugging Face's tokenizer class.
+"""Tokenizers: RWKV World, plain bytes, and any `tokenizer.json`, all Hugging Face's classes.
 
-Both read and write **every** byte string exactly: ``decode_bytes(encode_bytes(b)) == b``.
-Id 0 ends a document in both.
+World and bytes read and write **every** byte string exactly:
+``decode_bytes(encode_bytes(b)) == b``. Id 0 ends a document in both, and in those trained here.
 """
 
+from pathlib import Path
+from typing import Any
+
+from rwkvx.config import TOKENIZER_FILE
 from rwkvx.errors import InputError
 from rwkvx.tokenizers.base import ExactTokenizer
 from rwkvx.tokenizers.byte import ByteTokenizer
@@ -14,13 +18,20 @@ __all__ = ["TOKENIZERS", "ByteTokenizer", "ExactTokenizer", "WorldTokenizer", "g
 TOKENIZERS: dict[str, type[ExactTokenizer]] = {"world": WorldTokenizer, "bytes": ByteTokenizer}
 
 
-def get_tokenizer(name: str | None) -> ExactTokenizer:
-    """A new tokenizer by its name in a model's configuration: ``"world"`` or ``"bytes"``.
+def get_tokenizer(name: str | None) -> Any:
+    """A new tokenizer: ``"world"``, ``"bytes"``, or the path of a folder with `tokenizer.json`.
 
-    Raises InputError for any other name, and for None.
+    Raises InputError for any other name, for None, and for a file that is no tokenizer.
     """
     if name is None:
         raise InputError("this model names no tokenizer for its vocabulary: it reads ids only")
-    if name not in TOKENIZERS:
-        raise InputError(f"unknown tokenizer {name!r}: choose from {', '.join(sorted(TOKENIZERS))}")
-    return TOKENIZERS[name]()
+    if name in TOKENIZERS:
+        return TOKENIZERS[name]()
+    if name == TOKENIZER_FILE:
+        raise InputError("this model's folder lacks its tokenizer.json: it reads ids only")
+    if Path(name).exists():
+        from rwkvx.tokenizers.file import read_tokenizer
+
+        return read_tokenizer(name)
+    known = ", ".join(sorted(TOKENIZERS))
+    raise InputError(f"unknown tokenizer {name!r}: choose {known} or a folder with tokenizer.json")

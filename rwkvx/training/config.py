@@ -1,15 +1,21 @@
 """What a training run is, as frozen data: YAML files, overridden field by field."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
-
-import yaml
-from dacite import Config, DaciteError, UnexpectedDataError, from_dict
+from typing import Annotated, Any, get_type_hints
 
 from rwkvx.config import ModelConfig
-from rwkvx.errors import InputError
+from rwkvx.data.sources import Data, read_data
+from rwkvx.errors import InputError, shown
+from rwkvx.files import parse_yaml, read_yaml, user_path
+from rwkvx.ranges import Each, Number, OneOf, Whole, check_ranges
+from rwkvx.settings import from_plain
+
+_NAME = re.compile(r"(?!\.)[\w.+-]{1,100}")  # of a folder as well
+_Steps = Whole(1, 10**9)
+_Tokens = Whole(0, 1 << 24)
 
 
 @dataclass(frozen=True)
@@ -28,52 +34,42 @@ class StageConfig:
             distance. 0 reads whole sequences.
         topk: chunks that a query reads in this stage, 0 for the model's own. Fewer make the right
             chunk compete harder: at a few thousand tokens it must already win as at a million.
-        prose: passkey: `data.prose` of this stage, -1 for the same.
-        noise: passkey: largest share of prose tokens that random ones replace, drawn for each
-            sample: other text holds tokens that the prose of `data.paths` never shows.
-        numbers: passkey: most numbers written over a thousand tokens of prose, drawn for each
-            sample: digits that are not the key's, as in a list of ages or dates.
+        learn: "all" weights, or only those of "sparse" blocks: new ones beside trained ones.
+        long_ce: largest weight of a target whose loss a long context lowers (LongCE, arXiv
+            2410.23771; its code has 5, RWKV-X's 10), and long_ce_window: tokens of the windows that
+            are read with a short context to compare; 0 weighs all targets alike.
+        data: in YAML, what differs from the run's data, or another list of sources; None for the
+            run's own.
     """
 
-    steps: int
-    length: int
-    batch: int
-    state_passing: float = 0.0
-    recurrent_length: int = 0
-    topk: int = 0
-    prose: float = -1.0
-    noise: float = 0.0
-    numbers: float = 0.0
+    steps: Annotated[int, _Steps]
+    length: Annotated[int, Whole(1, 1 << 24)]
+    batch: Annotated[int, Whole(1, 1 << 20)]
+    state_passing: Annotated[float, Number(0, 1)] = 0.0
+    recurrent_length: Annotated[int, _Tokens] = 0
+    topk: Annotated[int, Whole(0, 1 << 20)] = 0
+    learn: Annotated[str, OneOf("all", "sparse")] = "all"
+    long_ce: Annotated[float, Number(0, 1000)] = 0.0
+    long_ce_window: Annotated[int, Whole(1, 1 << 24)] = 4096
+    data: Data | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.recurrent_length and self.length % self.recurrent_length:
+            raise InputError(
+                f"length must be a multiple of recurrent_length, got {self.length} and "
+                f"{self.recurrent_length}"
+            )
+        if self.long_ce and self.length % self.long_ce_window:
+            raise InputError(
+                f"length must be a multiple of long_ce_window, got {self.length} and "
+                f"{self.long_ce_window}"
+            )
 
     @property
     def pieces(self) -> int:
         """Pieces of a sequence in RWKV-7 blocks."""
         return self.length // self.recurrent_length if self.recurrent_length else 1
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the tokens come from.
-
-    Attributes:
-        kind: "passkey" (synthetic, fresh samples), "text" (files) or "hub" (Hugging Face).
-        paths: text files (.txt, .xz, .jsonl with a "text" field, .tar.xz of .txt), relative to
-            the data folder; for "passkey", the prose used as filler; for "hub", name and subset.
-        prose: passkey: share of samples whose filler is prose, the rest has the standard sentences.
-        other_weight: passkey: weight of the mean loss over other tokens beside that of the answers.
-        ask_again: passkey: share of the pieces (`recurrent_length`) between the needle's and the
-            last that ask for the key as well: more to learn from a long sequence.
-        limit_mb: read at most so many megabytes of text.
-        split: hub: the split to read.
-    """
-
-    kind: str
-    paths: tuple[str, ...] = ()
-    prose: float = 0.5
-    other_weight: float = 0.2
-    ask_again: float = 0.0
-    limit_mb: float = 1024.0
-    split: str = "train"
 
 
 @dataclass(frozen=True)
@@ -85,15 +81,20 @@ class OptimizerConfig:
             then linear decay over the last `decay` share of the run); final: last rate / peak.
     """
 
-    lr: float = 1.0e-3
+    lr: Annotated[float, Number(0, 10)] = 1.0e-3
     betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1.0e-18
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    warmup: int = 50
-    schedule: str = "cosine"
-    decay: float = 0.2
-    final: float = 0.05
+    eps: Annotated[float, Number(0, 1)] = 1.0e-18
+    weight_decay: Annotated[float, Number(0, 10)] = 0.1
+    clip: Annotated[float, Number(0, 1e12, above=True)] = 1.0
+    warmup: Annotated[int, Whole(0, 10**9)] = 50
+    schedule: Annotated[str, OneOf("cosine", "wsd")] = "cosine"
+    decay: Annotated[float, Number(0, 1)] = 0.2
+    final: Annotated[float, Number(0, 1)] = 0.05
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be two numbers from 0 to below 1, got {self.betas}")
 
 
 @dataclass(frozen=True)
@@ -102,65 +103,66 @@ class TrainConfig:
 
     Attributes:
         name: of the run; out: folder of its files (default runs/NAME).
-        model: the architecture; init: weights to start from (a name or folder), else fresh ones.
+        model: the architecture; where `init` is given, only what differs from that model's.
+        data: where the tokens come from, see `rwkvx.data.sources`.
         stages: run one after the other.
+        tokenizer: folder with the tokenizer.json of a model whose config says "file".
+        init: weights to start from (a name or folder), else fresh ones.
         steps: total steps, if fewer than the stages have; 0 for all of them.
         accumulate: micro-batches of a step.
         average: decay of the moving average of the weights that is evaluated and becomes the model
             (0.98 looks back 50 steps); 0 for the weights of the step itself.
         keep: "last": the weights at the end become the model; "best": those of the evaluation in
             the last stage that runs that had the lowest loss.
-        precision: "float32" or "bf16" (autocast).
+        precision: "float32" or "bf16" (autocast; weights, gradients and moments stay float32).
+        parallel: of several processes, "ddp": each has the whole model, "fsdp": a part of it.
+        compile: let torch.compile fuse what a block does beside its kernels; takes minutes first.
+        most_skipped: steps in a row that a loss or gradient that is not finite may leave without
+            an update; one more ends the run.
         eval_every, save_every: steps between evaluations and checkpoints. seed: of everything.
+        samples: prompts that are continued at every evaluation, to be read in samples.jsonl.
+        probe: lengths in tokens of passkey prompts that are answered at every evaluation.
+        track: "wandb" or "trackio", where one of them is installed, "" for none.
         threads: CPU threads, 0 for torch's own choice.
     """
 
     name: str
     model: ModelConfig
-    data: DataConfig
+    data: Data
     stages: tuple[StageConfig, ...]
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     out: str = ""
+    tokenizer: str = ""
     init: str = ""
-    steps: int = 0
-    accumulate: int = 1
-    average: float = 0.0
-    keep: str = "last"
-    precision: str = "float32"
+    steps: Annotated[int, Whole(0, 10**9)] = 0
+    accumulate: Annotated[int, Whole(1, 1 << 20)] = 1
+    average: Annotated[float, Number(0, 0.999999)] = 0.0
+    keep: Annotated[str, OneOf("last", "best")] = "last"
+    parallel: Annotated[str, OneOf("ddp", "fsdp")] = "ddp"
+    precision: Annotated[str, OneOf("float32", "bf16")] = "float32"
     device: str = "cpu"
     gradient_checkpointing: bool = False
-    eval_every: int = 200
-    eval_batches: int = 4
-    save_every: int = 200
-    seed: int = 0
-    threads: int = 0
+    compile: bool = False
+    most_skipped: Annotated[int, Whole(0, 10**6)] = 10
+    eval_every: Annotated[int, _Steps] = 200
+    eval_batches: Annotated[int, Whole(1, 10**6)] = 4
+    save_every: Annotated[int, _Steps] = 200
+    samples: tuple[str, ...] = ()
+    probe: Annotated[tuple[int, ...], Each(Whole(1, 1 << 24), 0, 20)] = ()
+    track: Annotated[str, OneOf("", "wandb", "trackio")] = ""
+    seed: Annotated[int, Whole(0, (1 << 63) - 1)] = 0
+    threads: Annotated[int, Whole(0, 1024)] = 0
 
     def __post_init__(self) -> None:
-        _one_of("precision", self.precision, ("float32", "bf16"))
-        _one_of("data.kind", self.data.kind, ("passkey", "text", "hub"))
-        _one_of("keep", self.keep, ("last", "best"))
-        _one_of("optimizer.schedule", self.optimizer.schedule, ("cosine", "wsd"))
+        check_ranges(self)
+        if not _NAME.fullmatch(self.name):
+            raise InputError(
+                f"name must be 1 to 100 letters, digits and any of ._+-, got {shown(self.name)}"
+            )
         if not self.stages:
             raise InputError("stages must hold at least one stage")
-        for stage in self.stages:
-            if stage.recurrent_length and stage.length % stage.recurrent_length:
-                raise InputError(f"length must be a multiple of recurrent_length: {stage}")
-            if min(stage.steps, stage.length, stage.batch) < 1:
-                raise InputError(f"steps, length and batch of a stage must be >= 1: {stage}")
-            if min(stage.recurrent_length, stage.topk) < 0:
-                raise InputError(f"recurrent_length and topk of a stage must be >= 0: {stage}")
-            if min(stage.noise, stage.numbers) < 0 or stage.noise > 1:
-                raise InputError(f"noise (at most 1) and numbers must be >= 0: {stage}")
-            if not 0 <= stage.state_passing <= 1:
-                raise InputError(f"state_passing must be between 0 and 1: {stage}")
-        if not 0 <= self.average < 1:
-            raise InputError(f"average must be at least 0 and below 1, got {self.average}")
-        for name in ("accumulate", "eval_every", "eval_batches", "save_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("steps", "threads", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if len(self.stages) > 1000:
+            raise InputError(f"stages must hold at most 1000 stages, got {len(self.stages)}")
 
     @property
     def total_steps(self) -> int:
@@ -171,82 +173,131 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         """Where the run writes."""
-        return Path(self.out or f"runs/{self.name}")
+        return user_path(self.out or f"runs/{self.name}")
+
+    def stage_start(self, number: int) -> int:
+        """The step (from 0) that a stage begins with."""
+        return sum(stage.steps for stage in self.stages[:number])
+
+    def tokens_until(self, step: int) -> int:
+        """Tokens of the first `step` steps."""
+        tokens = 0
+        for number, stage in enumerate(self.stages):
+            begun = step - self.stage_start(number)
+            last = number == len(self.stages) - 1
+            steps = max(0, begun if last else min(begun, stage.steps))
+            tokens += steps * stage.length * stage.batch * self.accumulate
+        return tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in YAML, every field spelled out."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            **found,
+            "model": self.model.to_dict(),
+            "data": self.data.to_dict(),
+            "samples": list(self.samples),
+            "probe": list(self.probe),
+            "optimizer": {**vars(self.optimizer), "betas": list(self.optimizer.betas)},
+            "stages": [_stage_dict(stage) for stage in self.stages],
+        }
+
+    def stage_at(self, step: int) -> tuple[int, int]:
+        """Number of the stage that step number `step` (from 0) belongs to, and the step in it."""
+        for number, stage in enumerate(self.stages[:-1]):
+            if step < stage.steps:
+                return number, step
+            step -= stage.steps
+        return len(self.stages) - 1, step
 
     def stage(self, step: int) -> StageConfig:
         """The stage that step number `step` (from 0) belongs to."""
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        return self.stages[-1]
+        return self.stages[self.stage_at(step)[0]]
+
+    def data_of(self, stage: StageConfig) -> Data:
+        """What the stage reads."""
+        return self.data if stage.data is None else stage.data
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{name} must be one of {known}, got {value!r}")
+def _stage_dict(stage: StageConfig) -> dict[str, Any]:
+    found = dict(vars(stage))
+    data = found.pop("data")
+    return found if data is None else {**found, "data": data.to_dict()}
 
 
 def read_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:
     """Read a YAML file and set fields by dotted name ("optimizer.lr"), values in YAML syntax.
 
     Raises:
-        InputError: unreadable file, unknown key, wrong type.
+        InputError: unreadable file, unknown key, wrong type, a value out of its range.
     """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read config {path}: {' '.join(str(error).split())}") from error
+    data, where = read_yaml(user_path(path)), f"config {path}"
     if not isinstance(data, dict):
-        raise InputError(f"config {path} holds no mapping")
+        raise InputError(f"{where} holds no mapping")
     for name, text in (overrides or {}).items():
         _override(data, name, text)
-    try:
-        settings = Config(strict=True, type_hooks={float: _number, int: _integer, **_LISTS})
-        return from_dict(TrainConfig, data, settings)
-    except UnexpectedDataError as error:
-        key = sorted(error.keys)[0]
-        raise InputError(f"unknown key {key!r} in config {path}") from error
-    except (DaciteError, TypeError, ValueError) as error:
-        raise InputError(f"config {path}: {' '.join(str(error).split())}") from error
+    return parse_config(data, where)
+
+
+def parse_config(data: Mapping[str, Any], where: str) -> TrainConfig:
+    """A run out of plain data.
+
+    Raises:
+        InputError: as `read_config`.
+    """
+    found = dict(data)
+    if "data" in found:
+        found["data"] = read_data(data["data"])
+    if "stages" in found:
+        if not isinstance(stages := found["stages"], list):
+            raise InputError(f"stages must be a list of stages, got {shown(stages)}")
+        found["stages"] = tuple(_stage(x, i, data.get("data")) for i, x in enumerate(stages))
+    if isinstance(found.get("init"), str) and found["init"]:
+        found["model"] = _model_of(found["init"], found.get("model"))
+    return from_plain(TrainConfig, found, where)
+
+
+def _stage(value: Any, index: int, common: Any) -> StageConfig:
+    """A stage, whose data is what differs from that of the run, unless it names another kind."""
+    where = f"stages[{index}]"
+    if isinstance(value, Mapping) and "data" in value:
+        own = value["data"]
+        both = isinstance(own, Mapping) and isinstance(common, Mapping)
+        if both and own.get("kind", common.get("kind")) == common.get("kind"):
+            own = {**common, **own}
+        value = {**value, "data": read_data(own, f"{where}.data")}
+    return from_plain(StageConfig, value, where)
+
+
+def _model_of(init: str, changes: Any) -> ModelConfig:
+    """The config of the model that training starts from, with changes."""
+    from rwkvx.checkpoint.formats import detect
+    from rwkvx.checkpoint.load import find_model
+
+    if changes is not None and not isinstance(changes, Mapping):
+        raise InputError(f"model holds no mapping: {shown(changes)}")
+    path = find_model(init)
+    return detect(path).read(path, changes or {}, True).config
 
 
 def _override(data: dict[str, Any], name: str, text: str) -> None:
-    """Set one field by dotted name to a value in YAML syntax."""
+    """Set one field by dotted name to a value in YAML syntax; a number picks from a list."""
     *parents, last = name.split(".")
+    inner: Any = data
     for key in parents:
-        inner = data.setdefault(key, {})
-        if not isinstance(inner, dict):
+        if isinstance(inner, list):
+            inner = inner[int(key)] if key.isdigit() and int(key) < len(inner) else None
+        else:
+            inner = inner.setdefault(key, {})
+        if not isinstance(inner, dict | list):
             raise InputError(f"cannot set {name}: {key} is no mapping")
-        data = inner
-    try:
-        data[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{name}: {text!r} is not YAML") from error
-
-
-# What has the wrong type becomes text: then dacite says so, with the name of the field.
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3, without a point, as text."""
-    try:
-        return str(value) if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return str(value)
-
-
-def _list(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else str(value)
-
-
-def _integer(value: Any) -> Any:
-    return str(value) if isinstance(value, bool) else value
-
-
-_LISTS: dict[Any, Any] = dict.fromkeys(
-    (tuple[str, ...], tuple[float, float], tuple[StageConfig, ...]), _list
-)
+    value = parse_yaml(text, f"the value of {name}")
+    if isinstance(inner, dict):
+        inner[last] = value
+    elif last.isdigit() and int(last) < len(inner):
+        inner[int(last)] = value
+    else:
+        raise InputError(f"cannot set {name}: {last} is no place in the list")
 
 
 def field_names(kind: type = TrainConfig, prefix: str = "") -> list[str]:
@@ -254,7 +305,7 @@ def field_names(kind: type = TrainConfig, prefix: str = "") -> list[str]:
     names = []
     hints = get_type_hints(kind)
     for f in fields(kind):
-        if is_dataclass(hints[f.name]):
+        if is_dataclass(hints[f.name]) and hints[f.name] is not Data:
             names += field_names(hints[f.name], f"{prefix}{f.name}.")
         else:
             names.append(prefix + f.name)

@@ -1,233 +1,382 @@
-"""The training loop.
+"""A run: from its newest checkpoint to its end, a step at a time.
 
-Axes: B batch, T time, V vocabulary.
+Axes: B batch, T time, C width.
 """
 
 import math
-import sys
-from contextlib import nullcontext
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, cast
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
+from rwkvx.checkpoint import folder as model_folder
 from rwkvx.checkpoint import load
-from rwkvx.checkpoint.folder import save_folder
+from rwkvx.checkpoint.checkpoint import check_vocabulary
 from rwkvx.checkpoint.load import usable_device
-from rwkvx.checkpoint.shards import read_weights
-from rwkvx.errors import InputError
+from rwkvx.data.sources import Data, Reader, Source
+from rwkvx.errors import InputError, is_out_of_memory
+from rwkvx.files import replacing_folder, write_text
 from rwkvx.init import init_weights
 from rwkvx.model import Model
-from rwkvx.state import ModelState, Rwkv7State, map_tensors
+from rwkvx.state import ModelState
+from rwkvx.tokenizers.file import fingerprint, read_tokenizer
+from rwkvx.training import checkpoint
+from rwkvx.training.batches import Batch, check_division, own_batches, step_batch
+from rwkvx.training.card import model_card
+from rwkvx.training.checkpoint import Progress, Running, snapshot, whole_model
 from rwkvx.training.config import StageConfig, TrainConfig
-from rwkvx.training.data import Batch, Source, build_source
-from rwkvx.training.events import Events
-from rwkvx.training.optim import build_optimizer, learning_rate, set_learning_rate
-from rwkvx.training.resume import load_checkpoint, save_checkpoint
-from rwkvx_kernels.linear import linear_cross_entropy
+from rwkvx.training.curves import Curves, Silence
+from rwkvx.training.distributed import distributed, gradients_shared, shard, whole
+from rwkvx.training.evaluation import as_text, evaluate, total_loss
+from rwkvx.training.facts import facts
+from rwkvx.training.forward import LongContext, Objective
+from rwkvx.training.identity import differences, identity
+from rwkvx.training.optim import build_optimizer, learning_rate, learning_weights, set_learning_rate
+from rwkvx.training.passing import PASSING, carried_state, initial_state
+from rwkvx.training.plan import check_memory
+from rwkvx.training.probes import passkey_probe, samples
+from rwkvx.training.progress import ProgressLine, Speed
+from rwkvx.training.run_folder import RunFolder
+from rwkvx.training.stopping import Stopped, StopRequest, stop_requests
+from rwkvx.training.world import World
 
-# First number of a data seed: training and evaluation never share a sample.
-TRAINING, EVALUATION, CARRYING = 0, 1, 2
+ALONE = World(0, 1)
 
 
 class Trainer:
-    """One run: `Trainer(config).run()` returns the trained model, also saved in config.folder."""
+    """One run: `Trainer(config).run()` returns the trained model, also saved in the run's folder.
 
-    def __init__(self, config: TrainConfig, data: str | None = None) -> None:
+    Args:
+        data: the data folder.
+        world, device: this process among others that train the same model, and its device.
+
+    Raises:
+        InputError: a device, data, weights or sizes that cannot be.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: str | None = None,
+        world: World = ALONE,
+        device: str | None = None,
+    ) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.config = config
-        if config.init:
-            self.model = load(config.init, config.device, **config.model.to_dict())
-        else:
-            device = usable_device(config.device)
-            self.model = init_weights(Model(config.model), config.seed).to(device)
-        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.config, self.folder, self.world = config, RunFolder(config.folder), world
+        self.device = device or config.device
+        check_memory(config)
+        check_division(config, world.size)
+        self.model = self._starting_model()
+        self.objective = Objective(self.model)
+        self.average = self._average()
+        some = any(stage.learn != "all" for stage in config.stages)
+        self.called = distributed(self.objective, world, config.parallel, some)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.source: Source = build_source(config.data, self.model.tokenizer, data)
-        self.average = None
-        if config.average:
-            averaging = get_ema_multi_avg_fn(config.average)
-            self.average = AveragedModel(self.model, multi_avg_fn=averaging)
-        self.step, self.carried, self.best = load_checkpoint(
-            config.folder, self.model, self.average, self.optimizer, config
-        )
+        self.carried: ModelState | None = None
+        self.progress = Progress({}, config.total_steps)
+        self._reader, self._sources = Reader(self.model.tokenizer, data), dict[Data, Source]()
+        for number, stage in enumerate(config.stages):  # what is wrong with any is said now
+            step_batch(self.source(stage), config, config.stage_start(number))
+
+    def _starting_model(self) -> Model:
+        config = self.config
+        if config.init:
+            model = load(config.init, self.device, **config.model.to_dict())
+        else:
+            device = usable_device(self.device)
+            model = init_weights(Model(config.model), config.seed).to(device)
+        if config.tokenizer:
+            model.use_tokenizer(read_tokenizer(config.tokenizer))
+        check_vocabulary(model.config, "model", model.tokenizer)
+        model.gradient_checkpointing = config.gradient_checkpointing
+        return model.train()
+
+    def _average(self) -> AveragedModel | None:
+        average = None
+        if self.config.average:
+            averaging = get_ema_multi_avg_fn(self.config.average)
+            average = AveragedModel(self.objective, multi_avg_fn=averaging)
+            if self.world.size > 1 and self.config.parallel == "fsdp":
+                shard(cast(Objective, average.module))
+        if self.config.compile:  # after the average, which is a copy
+            for block in self.model.blocks:
+                block.compile()
+        return average
 
     @property
-    def result(self) -> Model:
+    def step(self) -> int:
+        """Steps done."""
+        return self.progress.step
+
+    @property
+    def result(self) -> Objective:
         """What is evaluated and becomes the model: the averaged weights, if there are any."""
-        return self.model if self.average is None else cast(Model, self.average.module)
+        return self.objective if self.average is None else cast(Objective, self.average.module)
 
-    def run(self) -> Model:
-        """Train to the end, with a progress bar, TensorBoard events, evaluations, checkpoints."""
-        config, total = self.config, self.config.total_steps
-        writer = _events(config.folder / "tensorboard")
-        started = self.step
-        tokens = sum(_tokens(config, s) for s in range(total))
-        with tqdm(total=tokens, unit="tok", unit_scale=True, file=sys.stderr) as bar:
-            bar.update(sum(_tokens(config, s) for s in range(started)))
-            while self.step < total:
-                loss = self.train_step()
-                bar.set_postfix(step=f"{self.step}/{total}", loss=f"{loss:.4f}", refresh=False)
-                bar.update(_tokens(config, self.step - 1))
-                if writer is not None:
-                    writer.add_scalar("loss/train", loss, self.step)
-                last = self.step == total
-                if last or self.step % config.eval_every == 0:
-                    metrics = self.evaluate()
-                    text = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-                    bar.write(f"step {self.step}: {text}", file=sys.stderr)
-                    if writer is not None:
-                        for name, value in metrics.items():
-                            writer.add_scalar(name, value, self.step)
-                    self._keep(metrics)
-                if last or self.step % config.save_every == 0:
-                    self.save()
-        model = self.result
-        model.set_topk(model.config.topk)
-        model.recurrent_pieces = 1
-        if config.keep == "best":
-            model.load_state_dict(read_weights(config.folder / "model"))
-        else:
-            save_folder(model, config.folder / "model")
-        return model
+    def source(self, stage: StageConfig) -> Source:
+        """Where a stage's rows come from."""
+        data = self.config.data_of(stage)
+        if data not in self._sources:
+            self._sources[data] = data.open(self._reader)
+        return self._sources[data]
 
-    def _keep(self, metrics: dict[str, float]) -> None:
-        """Write the model if it is to be the best of the last stage, and is the best so far."""
-        config = self.config
-        last = config.stage(config.total_steps - 1)  # `steps` may leave out the last that is named
-        if config.keep == "last" or config.stage(self.step - 1) is not last:
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that the weights depend on."""
+        sources = {stage: self.source(stage) for stage in self.config.stages}
+        return identity(self.config, sources, fingerprint(self.model.tokenizer))
+
+    # ------------------------------------------------------------- a run
+
+    def run(self, anyway: bool = False) -> Model:
+        """Train to the end, from the newest checkpoint of the folder if there is one.
+
+        Args:
+            anyway: go on with a run that was another one; the change is recorded.
+
+        Raises:
+            InputError: the folder belongs to another run, or its checkpoint is damaged.
+            Stopped: a signal came; all is saved.
+        """
+        config, world = self.config, self.world
+        with self.folder.owned() if world.first else nullcontext(), stop_requests() as request:
+            world.wait()
+            self.resume(anyway)
+            if world.first:
+                self.folder.write_config(config.to_dict())
+            with _explained(config):
+                self._train(request)
+            if request.signal and self.step < config.total_steps:
+                done = f"step {self.step} of {config.total_steps}"
+                raise Stopped(f"stopped at {done}, saved: the same command goes on", request.signal)
+            self._write_model()
+        return load(self.folder.model(config.name, self.step), self.device)
+
+    def resume(self, anyway: bool = False) -> None:
+        """Go on from the newest checkpoint, or be at the start; see `run`."""
+        config, newest = self.config, self.folder.newest()
+        if newest is None:
+            self.progress = Progress(self.identity, config.total_steps)
+            target = self.folder.model(config.name, config.total_steps)
+            if target.exists():
+                raise InputError(f"{target} exists already: choose another --out or --name")
             return
-        loss = sum(value for name, value in metrics.items() if name.startswith("loss/"))
-        if self.best is None or loss < self.best:
-            self.best = loss
-            save_folder(self.result, config.folder / "model")
+        self.folder.verify(newest)
+        progress = checkpoint.read_progress(newest)
+        totals = (progress.total, config.total_steps)
+        changed = differences(progress.identity, self.identity, progress.step, totals)
+        if changed and not anyway:
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise InputError(
+                f"{config.folder} holds a run whose {changed[0]}{more}: choose another --out, or "
+                "--resume-anyway to go on with the change"
+            )
+        if totals[1] > totals[0]:
+            changed.append(f"steps is {totals[0]}, now {totals[1]}")
+        self.carried = checkpoint.read(newest, self._running, progress, self.world)
+        if changed:
+            progress.changes.append({"step": progress.step, "changed": changed})
+        progress.identity, progress.total = self.identity, config.total_steps
+        self.progress = progress
+        self.world.wait()
+        if self.world.first:
+            self.folder.forget_after(progress.step)
 
     def save(self) -> None:
         """Write a checkpoint that an equal run goes on from."""
-        running = (self.model, self.average, self.optimizer, self.carried, self.best)
-        save_checkpoint(self.config.folder, self.step, *running, self.config)
+        found = snapshot(self._running, self.world)
+        if self.world.first:
+            self.folder.write_checkpoint(
+                self.step, lambda folder: found.write(folder, self.progress)
+            )
+        self.world.wait()
 
-    def train_step(self) -> float:
-        """One optimiser step; returns its loss."""
-        config, stage = self.config, self.config.stage(self.step)
+    @property
+    def _running(self) -> Running:
+        return Running(self.model, self.optimizer, self.average, self.carried)
+
+    def _train(self, request: StopRequest) -> None:
+        config, total, first = self.config, self.config.total_steps, self.world.first
+        tokens, done = config.tokens_until(total), config.tokens_until(self.step)
+        curves = Curves(self.folder, config) if first else Silence()
+        speed = Speed(config, self.device, self.world.size)
+        with ProgressLine(tokens, done, total, first) as line, closing(curves):
+            while self.step < total and not request.signal:
+                began, skipped = time.perf_counter(), self.progress.skipped
+                metrics = self.train_step()
+                count = config.tokens_until(self.step) - config.tokens_until(self.step - 1)
+                metrics |= speed.of(self.step - 1, count, time.perf_counter() - began)
+                curves.add(self.step, metrics)
+                line.step(self.step, count, metrics["loss/train"])
+                if self.progress.skipped > skipped:
+                    line.say(f"step {self.step}: no update, the loss or a gradient is not finite")
+                last = self.step == total
+                if last or self.step % config.eval_every == 0:
+                    metrics = self.evaluate()
+                    line.say(f"step {self.step}: {as_text(metrics)}")
+                    curves.add(self.step, metrics)
+                    self._keep(metrics)
+                    self._write_samples()
+                request.signal = self.world.any(request.signal)
+                if last or request.signal or self.step % config.save_every == 0:
+                    self.save()
+
+    def _write_samples(self) -> None:
+        """What the model writes now; not where every process holds a part of it."""
+        model = self.result.model
+        if self.config.samples and self.world.first and not isinstance(self.result, FSDPModule):
+            self.folder.add_samples(self.step, samples(model, self.config))
+
+    def _keep(self, metrics: dict[str, float]) -> None:
+        """Write the model if it is to be the best of the last stage, and is the best so far."""
+        config, progress = self.config, self.progress
+        last = config.stage(config.total_steps - 1)  # `steps` may leave out the last that is named
+        if config.keep == "last" or config.stage(self.step - 1) is not last:
+            return
+        loss = total_loss(metrics)
+        if progress.best is None or loss < progress.best:
+            progress.best, progress.best_step = loss, self.step
+            progress.best_scores = metrics
+            found = whole_model(self.result.model, self.world.first)
+            if self.world.first:
+                with replacing_folder(self.folder.best(self.step)) as temporary:
+                    model_folder.write(found, temporary)
+
+    def _write_model(self) -> None:
+        """Write the model with its card, and its results, unless they are there."""
+        config, progress, world = self.config, self.progress, self.world
+        target = self.folder.model(config.name, self.step)
+        if target.exists():
+            return
+        world.wait()
+        best = config.keep == "best"
+        scores = progress.best_scores if best else self.evaluate()
+        found = whole_model(self.result.model, world.first)
+        if world.first:
+            if best:
+                found = model_folder.read(self.folder.best(progress.best_step), {})
+            result = {
+                **facts(),
+                "steps": self.step,
+                "weights_of_step": progress.best_step if best else self.step,
+                "tokens": config.tokens_until(self.step),
+                "parameters": sum(x.numel() for x in found.tensors.values()),
+                "skipped_steps": progress.skipped,
+                "processes": world.size,
+                "changes": progress.changes,
+                "evaluation": scores,
+                "config": config.to_dict(),
+            }
+            self.folder.add_result(target, result)
+            with replacing_folder(target) as temporary:
+                model_folder.write(found, temporary)
+                write_text(temporary / "README.md", model_card(config, result))
+        world.wait()
+
+    # ------------------------------------------------------------- a step
+
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step: its loss, the norm of its gradient, its learning rate.
+
+        A step whose loss or gradient is not finite leaves the weights as they are.
+
+        Raises:
+            InputError: too many of those, one after the other.
+        """
+        config, stage, progress = self.config, self.config.stage(self.step), self.progress
         self.model.set_topk(stage.topk or self.model.config.topk)
         self.model.recurrent_pieces = stage.pieces
+        learning_weights(self.model, stage.learn)
         rate = learning_rate(self.step, config.total_steps, config.optimizer)
         set_learning_rate(self.optimizer, rate)
-        total = 0.0
-        for micro in range(config.accumulate):
-            seed = (config.seed, TRAINING, self.step, micro)
-            batch = self.source.batch(stage, seed)
-            state = self._initial_state(stage, micro)
-            loss, final = self._loss(batch, state)
-            (loss / config.accumulate).backward()
-            total += loss.item() / config.accumulate
-            if not math.isfinite(total):
-                raise InputError(
-                    f"the loss of step {self.step + 1} is {total}: lower optimizer.lr or raise "
-                    f"optimizer.warmup; the last checkpoint in {config.folder} is from before"
-                )
-            self.carried = final.recurrent()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
-        self.optimizer.step()
+        batches = own_batches(step_batch(self.source(stage), config, self.step), stage, self.world)
+        total, carried = 0.0, None
+        for i, batch in enumerate(batches):
+            with gradients_shared(self.called, last=i == len(batches) - 1):
+                loss, carried = self._micro_step(batch, stage, self.world.rank * len(batches) + i)
+            total += loss
+        (total,) = self.world.all_sum(total)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm([cast(Any, p.grad) for p in parameters]))
+        if math.isfinite(total) and bool(norm.isfinite()):
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update_parameters(self.objective)
+            self.carried, progress.skipped_in_a_row = carried, 0
+        else:
+            self._skip(total)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-        self.step += 1
-        return total
+        progress.step += 1
+        return {"loss/train": total, "gradient_norm": norm.item(), "learning_rate": rate}
+
+    def _micro_step(
+        self, batch: Batch, stage: StageConfig, number: int
+    ) -> tuple[float, ModelState]:
+        """Add the gradient of a micro-batch; its loss, and the state to carry on."""
+        batch = batch.to(self.device)
+        seed = (self.config.seed, PASSING, self.step, number)
+        state = initial_state(self.model, self.carried, stage, batch, seed)
+        long = LongContext(stage.long_ce_window, stage.long_ce) if stage.long_ce else None
+        with self._autocast():
+            loss, final = self.called(batch, state, long)
+        # Gradients are averaged over processes; losses of a step are to be summed.
+        (loss * self.world.size).backward()
+        return loss.item(), carried_state(final, batch)
+
+    def _skip(self, loss: float) -> None:
+        progress, config = self.progress, self.config
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row > config.most_skipped:
+            culprit = _not_finite(self.model) or f"the loss ({loss})"
+            raise InputError(
+                f"{culprit} is not finite at step {self.step + 1}, the {config.most_skipped} steps "
+                "before had no update either: lower optimizer.lr or raise optimizer.warmup; the "
+                f"last checkpoint in {config.folder} is from before"
+            )
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and, for tasks with answers, the share of samples answered exactly, on new data."""
+        """Loss and, for data with answers, the share of rows answered exactly, on other data."""
         stage = self.config.stage(max(0, self.step - 1))
-        metrics = {}
-        for name, part in self.source.evaluations(stage).items():
-            loss, accuracy = self._evaluate(part)
-            metrics[f"loss/{name}"] = loss
-            if accuracy is not None:
-                metrics[f"accuracy/{name}"] = accuracy
-        return metrics
-
-    @torch.no_grad()
-    def _evaluate(self, stage: StageConfig) -> tuple[float, float | None]:
-        losses, right, asked, model = 0.0, 0, 0, self.result
-        model.set_topk(stage.topk or self.config.model.topk)
-        model.recurrent_pieces = 1
-        for index in range(self.config.eval_batches):
-            batch = self._to_device(self.source.batch(stage, (self.config.seed, EVALUATION, index)))
-            with self._autocast():
-                logits, _ = model(batch.inputs, keep_cache=False)
-            losses += _weighted_loss(logits, batch).item()
-            if batch.answers.any():
-                wrong = (logits.argmax(-1) != batch.targets) & batch.answers
-                right += int((~wrong.any(dim=1)).sum())
-                asked += len(wrong)
-        return losses / self.config.eval_batches, right / asked if asked else None
-
-    def _loss(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
-        batch = self._to_device(batch)
-        with self._autocast():
-            hidden, final = self.model(batch.inputs, state, logits="hidden", keep_cache=False)
-            flat = (hidden.flatten(0, 1), self.model.head.weight, batch.targets.flatten())
-            loss = linear_cross_entropy(*flat, batch.weights.flatten())
-        return loss, final
-
-    def _initial_state(self, stage: StageConfig, micro: int) -> ModelState | None:
-        """Rows of the carried recurrent states, others zero; None for all zero."""
-        if self.carried is None or (stage.state_passing == 0 and stage.pieces == 1):
-            return None
-        seed = _generator_seed(self.config.seed, CARRYING, self.step, micro)
-        generator = torch.Generator().manual_seed(seed)
-        keep = torch.ones(stage.batch, stage.pieces)  # later pieces always go on from some state
-        keep[:, 0] = torch.rand(stage.batch, generator=generator) < stage.state_passing
-        draw = torch.rand(stage.batch, stage.pieces, generator=generator)
-        blocks = []
-        for block in self.carried.blocks:
-            pieces = stage.pieces if isinstance(block, Rwkv7State) else 1
-            rows = (draw[:, :pieces].flatten() * len(block.ffn_shift)).long().to(self.model.device)
-            kept = keep[:, :pieces].flatten().to(self.model.device)
-
-            def passed(x: Tensor, rows: Tensor = rows, kept: Tensor = kept) -> Tensor:
-                return x[rows] * kept.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-
-            blocks.append(map_tensors(block, passed))
-        return ModelState(tuple(blocks), 0)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return Batch(*(x.to(self.config.device, non_blocking=True) for x in batch))
+        # Compiled blocks would be compiled once more, for no gradients.
+        with self._autocast(), torch.compiler.set_stance("force_eager"):
+            arguments = (self.config, stage, self.world)
+            metrics = evaluate(self.result, self.source(stage), *arguments)
+            return metrics | passkey_probe(self.result, *arguments)
 
     def _autocast(self) -> Any:
         if self.config.precision == "float32":
             return nullcontext()
-        return torch.autocast(torch.device(self.config.device).type, dtype=torch.bfloat16)
+        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
 
 
-def _weighted_loss(logits_BTV: Tensor, batch: Batch) -> Tensor:
-    losses = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), reduction="none"
-    )
-    return (losses * batch.weights.flatten()).sum()
-
-
-def _generator_seed(*numbers: int) -> int:
-    """One seed for torch out of several numbers, the same on every machine."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _tokens(config: TrainConfig, step: int) -> int:
-    stage = config.stage(step)
-    return stage.length * stage.batch * config.accumulate
-
-
-def _events(folder: Path) -> Events | None:
-    """Where TensorBoard is installed."""
+@contextmanager
+def _explained(config: TrainConfig) -> Iterator[None]:
+    """Memory that ran out is something that a user can mend."""
     try:
-        return Events(folder)
-    except ModuleNotFoundError:
-        print("no TensorBoard events: `pip install rwkvx[train]` adds them", file=sys.stderr)
-        return None
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            "memory ran out: lower batch and raise accumulate, or set gradient_checkpointing; "
+            f"the last checkpoint in {config.folder} is from before"
+        ) from error
+
+
+def _not_finite(model: Model) -> str | None:
+    """The first weight that is not finite, else the first gradient, in words."""
+    for name, x in model.named_parameters():
+        if not whole(x.detach()).isfinite().all():
+            return f"the weight {name}"
+    for name, x in model.named_parameters():
+        if x.grad is not None and not whole(x.grad).isfinite().all():
+            return f"the gradient of {name}"
+    return None

@@ -14,7 +14,7 @@ from weights import config, random_checkpoint
 import rwkvx
 from rwkvx import InputError
 from rwkvx.checkpoint import fla
-from rwkvx.checkpoint.shards import write_weights
+from rwkvx.checkpoint.shards import remove_other_weights, write_weights
 from rwkvx.cli.info import describe
 
 SHAPE = config(
@@ -87,7 +87,7 @@ def test_older_files_pack_the_mixes(folder: Path) -> None:
 
     change_tensors(folder, pack)
     assert rwkvx.load(folder).fingerprint() == before
-    assert dict(describe(folder))["low ranks"] == "w 24, a 40, v 16, g 48"
+    assert dict(describe(folder))["rwkv7 blocks"] == "low ranks w 24, a 40, v 16, g 48"
 
 
 def test_block_0_may_carry_a_value_residual(folder: Path) -> None:
@@ -145,7 +145,7 @@ def test_configs_that_are_no_plain_rwkv7(
             lambda t: [t.pop(n) for n in list(t) if ".layers.0." in n],
             r"lacks the block model\.layers\.0",
         ),
-        (lambda t: [t.pop(n) for n in list(t) if "layers" in n], r"holds no block of RWKV-7"),
+        (lambda t: [t.pop(n) for n in list(t) if "layers" in n], r"holds no rwkv7 block"),
         (lambda t: t["lm_head.weight"][0].fill_(torch.nan), r"head\.weight holds NaN"),
     ],
 )
@@ -163,6 +163,7 @@ def test_shards(folder: Path) -> None:
     whole = rwkvx.load(folder).fingerprint()
     rows = dict(describe(folder))
     names = write_weights(folder, load_file(folder / "model.safetensors"), shard_bytes=200_000)
+    remove_other_weights(folder, names)
     shards = [name for name in names if name.endswith(".safetensors")]
     assert len(shards) > 2
     assert not (folder / "model.safetensors").exists()
@@ -183,6 +184,23 @@ def test_folders_without_sums_or_weights(folder: Path) -> None:
     (folder / "SHA256SUMS").unlink()
     with pytest.raises(InputError, match="has no SHA256SUMS to verify it against"):
         rwkvx.load(folder, verify=True)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"model\.safetensors is missing"):
         rwkvx.load(folder)
+
+
+def test_folders_with_the_weights_of_torch(folder: Path) -> None:
+    """As Hugging Face wrote them before safetensors: whole, then in two shards with an index."""
+    before, tensors = rwkvx.load(folder).fingerprint(), load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert rwkvx.load(folder).fingerprint() == before
+    assert rwkvx.load(folder / "pytorch_model.bin").fingerprint() == before
+    (folder / "pytorch_model.bin").unlink()
+    names = {n: f"pytorch_model-{1 + ('.1.' in n)}.bin" for n in tensors}
+    for file in set(names.values()):
+        torch.save({n: x for n, x in tensors.items() if names[n] == file}, folder / file)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert rwkvx.load(folder).fingerprint() == rwkvx.load(index).fingerprint() == before
+    assert dict(describe(folder))["rwkv7 blocks"] == "low ranks w 24, a 40, v 16, g 48"

@@ -30,7 +30,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every trainer breaks down before its step number `step`."""
     plain = Trainer.train_step
 
-    def train_step(self: Trainer) -> float:
+    def train_step(self: Trainer) -> dict[str, float]:
         if self.step == step:
             raise Stopped
         return plain(self)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rwkvx import InputError
+from rwkvx.data.sources.text import Text
 from rwkvx.training.config import StageConfig, field_names, read_config
 
 Writer = Callable[..., Path]
@@ -40,7 +41,6 @@ def test_shipped_configs_are_valid(shipped: str) -> None:
         ("seed", "7", 7),
         ("precision", "bf16", "bf16"),
         ("gradient_checkpointing", "true", True),
-        ("data.paths", "[a.txt, b.txt]", ("a.txt", "b.txt")),
         ("model.pattern", "[rwkv7, rwkv7]", ("rwkv7", "rwkv7")),
         ("model.sparse_kv_heads", "1", 1),
         ("model.sparse_kv_heads", "null", None),
@@ -56,6 +56,33 @@ def test_overrides(write_config: Writer, name: str, text: str, value: Any) -> No
     assert type(found) is type(value)
 
 
+def test_data_is_overridden_too(write_config: Writer) -> None:
+    config = read_config(write_config(), {"data.paths": "[a.txt, b.txt]"})
+    assert config.data.parts[0].options == Text(("a.txt", "b.txt"))
+    mixed = [{"kind": "text", "paths": ["a"]}, {"kind": "text", "paths": ["b"], "weight": 2}]
+    config = read_config(write_config(data=mixed), {"data.1.paths": "[c]", "data.0.weight": "3"})
+    assert [p.weight for p in config.data.parts] == [3.0, 2.0]
+    assert config.data.parts[1].options == Text(("c",))
+
+
+def test_a_stage_may_change_the_data(write_config: Writer) -> None:
+    """What it names on top of the run's data, or other data."""
+    stage = {"steps": 1, "length": 8, "batch": 1}
+    kinds = [
+        {},
+        {"limit_mb": 2},
+        {"kind": "passkey", "prose": 0},
+        [{"kind": "text", "paths": ["c"]}],
+    ]
+    stages = [stage if not own else {**stage, "data": own} for own in kinds]
+    config = read_config(write_config(data={"kind": "text", "paths": ["a"]}, stages=stages))
+    found = [config.data_of(s) for s in config.stages]
+    assert found[0] is config.data
+    assert found[1].parts[0].options == Text(("a",), limit_mb=2.0)
+    assert found[2].parts[0].kind == "passkey"
+    assert found[3].parts[0].options == Text(("c",))
+
+
 def test_overrides_reach_what_the_file_leaves_out(write_config: Writer) -> None:
     config = read_config(write_config(optimizer={}), {"optimizer.clip": "2"})
     assert config.optimizer.clip == 2.0
@@ -69,29 +96,45 @@ def test_overrides_reach_what_the_file_leaves_out(write_config: Writer) -> None:
         ("model.depth", "1", "unknown key 'depth'"),
         ("stages", "[{steps: 1, length: 8, batch: 1, rows: 2}]", "unknown key 'rows'"),
         ("steps", "1.5", '"steps" - should be "int"'),
-        ("steps", "-1", "steps must be >= 0"),
+        ("steps", "-1", "steps must be a whole number from 0"),
+        ("steps", "1000000000000", "steps must be a whole number from 0 to 1000000000"),
         ("seed", "true", '"seed" - should be "int"'),
         ("optimizer.lr", "fast", '"optimizer.lr" - should be "float"'),
         ("optimizer.lr", "true", '"optimizer.lr" - should be "float"'),
         ("optimizer.betas", "0.9", '"optimizer.betas" - should be'),
-        ("data.paths", "a.txt", '"data.paths" - should be'),
-        ("stages", "{steps: 1}", '"stages" - should be'),
+        ("data.paths", "a.txt", '"paths" - should be'),
+        ("data.prose", "0.5", "unknown key 'prose' in data (text)"),
+        ("stages", "{steps: 1}", "stages must be a list of stages"),
         ("stages", "[]", "at least one stage"),
-        ("stages", "[{steps: 0, length: 8, batch: 1}]", "must be >= 1"),
+        ("stages", "[{steps: 0, length: 8, batch: 1}]", "steps must be a whole number from 1"),
         ("stages", "[{steps: 1, length: 8}]", "batch"),
-        ("stages", "[{steps: 1, length: 8, batch: 1, state_passing: 2}]", "between 0 and 1"),
-        ("stages", "[{steps: 1, length: 8, batch: 1, topk: -1}]", "topk of a stage must be >= 0"),
-        ("stages", "[{steps: 1, length: 8, batch: 1, numbers: -1}]", "noise (at most 1) and"),
+        (
+            "stages",
+            "[{steps: 1, length: 8, batch: 1, state_passing: 2}]",
+            "state_passing must be a number from 0 to 1",
+        ),
+        (
+            "stages",
+            "[{steps: 1, length: 8, batch: 1, topk: -1}]",
+            "topk must be a whole number from 0",
+        ),
+        ("stages", "[{steps: 1, length: 8, batch: 1, numbers: 1}]", "unknown key 'numbers'"),
+        ("stages", "[{steps: 1, length: 8, batch: 1, data: {prose: 1}}]", "in stages[0].data"),
+        ("stages", "[3]", "stages[0] holds no mapping"),
+        ("stages.0.steps", "0", "steps must be a whole number from 1"),
+        ("stages.7.steps", "1", "cannot set stages.7.steps"),
         ("precision", "fp8", "precision must be one of"),
         ("data.kind", "images", "data.kind must be one of"),
-        ("optimizer.schedule", "linear", "optimizer.schedule must be one of"),
-        ("accumulate", "0", "accumulate must be >= 1"),
-        ("average", "1", "average must be at least 0 and below 1"),
-        ("eval_batches", "0", "eval_batches must be >= 1"),
+        ("optimizer.lr", ".nan", "lr must be a number from 0 to 10"),
+        ("optimizer.betas", "[0, 2]", "betas must be two numbers from 0 to below 1"),
+        ("optimizer.schedule", "linear", "schedule must be one of"),
+        ("accumulate", "0", "accumulate must be a whole number from 1"),
+        ("average", "1", "average must be a number from 0 to"),
+        ("eval_batches", "0", "eval_batches must be a whole number from 1"),
         ("model.width", "17", "width 17 is no multiple of head_size 8"),
         ("model.pattern", "[mamba]", "'mamba'"),
         ("name.first", "x", "cannot set name.first: name is no mapping"),
-        ("seed", "[1", "is not YAML"),
+        ("seed", "[1", "the value of seed is damaged"),
     ],
 )
 def test_mistakes_are_one_clear_line(
@@ -109,7 +152,7 @@ def test_unreadable_files(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"bad\.yaml"):
         read_config(path)
-    with pytest.raises(InputError, match="cannot read config"):
+    with pytest.raises(InputError, match=r"cannot read .*missing\.yaml"):
         read_config(tmp_path / "missing.yaml")
 
 

@@ -1,0 +1,105 @@
+"""Rows of a source as tensors: the micro-batches of a step, and what an evaluation reads.
+
+Axes: B batch, T time.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkvx.data.sources import Rows, Source, Wanted
+from rwkvx.errors import InputError
+from rwkvx.training.config import StageConfig, TrainConfig
+from rwkvx.training.world import World
+
+# Number in a data seed: training and evaluation never share a sample.
+TRAINING, EVALUATION = 0, 1
+
+
+class Batch(NamedTuple):
+    """Inputs, targets [B, T] int64; loss weights [B, T] float32; answers and starts [B, T] bool.
+
+    `starts` are inputs before which everything is forgotten, that of each row among them.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor
+    answers: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows) -> "Batch":
+        """From a source's rows."""
+        ids = torch.from_numpy(rows.ids)
+        starts = torch.from_numpy(rows.starts)
+        starts[:, 0] = True
+        rest = (torch.from_numpy(rows.weights), torch.from_numpy(rows.answers), starts)
+        return cls(ids[:, :-1], ids[:, 1:], *rest)
+
+    def rows(self, start: int, end: int) -> "Batch":
+        """Some of the rows."""
+        return Batch(*(x[start:end] for x in self))
+
+    def to(self, device: str) -> "Batch":
+        """On another device."""
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """[sequences + 1] where sequences start in the flattened rows; None: one for each row."""
+        if not bool(self.starts[:, 1:].any()):
+            return None
+        starts = self.starts.flatten().nonzero().squeeze(1)
+        return torch.cat([starts, starts.new_tensor([self.starts.numel()])])
+
+
+def step_batch(source: Source, config: TrainConfig, step: int) -> Batch:
+    """All rows of one step, of all its micro-batches: their weights count over the whole step."""
+    number, step_in_stage = config.stage_at(step)
+    stage = config.stages[number]
+    count = stage.batch * config.accumulate
+    wanted = Wanted(
+        order=(config.seed, TRAINING, number),
+        fresh=(config.seed, TRAINING, step, 0),
+        numbers=range(step_in_stage * count, (step_in_stage + 1) * count),
+        length=stage.length,
+        recurrent_length=stage.recurrent_length,
+    )
+    return Batch.of(source.rows(wanted))
+
+
+def own_batches(step: Batch, stage: StageConfig, world: World) -> list[Batch]:
+    """The micro-batches of a step that this process reads: one part of the rows, in order."""
+    count = len(step.inputs) // world.size
+    size, start = min(stage.batch, count), world.rank * count
+    return [step.rows(start + i, start + i + size) for i in range(0, count, size)]
+
+
+def check_division(config: TrainConfig, processes: int) -> None:
+    """Refuse stages whose steps cannot be cut evenly.
+
+    Raises:
+        InputError: one cannot, for so many processes.
+    """
+    for number, stage in enumerate(config.stages):
+        rows = stage.batch * config.accumulate
+        count, rest = divmod(rows, processes)
+        if rest or count % min(stage.batch, max(count, 1)):
+            raise InputError(
+                f"stages[{number}] has {rows} sequences a step in batches of {stage.batch}: "
+                f"{processes} processes cannot share them evenly"
+            )
+
+
+def evaluation_batch(source: Source, config: TrainConfig, stage: StageConfig, index: int) -> Batch:
+    """One of the batches of an evaluation; the same in every evaluation of the stage."""
+    wanted = Wanted(
+        order=(config.seed, EVALUATION),
+        fresh=(config.seed, EVALUATION, index),
+        numbers=range(index * stage.batch, (index + 1) * stage.batch),
+        length=stage.length,
+        recurrent_length=stage.recurrent_length,
+    )
+    return Batch.of(source.rows(wanted))
