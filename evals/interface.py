@@ -93,37 +93,3 @@ def device_of(model: Any) -> torch.device:
     parameters = getattr(model, "parameters", None)
     first = next(iter(parameters()), None) if callable(parameters) else None
     return first.device if isinstance(first, Tensor) else torch.device("cpu")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    phrases = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(phrase in text for phrase in phrases)
-
-
-def read_tokens(
-    model: LanguageModel,
-    ids_BT: Tensor,
-    state: State,
-    *,
-    logits: str,
-    piece: int,
-    advance: Advance | None = None,
-) -> tuple[Tensor | None, State]:
-    """Reads `ids_BT` (int64) in pieces of `piece` tokens, so that progress can be shown.
-
-    logits: "none", or "last" for `[B, 1, V]` after the last token.
-    advance: told the number of tokens (all rows together) after each piece.
-    """
-    total = ids_BT.shape[1]
-    out: Tensor | None = None
-    for start in range(0, total, piece):
-        part = ids_BT[:, start : start + piece]
-        final = start + piece >= total
-        out, state = model(part, state=state, logits=logits if final else "none")
-        if advance is not None:
-            advance(part.numel())
-    return out, state

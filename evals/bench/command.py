@@ -147,7 +147,8 @@ def selection_command(
     from rwkvx.data.folder import data_folder
     from rwkvx_evals.bench.selection import render, run
     from rwkvx_evals.lengths import parse_lengths
-    from rwkvx_evals.passkey.evaluate import find_haystack, load_filler
+    from rwkvx_evals.long.sources import find_haystack
+    from rwkvx_evals.passkey.evaluate import load_filler
 
     filler = None
     if haystack is not None:

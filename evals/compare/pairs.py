@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from rwkvx.errors import InputError
+from rwkvx.files import parse_json, read_json, read_lines
+from rwkvx_evals.long.folder import RESULTS_BYTES
 from rwkvx_evals.long.loss import NAME
+from rwkvx_evals.long.results import NOT_SHOWN
+from rwkvx_evals.long.rows import check_fields
 from rwkvx_evals.statistics import Z, standard_error
 
 Row = dict[str, Any]
+_NAMED = ("model", "weights", "date")
+ROWS_BYTES = 4_000_000_000  # read one line at a time
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,29 @@ def _read_run(folder: Path) -> Run:
             "give its command again to finish it"
         )
     windows = folder / "windows.jsonl"
-    try:
-        found = json.loads(results.read_text(encoding="utf-8"))
-        label = str(found["model"])
-        rows = _rows(samples)
-        losses = _rows(windows) if windows.is_file() and NAME in found else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} is damaged, or no run of eval long: {error!r}") from error
-    return Run(folder, label, found, rows, losses)
+    found = read_json(results, RESULTS_BYTES)
+    named = found if isinstance(found, dict) else {}
+    if not all(isinstance(named.get(name), str) for name in _NAMED):
+        raise InputError(
+            f"{results} is damaged, or no run of eval long: {', '.join(_NAMED)} are missing"
+        )
+    losses = _rows(windows, "window") if windows.is_file() and NAME in found else {}
+    return Run(folder, found["model"], found, _rows(samples, "sample"), losses)
 
 
-def _rows(file: Path) -> dict[str, Row]:
-    lines = file.read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line.strip()]
-    return {row["id"]: row for row in rows}
+def _rows(file: Path, kind: str) -> dict[str, Row]:
+    """Rows by id. Raises InputError for one that is none of `kind`."""
+    rows = {}
+    for number, line in enumerate(read_lines(file, ROWS_BYTES), start=1):
+        row = parse_json(line, f"{file} line {number}") if line.strip() else None
+        if row is None:
+            continue
+        try:
+            check_fields(row, kind, without=NOT_SHOWN)
+        except ValueError as error:
+            raise InputError(f"{file} line {number} is damaged: {error}") from error
+        rows[row["id"]] = row
+    return rows
 
 
 def compare(a: Run, b: Run) -> list[dict[str, Any]]:

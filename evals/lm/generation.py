@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rwkvx.errors import is_out_of_memory
 from rwkvx.sampling import pick_token
 from rwkvx_evals.generate import Draw, Limit, generate
-from rwkvx_evals.interface import is_out_of_memory
 from rwkvx_evals.journal import Row
 from rwkvx_evals.lm.answers import Text, text_of
 from rwkvx_evals.lm.options import Options

@@ -10,12 +10,18 @@ from typing import Any
 
 import click
 
+from rwkvx.cli.options import Within, device_option, dtype_option
 from rwkvx.data.folder import data_folder
-from rwkvx.errors import InputError
+from rwkvx.errors import InputError, shown
+from rwkvx.ranges import COUNT, SEED, TOKENS, Number, Whole
+from rwkvx_evals.folder import default_folder
 from rwkvx_evals.lengths import length_label, parse_lengths
 from rwkvx_evals.long.loss import ABOUT, NAME
+from rwkvx_evals.long.sources import find_haystack
 from rwkvx_evals.long.task import Task
 
+CONCURRENCY = Whole(1, 1024)
+SECONDS = Number(0, 1e6, above=True)
 _TOKENIZER = "world, bytes or a folder: of an endpoint or an export, or in place of a model's own."
 
 
@@ -27,31 +33,29 @@ _TOKENIZER = "world, bytes or a folder: of an endpoint or an export, or in place
 @click.option(
     "--lengths", default="1k,4k", show_default=True, help="Tokens of prompt and answer; 1k = 1024."
 )
-@click.option("--samples", default=10, show_default=True, help="Of each task and length.")
-@click.option("--seed", default=0, show_default=True, help="Decides, with the above, every sample.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Default: runs/long-MODEL-WEIGHTS[-SETTINGS]."
+    "--samples", type=Within(COUNT), default=10, show_default=True, help="Of each task and length."
+)
+@click.option("--seed", type=Within(SEED), default=0, show_default=True, help="Of every sample.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Default: runs/long-MODEL-WEIGHTS-SETTINGS."
 )
 @click.option("--data", help="Folder with books and bAbI; default: RWKVX_DATA.")
-@click.option(
-    "--haystack", type=click.Path(path_type=Path), help="One book in place of the data's."
-)
-@click.option(
-    "--batch", type=click.IntRange(min=1), help="Prompts read together; default: by length."
-)
-@click.option("--device", default="cpu", show_default=True, help="cuda is one GPU per process.")
-@click.option("--dtype", default="float32", show_default=True)
+@click.option("--haystack", help="One book in place of the data's: a file, or its name there.")
+@click.option("--batch", type=Within(COUNT), help="Prompts read together; default: by length.")
+@device_option
+@dtype_option
 @click.option(
     "--truncate",
     type=click.Choice(["left", "middle"]),
     help="Drop that part of prompts too long for the model, in place of skipping them.",
 )
-@click.option("--max-length", type=click.IntRange(min=1), help="In place of the model's own limit.")
+@click.option("--max-length", type=Within(TOKENS), help="In place of the model's own limit.")
 @click.option("--tokenizer", help=_TOKENIZER)
 @click.option("--model-name", help="The model's name at an endpoint.")
-@click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True,
+@click.option("--concurrency", type=Within(CONCURRENCY), default=8, show_default=True,
               help="Prompts at an endpoint at a time.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600.0,
+@click.option("--timeout", type=Within(SECONDS), default=600.0,
               show_default=True, help="Seconds that a prompt may take at an endpoint.")  # fmt: skip
 @click.option("--chat-template", is_flag=True, help="Prompts are messages of a user.")
 @click.option("--device-map", help="Of a Hugging Face model, such as auto.")
@@ -110,7 +114,7 @@ def choose(text: str) -> tuple[dict[str, Task], bool]:
         if name == NAME:
             continue
         if name not in TASKS and get_close_matches(name, [*TASKS, NAME], n=1) == [NAME]:
-            raise InputError(f"unknown task {name!r}: did you mean {NAME}?")
+            raise InputError(f"unknown task {shown(name)}: did you mean {NAME}?")
         found |= {task.name for task in find_tasks([name])}
     return {name: task for name, task in TASKS.items() if name in found}, NAME in names
 
@@ -123,10 +127,11 @@ def _export(folder: Path, tasks: dict[str, Task], loss: bool, options: dict[str,
         raise InputError("--export needs --tokenizer world, bytes or a folder")
     if loss:
         raise InputError(f"{NAME} has no samples to export")
+    data = data_folder(options["data"])
     export(
         folder, open_tokenizer(options["tokenizer"]), list(tasks.values()),
         parse_lengths(options["lengths"]), options["samples"], options["seed"],
-        data=data_folder(options["data"]), book=options["haystack"],
+        data=data, book=_book(options["haystack"], data),
     )  # fmt: skip
     click.echo(f"samples: {folder}")
 
@@ -135,6 +140,7 @@ def _run(tasks: dict[str, Task], loss: bool, options: dict[str, Any]) -> None:
     lengths, data = parse_lengths(options["lengths"]), data_folder(options["data"])
     # These take seconds to import: a wrong option should not wait for them.
     from rwkvx_evals.long.evaluate import Request, evaluate
+    from rwkvx_evals.long.folder import whose
     from rwkvx_evals.long.plan import Settings
     from rwkvx_evals.long.work import own_device, processes
     from rwkvx_evals.long.writer import Writer
@@ -150,16 +156,16 @@ def _run(tasks: dict[str, Task], loss: bool, options: dict[str, Any]) -> None:
         ),
     )  # fmt: skip
     settings = Settings(options["seed"], dtype, options["truncate"], chat)
-    weights = model.fingerprint()[:8]
-    book = f"-{options['haystack'].stem}" if options["haystack"] else ""
-    name = f"long-{model.name.replace('/', '-')}-{weights}{settings.name()}{book}"
-    out = options["out"] or Path("runs") / name
+    mine = whose(model.name, model.fingerprint(), settings)
+    out = options["out"] or default_folder(mine)
     request = Request(
         tasks, lengths, options["samples"], settings, loss=loss, batch=options["batch"],
         share=not options["no_sharing"], concurrency=options["concurrency"],
         command=shlex.join(["rwkvx", *sys.argv[1:]]),
     )  # fmt: skip
-    writer = Writer(model.tokenizer, seed=options["seed"], data=data, book=options["haystack"])
+    writer = Writer(
+        model.tokenizer, seed=options["seed"], data=data, book=_book(options["haystack"], data)
+    )
     rank, several = processes()
     results = evaluate(model, request, writer, out, quiet=rank > 0)
     if rank == 0:
@@ -167,6 +173,10 @@ def _run(tasks: dict[str, Task], loss: bool, options: dict[str, Any]) -> None:
         click.echo(f"report: {out / 'report.html'}")
     if warn_or_fail(results, loud=rank == 0):
         raise click.exceptions.Exit(1)
+
+
+def _book(name: str | None, data: Path | None) -> Path | None:
+    return None if name is None else find_haystack(name, data)
 
 
 def summary(results: dict[str, Any]) -> str:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rwkvx.errors import is_out_of_memory
 from rwkvx_evals.generate import Answer, Limit, generate
-from rwkvx_evals.interface import Advance, is_out_of_memory
+from rwkvx_evals.interface import Advance
 from rwkvx_evals.long.plan import Plan, Unit
 from rwkvx_evals.long.prefixes import Node
 from rwkvx_evals.long.shards import SharedJournal

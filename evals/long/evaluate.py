@@ -19,7 +19,7 @@ from rwkvx_evals.bench.machine import describe, installed
 from rwkvx_evals.files import code_fingerprint, digest, package_version
 from rwkvx_evals.long import loss
 from rwkvx_evals.long.engine import Engine
-from rwkvx_evals.long.folder import RunFolder, identify
+from rwkvx_evals.long.folder import RunFolder, whose
 from rwkvx_evals.long.plan import Plan, Settings, Target, Unit
 from rwkvx_evals.long.remote import RemoteRun
 from rwkvx_evals.long.report.words import duration
@@ -232,9 +232,9 @@ def evaluate(
     Raises InputError: a folder of another model or version, nothing to ask, a full disk.
     """
     _, several = processes()
-    identity = identify(model.name, model.fingerprint(), request.settings)
+    mine = whose(model.name, model.fingerprint(), request.settings)
     with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(out, identity, several=several > 1))
+        folder = stack.enter_context(RunFolder(out, mine, several=several > 1))
         run = Run(model, request, writer, folder, quiet=quiet)
         run.answer()
         return folder.report(run.results)

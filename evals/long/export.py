@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import yaml
-from tqdm import tqdm
 
-from rwkvx.errors import InputError
+from rwkvx.progress import progress
+from rwkvx.ranges import COUNT, check
 from rwkvx_evals.files import package_version, write_atomically, write_json, write_text
 from rwkvx_evals.long.task import Sample, Task
 from rwkvx_evals.long.tasks import find_tasks
@@ -43,13 +43,12 @@ def export(
 
     Raises InputError for a length too short for a task, missing data, a full disk.
     """
-    if samples < 1:
-        raise InputError(f"{samples} samples: at least one is needed")
+    check("samples", samples, COUNT)
     writer = Writer(tokenizer, seed=seed, data=data, book=book)
     write_text(folder / "rwkvx_long.py", _HELPER)
     files: dict[str, Any] = {}
     wanted = [(task, length) for task in tasks for length in lengths]
-    with tqdm(total=len(wanted) * samples, desc="export", unit="sample", disable=None) as bar:
+    with progress(len(wanted) * samples, "export", "sample") as bar:
         for task, length in wanted:
             path = folder / f"{task.name}-{length}.jsonl"
             files[path.name] = _export(path, writer, task, length, samples, bar.update)

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rwkvx.data.folder import DATA_VARIABLE, read_text
-from rwkvx.errors import InputError
+from rwkvx.errors import InputError, is_out_of_memory
 from rwkvx_evals.files import digest
-from rwkvx_evals.interface import Advance, Tokenizer, is_out_of_memory
+from rwkvx_evals.interface import Advance, Tokenizer
 from rwkvx_evals.long.task import Ids
 from rwkvx_evals.models.reader import Reader
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rwkvx.errors import InputError
+from rwkvx.ranges import COUNT, check
 from rwkvx_evals.files import code_fingerprint, digest
 from rwkvx_evals.generate import Limit
 from rwkvx_evals.interface import Tokenizer
@@ -35,12 +36,6 @@ class Settings:
     dtype: str = "float32"
     truncate: str | None = None
     chat: bool = False
-
-    def name(self) -> str:
-        """The settings that are not the usual ones, for a folder's name: "-seed3-chat", or ""."""
-        parts = [f"seed{self.seed}" if self.seed else "", self.truncate or ""]
-        parts += [self.dtype if self.dtype != "float32" else "", "chat" if self.chat else ""]
-        return "".join(f"-{part}" for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -131,9 +126,9 @@ class Plan:
 
         Raises InputError: a task none of whose samples can be asked, with the reason.
         """
-        for what, value in (("samples", samples), ("batch", 1 if batch is None else batch)):
-            if value < 1:
-                raise InputError(f"{what} {value}: at least one is needed")
+        check("samples", samples, COUNT)
+        if batch is not None:
+            check("batch", batch, COUNT)
         self.tasks, self.lengths, self.samples = dict(tasks), tuple(lengths), samples
         self.writer, self.target, self.settings = writer, target, settings
         self._batch, self._share = batch, share

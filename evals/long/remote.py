@@ -8,8 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
+from rwkvx.progress import progress
 from rwkvx_evals.long.plan import Plan, Question
 from rwkvx_evals.long.shards import Claims, SharedJournal
 from rwkvx_evals.long.work import PAUSE
@@ -41,9 +40,7 @@ class RemoteRun:
         """Until every question has an answer or a reason. Raises InputError on a full disk."""
         while questions := self.missing():
             total = sum(q.tokens for q in questions)
-            with tqdm(
-                total=total, unit="tok", unit_scale=True, disable=self.quiet, desc="prompts"
-            ) as bar:
+            with progress(total, "prompts", quiet=self.quiet) as bar:
                 asked = asyncio.run(self._ask_all(questions, bar))
             self.journal.refresh()
             if not asked:  # other processes have claimed all that is left

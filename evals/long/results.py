@@ -18,6 +18,8 @@ Row = dict[str, Any]
 
 # Beyond so many different depths, they are shown in tenths.
 DEPTHS = 12
+# What only the journal needs.
+NOT_SHOWN = frozenset({"key", "kind", "attempt", "tokens"})
 
 
 def tally(rows: Sequence[Row], skipped: int = 0) -> dict[str, Any]:
@@ -83,17 +85,14 @@ def total(rows: Sequence[Row], skipped: int) -> dict[str, int]:
 
 def sample_rows(rows: Iterable[Row]) -> list[Row]:
     """Rows as samples.jsonl holds them: without what only the journal needs, in order."""
-    hidden = ("key", "kind", "attempt", "tokens")
-    shown = [{k: v for k, v in row.items() if k not in hidden} for row in rows]
+    shown = [{k: v for k, v in row.items() if k not in NOT_SHOWN} for row in rows]
     return sorted(shown, key=lambda row: (row["task"], row["length"], row["index"]))
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """One JSON object per line, the file whole or not at all."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    text = "".join(f"{line}\n" for line in lines)
-    # What a model writes may hold halves of characters.
-    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def check_tokens(rows: Sequence[Row]) -> str | None:

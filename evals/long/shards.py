@@ -14,6 +14,7 @@ import fcntl
 import itertools
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rwkvx.errors import InputError
+from rwkvx.files import open_regular
 from rwkvx_evals.journal import Journal, Row
 from rwkvx_evals.long.rows import check_row
 
@@ -50,7 +52,7 @@ class SharedJournal:
         """Reads what was added to the shards since the last time."""
         for path in sorted(self.folder.glob("*.jsonl")):
             start = self._read.get(path.name, 0)
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 file.seek(start)
                 added = file.read()
             whole = added[: added.rfind(b"\n") + 1]  # a last line may be in the making
@@ -148,6 +150,9 @@ class Claims:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise InputError(f"cannot open {path}: {error.strerror or error}") from error
+        if not stat.S_ISREG(os.fstat(self._file).st_mode):
+            os.close(self._file)
+            raise InputError(f"cannot use {path}: it is not a regular file")
         self.locks = True
         if not self._lock(0, 1) and not self.locks and several:
             raise InputError(

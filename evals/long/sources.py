@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import lzma
 import re
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +12,8 @@ import numpy as np
 
 from rwkvx.data.folder import DATA_VARIABLE, read_text
 from rwkvx.data.passkey import STANDARD_FILLER
-from rwkvx.errors import InputError
+from rwkvx.errors import InputError, shown
+from rwkvx.files import tar_members, text_of, user_path
 
 # The sentences that the passkey test, RULER and InfiniteBench repeat.
 NOISE = STANDARD_FILLER
@@ -22,6 +21,7 @@ NOISE = STANDARD_FILLER
 BOOKS = "books_public_domain/books_pd.tar.xz"
 LONG_BOOKS = "long_docs"
 BABI = "babi_tasks_v1-2/babi.tar.xz"
+ARCHIVE_BYTES = 4_000_000_000  # read one text at a time
 
 _LONGEST_SENTENCE = 1000  # characters; longer ones (tables, other scripts) are cut between words
 # A full stop, what closes a quotation, white space, and the start of a sentence; not after titles
@@ -52,6 +52,18 @@ def _short(sentence: str) -> Iterator[str]:
         yield sentence
 
 
+def find_haystack(name: str, data: Path | None) -> Path:
+    """`name` as a file, or inside the data folder or its `long_docs`; raises InputError."""
+    places = [user_path(name)]
+    if data is not None:
+        places += [data / name, data / LONG_BOOKS / name]
+    for place in places:
+        if place.is_file():
+            return place
+    looked = ", ".join(str(place) for place in places)
+    raise InputError(f"haystack {shown(name)} is not a file (looked at {looked})")
+
+
 def books(data: Path | None, book: Path | None) -> Iterator[str]:
     """Whole books: `book` alone where one is given, else those of the data folder.
 
@@ -71,20 +83,8 @@ def books(data: Path | None, book: Path | None) -> Iterator[str]:
     for file in files:
         yield read_text(file)
     if archive is not None and archive.is_file():
-        for _, text in _members(archive, ".txt"):
-            yield text
-
-
-def _members(archive: Path, suffix: str) -> Iterator[tuple[str, str]]:
-    """Names and texts of the files in a .tar.xz, in its order, unpacked as they are asked for."""
-    try:
-        with tarfile.open(archive, "r|xz") as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.name.endswith(suffix) else None
-                if file is not None:
-                    yield member.name, file.read().decode("utf-8", errors="replace")
-    except (OSError, tarfile.TarError, lzma.LZMAError, EOFError) as error:
-        raise InputError(f"cannot read {archive}: {error}") from error
+        for name, content in tar_members(archive, (".txt",), ARCHIVE_BYTES):
+            yield text_of(content, f"{archive}: {name}")
 
 
 def _where(data: Path | None) -> str:
@@ -116,9 +116,9 @@ def babi(data: Path | None, number: int) -> tuple[Story, ...]:
             f"{_where(data)} holds no bAbI tasks: name a folder with {BABI} by --data or "
             f"{DATA_VARIABLE}"
         )
-    for name, text in _members(archive, "_test.txt"):
+    for name, content in tar_members(archive, ("_test.txt",), ARCHIVE_BYTES):
         if f"en-10k/qa{number}_" in name:
-            return tuple(_stories(text))
+            return tuple(_stories(text_of(content, f"{archive}: {name}")))
     raise InputError(f"{archive} holds no en-10k/qa{number}_*_test.txt")
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from rwkvx.progress import progress
 from rwkvx_evals.files import peak_memory_bytes
 from rwkvx_evals.long.shards import Claims, SharedJournal
 
@@ -60,9 +60,7 @@ class Worker:
         total = sum(job.tokens for job in waiting)
         if not waiting:
             return
-        with tqdm(
-            total=total, unit="tok", unit_scale=True, disable=self.quiet, dynamic_ncols=True
-        ) as bar:
+        with progress(total, quiet=self.quiet) as bar:
             while waiting:
                 held = self._round(waiting, bar)
                 self.journal.refresh()

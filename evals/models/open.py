@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import rwkvx
+from rwkvx.checkpoint import folder as own_folder
 from rwkvx.checkpoint.formats import detect
 from rwkvx.checkpoint.hub import MODEL_TYPE
 from rwkvx.checkpoint.load import usable_device
-from rwkvx.errors import InputError
+from rwkvx.errors import InputError, shown
+from rwkvx.files import read_json, user_path
 from rwkvx.tokenizers import TOKENIZERS, get_tokenizer
+from rwkvx_evals.folder import model_label
 from rwkvx_evals.interface import Tokenizer
 from rwkvx_evals.models.endpoint import TIMEOUT, Endpoint, open_endpoint
 from rwkvx_evals.models.own import OwnModel
@@ -47,14 +49,15 @@ def open_model(model: str, options: Options) -> Reader | Endpoint:
         return _open_endpoint(model, options)
     if options.model_name is not None:
         raise InputError("--model-name is for endpoints: --model http://HOST:PORT/v1")
-    if is_hugging_face(Path(model).expanduser()):
+    path = user_path(model)
+    if kind_of_others(path) is not None:
         from rwkvx_evals.models.hugging_face import load_hugging_face
 
         if options.device_map is None:
             usable_device(options.device)
         words = open_tokenizer(options.tokenizer) if options.tokenizer else None
         return load_hugging_face(
-            Path(model).expanduser(), device=options.device, dtype=options.dtype,
+            path, device=options.device, dtype=options.dtype,
             device_map=options.device_map, tokenizer=words, chat=options.chat,
             trust=options.trust, max_length=options.max_length,
         )  # fmt: skip
@@ -67,7 +70,7 @@ def open_model(model: str, options: Options) -> Reader | Endpoint:
             raise InputError(f"--tokenizer of a model of ours is one of {', '.join(TOKENIZERS)}")
         overrides["tokenizer"] = options.tokenizer
     loaded = rwkvx.load(model, device=options.device, dtype=options.dtype, **overrides)
-    return OwnModel(loaded, Path(model).name or model, max_length=options.max_length)
+    return OwnModel(loaded, model_label(model), max_length=options.max_length)
 
 
 def _open_endpoint(url: str, options: Options) -> Endpoint:
@@ -87,29 +90,32 @@ def open_tokenizer(name: str) -> Tokenizer:
     if name in TOKENIZERS:
         found: Tokenizer = get_tokenizer(name)
         return found
-    if not Path(name).is_dir():
+    folder = user_path(name)
+    if not folder.is_dir():
         known = ", ".join(TOKENIZERS)
-        raise InputError(f"--tokenizer {name!r} is neither {known} nor a folder with a tokenizer")
+        raise InputError(
+            f"--tokenizer {shown(name)} is neither {known} nor a folder with a tokenizer"
+        )
     from transformers import AutoTokenizer
 
     try:
-        loaded: Tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+        loaded: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as many kinds as there are files that can be damaged
         said = " ".join(str(error).split())[:200]
         raise InputError(f"transformers cannot load a tokenizer from {name}: {said}") from error
     return loaded
 
 
-def is_hugging_face(folder: Path) -> bool:
-    """Whether transformers is to load a folder: its config names a type, which is not ours."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return False
+def kind_of_others(path: Path) -> str | None:
+    """The model type of a folder that transformers is to load: one that no format of ours claims.
+
+    None for ours, and for what is damaged: our own reader says what is wrong with it.
+    """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # our own reader says what is wrong with it
+        if not path.is_dir() or detect(path) is not own_folder:
+            return None
+        config = read_json(path / own_folder.CONFIG)
+    except InputError:
+        return None
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if not isinstance(kind, str) or kind == MODEL_TYPE:
-        return False
-    return detect(folder).TITLE == "folder of rwkvx"  # no format of ours claims it
+    return kind[:40] if isinstance(kind, str) and kind != MODEL_TYPE else None

@@ -11,8 +11,6 @@ import click
 
 from rwkvx.data.folder import read_text
 from rwkvx.data.passkey import Filler, PasskeyBuilder, prose_filler, standard_filler
-from rwkvx.errors import InputError
-from rwkvx.files import user_path
 from rwkvx_evals.files import machine, peak_memory_bytes, write_json
 from rwkvx_evals.interface import LanguageModel, StateTools, Tokenizer
 from rwkvx_evals.long.evaluate import announce, estimate, plan_jobs, target_of
@@ -23,18 +21,6 @@ from rwkvx_evals.long.work import Worker, timing
 from rwkvx_evals.models.own import OwnModel
 from rwkvx_evals.passkey.plan import PasskeyTask, Settings
 from rwkvx_evals.passkey.report import Results, as_row, collect, sort_rows, write_report
-
-
-def find_haystack(name: str, data: Path | None) -> Path:
-    """`name` as a file, or inside the data folder or its `long_docs`; raises InputError."""
-    places = [user_path(name)]
-    if data is not None:
-        places += [data / name, data / "long_docs" / name]
-    for place in places:
-        if place.is_file():
-            return place
-    looked = ", ".join(str(place) for place in places)
-    raise InputError(f"haystack {name!r} is not a file (looked at {looked})")
 
 
 def load_filler(tokenizer: Tokenizer, haystack: Path | None) -> Filler:
@@ -78,7 +64,7 @@ def evaluate(
             if left:
                 click.echo(estimate(own, plan, left), err=True)
         worker.run(jobs)
-        rows = [as_row(journal.rows[question.key]) for question in plan.questions.values()]
+        rows = [as_row(settings, q, journal.rows[q.key]) for q in plan.questions.values()]
         own_rows = [row for key, row in journal.rows.items() if key.endswith(f"-{journal.shard}")]
         read = sum(entry["read"] for entry in timing(own_rows).values())
     results = collect(settings, filler, plan, rows, model=name)

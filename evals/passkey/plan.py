@@ -47,6 +47,11 @@ class Settings:
         """Questions of one length."""
         return len(self.depths) * self.seeds
 
+    def place(self, index: int) -> tuple[float, int]:
+        """Depth and seed of the sample `index` of a length."""
+        place, seed = divmod(index, self.seeds)
+        return self.depths[place], seed
+
 
 @dataclass(frozen=True)
 class PasskeyTask:
@@ -69,9 +74,7 @@ class PasskeyTask:
         return self.settings.max_new_tokens
 
     def sample(self, writer: Any, length: int, index: int) -> Sample:
-        """Sample `index` is the seed `index % seeds` of the depth `index // seeds`."""
-        place, seed = divmod(index, self.settings.seeds)
-        depth = self.settings.depths[place]
+        depth, seed = self.settings.place(index)
         passkey = draw_key(seed, length, depth)
         ids = self.builder.build(self.filler, length, depth, passkey).ids
         about = {"depth": round(depth, 6), "seed": seed}

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkvx.data.passkey import Filler
+from rwkvx.data.passkey import Filler, draw_key
 from rwkvx_evals.files import package_version, write_atomically, write_json, write_text
 from rwkvx_evals.journal import Row
 from rwkvx_evals.lengths import length_label
-from rwkvx_evals.long.plan import Plan
+from rwkvx_evals.long.plan import Plan, Question
 from rwkvx_evals.long.results import write_rows
 from rwkvx_evals.passkey.heatmap import draw_heatmap
 from rwkvx_evals.passkey.plan import Settings
@@ -20,19 +20,20 @@ Results = dict[str, Any]
 MISSES_SHOWN = 20
 
 
-def as_row(row: Row) -> Row:
-    """A row of samples.jsonl, from the engine's."""
+def as_row(settings: Settings, question: Question, row: Row) -> Row:
+    """A row of samples.jsonl, from what was asked and the engine's row of the answer."""
     correct = row["status"] == "ok" and row["score"] == 1.0
+    depth, seed = settings.place(question.index)
     return {
-        "length": row["length"],
-        "depth": row["about"]["depth"],
-        "seed": row["about"]["seed"],
-        "passkey": int(row["expected"][0]),
+        "length": question.length,
+        "depth": round(depth, 6),
+        "seed": seed,
+        "passkey": draw_key(seed, question.length, depth),
         "status": row["status"],
         "correct": correct,
         "answer": row["answer"],
         "tokens": row["tokens"],
-        "key": row["key"],
+        "key": question.key,
     }
 
 

@@ -14,8 +14,9 @@ from hf_models import save_model
 from rwkvx.checkpoint.folder import save_folder
 from rwkvx.errors import InputError
 from rwkvx_evals.compare.command import compare_command
+from rwkvx_evals.folder import MARK
 from rwkvx_evals.long.command import choose, long_command
-from rwkvx_evals.models.open import Options, is_hugging_face, open_model
+from rwkvx_evals.models.open import Options, kind_of_others, open_model
 
 
 def run(*arguments: str) -> Result:
@@ -93,15 +94,16 @@ def test_each_model_and_setting_has_its_folder(
     run(*common)
     run(*common, "--seed", "3")
     run(*common, "--truncate", "left")
-    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    folders = list((tmp_path / "runs").iterdir())
     weights = open_model(str(tiny), Options()).fingerprint()[:8]
-    assert f"long-tiny-{weights}" in names
-    assert f"long-tiny-{weights}-seed3" in names
-    assert len(names) == 3
-    with pytest.raises(InputError, match="with seed 0, not 5"):
-        run(*common, "--seed", "5", "--out", f"runs/long-tiny-{weights}")
-    with pytest.raises(InputError, match=r"holds results of model tiny \(weights"):
-        run("--model", "passkey-tiny", "--lengths", "400", "--out", f"runs/long-tiny-{weights}")
+    assert len(folders) == 3
+    assert all(folder.name.startswith(f"long-tiny-{weights}-") for folder in folders)
+    marks = {folder: json.loads((folder / MARK).read_text())["settings"] for folder in folders}
+    plain = next(f for f, s in marks.items() if s["seed"] == 0 and s["truncate"] is None)
+    with pytest.raises(InputError, match=r"other settings \(seed: 0, not 5\)"):
+        run(*common, "--seed", "5", "--out", str(plain))
+    with pytest.raises(InputError, match="holds results of other weights"):
+        run("--model", "passkey-tiny", "--lengths", "400", "--out", str(plain))
 
 
 def test_not_a_number_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,9 +173,9 @@ def test_exporting(tmp_path: Path) -> None:
 
 def test_which_reader_a_folder_gets(tiny: Path, tmp_path: Path) -> None:
     llama = save_model("llama", tmp_path / "llama")
-    assert is_hugging_face(llama)
-    assert not is_hugging_face(tiny)
-    assert not is_hugging_face(tmp_path)
+    assert kind_of_others(llama) == "llama"
+    assert kind_of_others(tiny) is None
+    assert kind_of_others(tmp_path) is None
     assert open_model(str(llama), Options()).name == "llama"
     assert open_model("passkey-tiny", Options()).name == "passkey-tiny"
 

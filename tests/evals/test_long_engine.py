@@ -14,6 +14,7 @@ from oracle import Oracle
 from tiny import CountingModel, tiny_model
 
 from rwkvx.errors import InputError
+from rwkvx_evals.folder import MARK
 from rwkvx_evals.long.plan import Plan, Settings, Target, cut
 from rwkvx_evals.long.prefixes import QUANTUM, common, prefix_hashes, prefix_tree
 from rwkvx_evals.long.task import Sample
@@ -226,16 +227,17 @@ def test_resuming_from_a_cut_journal(
 
 def test_a_folder_belongs_to_one_model_and_setting(tmp_path: Path) -> None:
     ask(oracle(), tmp_path)
-    with pytest.raises(InputError, match=r"holds results of model oracle \(weights oracle-N"):
+    with pytest.raises(InputError, match="holds results of other weights"):
         ask(oracle(memory=700), tmp_path)
-    with pytest.raises(InputError, match="with seed 0, not 1"):
+    with pytest.raises(InputError, match=r"other settings \(seed: 0, not 1\)"):
         ask(oracle(), tmp_path, settings=Settings(seed=1))
-    identity = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps(identity | {"code": "0123456789"}))
-    with pytest.raises(InputError, match="holds results of rwkvx"):
+    mark = json.loads((tmp_path / MARK).read_text())
+    mark["settings"]["code"] = "0123456789"
+    (tmp_path / MARK).write_text(json.dumps(mark))
+    with pytest.raises(InputError, match=r"other settings \(code: 0123456789, not"):
         ask(oracle(), tmp_path)
-    (tmp_path / "run.json").unlink()
-    with pytest.raises(InputError, match="results of something else"):
+    (tmp_path / MARK).unlink()
+    with pytest.raises(InputError, match="holds other files"):
         ask(oracle(), tmp_path)
 
 

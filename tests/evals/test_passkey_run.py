@@ -86,18 +86,18 @@ def test_not_a_number_is_invalid_and_not_wrong(tmp_path: Path) -> None:
     assert "| 1,024 | 15 | 0 | 15 |" in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "name", ["key", "length", "depth", "seed", "passkey", "status", "correct", "answer"]
-)
-def test_a_journal_without_what_is_read_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_journal_without_what_is_read_is_refused(tmp_path: Path) -> None:
     ask(Oracle(), tmp_path)
-    path = tmp_path / "samples.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for change in ({}, {name: [1]}, {name: None}):
-        rows[3] = {k: v for k, v in rows[3].items() if k != name} | change
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        with pytest.raises(InputError, match="line 4 is damaged"):
-            ask(Oracle(), tmp_path)
+    path = tmp_path / "journal" / "0000.jsonl"
+    whole = [json.loads(line) for line in path.read_text().splitlines()]
+    assert whole[3]["kind"] == "sample"
+    for name in ("key", "length", "status", "score", "answer", "expected", "about", "tokens"):
+        for change in ({}, {name: 7.5 if name != "score" else 2}, {name: None}):
+            damaged = {k: v for k, v in whole[3].items() if k != name} | change
+            rows = [*whole[:3], damaged, *whole[4:]]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            with pytest.raises(InputError, match="is no row of a run"):
+                ask(Oracle(), tmp_path)
 
 
 def test_a_journal_answers_only_for_the_same_model_and_settings(tmp_path: Path) -> None:
