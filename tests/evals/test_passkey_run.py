@@ -187,7 +187,7 @@ def test_bad_input(tmp_path: Path) -> None:
             parse_length(text)
     with pytest.raises(InputError, match="must be a whole number"):
         depth_values(0)
-    with pytest.raises(InputError, match="batch 0"):
+    with pytest.raises(InputError, match="batch must be"):
         ask(Oracle(), tmp_path, batch=0)
     assert not (tmp_path / "report.md").exists()
 
