@@ -100,7 +100,7 @@ def cpu_command(
     """
     from rwkvx_evals.bench.machine import available_cores
     from rwkvx_evals.bench.run import Settings, run
-    from rwkvx_evals.passkey.plan import parse_length, parse_lengths
+    from rwkvx_evals.lengths import parse_length, parse_lengths
 
     def several(text: str) -> tuple[int, ...]:
         return () if text.strip().lower() in ("none", "") else parse_lengths(text)
@@ -146,8 +146,9 @@ def selection_command(
     import rwkvx
     from rwkvx.data.folder import data_folder
     from rwkvx_evals.bench.selection import render, run
-    from rwkvx_evals.passkey.evaluate import find_haystack, load_filler
-    from rwkvx_evals.passkey.plan import parse_lengths
+    from rwkvx_evals.lengths import parse_lengths
+    from rwkvx_evals.long.sources import find_haystack
+    from rwkvx_evals.passkey.evaluate import load_filler
 
     filler = None
     if haystack is not None:
@@ -213,7 +214,7 @@ def kernels_command(families: tuple[str, ...], lengths: str | None, budget: int,
       rwkvx bench kernels --family chunk_attention --family models --budget 200
     """
     from rwkvx_evals.bench.kernels.run import FAMILIES, run
-    from rwkvx_evals.passkey.plan import parse_lengths
+    from rwkvx_evals.lengths import parse_lengths
 
     for family in families:
         if family not in FAMILIES:

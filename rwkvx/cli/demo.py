@@ -49,9 +49,10 @@ def demo_command(out: Path, data: str | None, quick: bool, model: str) -> None:
 
 def run_passkey(model: Any, name: str, out: Path, quick: bool) -> int:
     """Passkey retrieval as `rwkvx eval passkey` runs it; how many samples have no answer."""
+    from rwkvx_evals.lengths import parse_lengths
     from rwkvx_evals.passkey.command import summary
     from rwkvx_evals.passkey.evaluate import evaluate
-    from rwkvx_evals.passkey.plan import Settings, depth_values, parse_lengths
+    from rwkvx_evals.passkey.plan import Settings, depth_values
 
     lengths, depths, seeds = LENGTHS, DEPTHS, SEEDS
     if quick:

@@ -25,6 +25,8 @@ eval_group = LazyGroup(
     Examples:
       rwkvx eval passkey --model passkey-tiny --lengths 1k,4k,16k --depths 10 --seeds 5
       rwkvx eval lm --model passkey-tiny --tasks lambada_openai,piqa
+      rwkvx eval long --model passkey-tiny --tasks passkey,niah_single_1 --lengths 1k,4k
+      rwkvx eval compare runs/long-A runs/long-B --out runs/a-b
     """,
     lazy={
         "passkey": (
@@ -32,6 +34,14 @@ eval_group = LazyGroup(
             "Find a hidden number by context length and depth.",
         ),
         "lm": ("rwkvx_evals.lm.command:lm_command", "Run lm-eval's own tasks."),
+        "long": (
+            "rwkvx_evals.long.command:long_command",
+            "Long-context tasks of exact lengths, for any model.",
+        ),
+        "compare": (
+            "rwkvx_evals.compare.command:compare_command",
+            "Finished runs of eval long, sample by sample.",
+        ),
     },
 )
 
