@@ -6,9 +6,9 @@ picks. Nothing here looks at the values of a tensor but `check_cu_seqlens`.
 
 import os
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import lru_cache, wraps
 from importlib.util import find_spec
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,13 +39,14 @@ class Facts(NamedTuple):
 
     Attributes:
         dtype: of the tensors that are multiplied. gradients: whether some are wanted.
-        traced: whether `torch.compile` is tracing.
+        traced: whether `torch.compile` is tracing. autocast: whether `torch.autocast` is on there.
     """
 
     device: torch.device
     dtype: torch.dtype = torch.float32
     gradients: bool = False
     traced: bool = False
+    autocast: bool = False
 
 
 def facts_of(first: Tensor, *others: Tensor | None) -> Facts:
@@ -53,7 +54,8 @@ def facts_of(first: Tensor, *others: Tensor | None) -> Facts:
     gradients = torch.is_grad_enabled() and (
         first.requires_grad or any(x is not None and x.requires_grad for x in others)
     )
-    return Facts(first.device, first.dtype, gradients, torch.compiler.is_compiling())
+    autocast = torch.is_autocast_enabled(first.device.type)
+    return Facts(first.device, first.dtype, gradients, torch.compiler.is_compiling(), autocast)
 
 
 def on_gpu(device: torch.device) -> bool:
@@ -113,6 +115,24 @@ def decide(
         others = ", ".join(f'"{name}"' for name in ("auto", *(x for x in lacks if not lacks[x])))
         raise UnsupportedError(f'impl="{impl}" {missing}: choose one of {others}')
     return Choice(impl, "asked for")
+
+
+def remembered(
+    choose: Callable[Concatenate[Facts, P], Choice],
+) -> Callable[Concatenate[Facts, P], Choice]:
+    """A family's `choose`, which depends on its arguments alone: made once for the same ones."""
+
+    @lru_cache(maxsize=4096)
+    def once(machine: object, facts: Facts, *args: P.args, **kwargs: P.kwargs) -> Choice:
+        return choose(facts, *args, **kwargs)
+
+    @wraps(choose)
+    def look_up(facts: Facts, *args: P.args, **kwargs: P.kwargs) -> Choice:
+        if facts.traced:  # by `torch.compile`, which would trace the table
+            return choose(facts, *args, **kwargs)
+        return once((on_gpu, HAS_TRITON, INTERPRETED), facts, *args, **kwargs)  # type: ignore[arg-type]
+
+    return look_up
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int) -> list[int]:

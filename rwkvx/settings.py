@@ -51,4 +51,6 @@ def _integer(value: Any) -> Any:
     return shown(value) if isinstance(value, bool) else value
 
 
-_LISTS: dict[Any, Any] = dict.fromkeys((tuple[str, ...], tuple[float, float]), _list)
+_LISTS: dict[Any, Any] = dict.fromkeys(
+    (tuple[str, ...], tuple[int, ...], tuple[float, float]), _list
+)

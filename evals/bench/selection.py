@@ -17,6 +17,7 @@ import rwkvx
 from rwkvx.data.passkey import Filler, PasskeyBuilder
 from rwkvx.errors import InputError
 from rwkvx.kinds.sparse import SparseAttention, SparseState
+from rwkvx.progress import progress
 from rwkvx_evals.bench.machine import describe
 from rwkvx_evals.files import write_json, write_text
 from rwkvx_evals.interface import read_tokens
@@ -125,7 +126,7 @@ def run(name: str, lengths: tuple[int, ...], filler: Filler | None, out: Path) -
     results: Results = {"benchmark": "selection", "machine": describe(), "model": Path(name).name}
     results |= {"chunk_size": config.chunk_size, "topk": config.topk, "filler": filler.name}
     results["lengths"] = []
-    with tqdm(total=sum(lengths), unit="tok", unit_scale=True, dynamic_ncols=True) as bar:
+    with progress(sum(lengths)) as bar:
         for length in lengths:
             bar.set_description(length_label(length))
             chunks = length // config.chunk_size

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from rwkvx.cli.options import Within, device_option, dtype_option, model_option
 from rwkvx.data.folder import data_folder
+from rwkvx.ranges import COUNT, TOKENS, Whole
 from rwkvx_evals.folder import default_folder, model_label
 from rwkvx_evals.lm.settings import (
     Settings,
@@ -17,9 +19,11 @@ from rwkvx_evals.lm.settings import (
     read_seeds,
 )
 
+EXAMPLES = Whole(0, 1_000_000)
+
 
 @click.command("lm")
-@click.option("--model", required=True, help="A shipped name, a folder, or a checkpoint file.")
+@model_option
 @click.option(
     "--tasks",
     default="lambada_openai,piqa",
@@ -30,18 +34,18 @@ from rwkvx_evals.lm.settings import (
 @click.option(
     "--include-path", "include", multiple=True, help="A folder of task definitions of your own."
 )
-@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each question.")
+@click.option("--num-fewshot", type=Within(EXAMPLES), help="Examples before each question.")
 @click.option("--limit", help="Only the first items of each task: a number, or a share below 1.")
 @click.option("--samples", help='Only these items: JSON, or a file of it: {"piqa": [0, 7]}.')
 @click.option(
     "--batch",
     "--batch-size",
     "batch",
-    type=click.IntRange(min=1),
+    type=Within(COUNT),
     help="Contexts read together at most; default: by device.",
 )
 @click.option(
-    "--max-length", type=click.IntRange(min=1), help="Refuse longer requests; default: no limit."
+    "--max-length", type=Within(TOKENS), help="Refuse longer requests; default: no limit."
 )
 @click.option(
     "--truncate",
@@ -82,8 +86,8 @@ from rwkvx_evals.lm.settings import (
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Default: runs/lm-MODEL-WEIGHTS-SETTINGS."
 )
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", default="float32", show_default=True)
+@device_option
+@dtype_option
 def lm_command(
     model: str,
     tasks: str,

@@ -12,9 +12,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from rwkvx.errors import InputError
+from rwkvx.progress import progress
 from rwkvx_evals.files import code_fingerprint, digest
 from rwkvx_evals.interface import Advance, StateTools, device_of
 from rwkvx_evals.journal import Journal
@@ -257,14 +257,7 @@ class RwkvxLM(TemplateLM):
 
     def _progress(self, what: str) -> Callable[[int], Advance]:
         def start(total: int) -> Advance:
-            bar = tqdm(
-                total=total,
-                desc=what,
-                unit="tok",
-                unit_scale=True,
-                disable=self._quiet or total == 0,
-                dynamic_ncols=True,
-            )
+            bar = progress(total, what, quiet=self._quiet or total == 0)
 
             def advance(tokens: int) -> None:
                 bar.update(tokens)

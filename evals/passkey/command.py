@@ -9,31 +9,47 @@ from typing import Any
 import click
 
 import rwkvx
+from rwkvx.cli.options import Within, device_option, dtype_option, model_option
 from rwkvx.data.folder import data_folder
+from rwkvx.ranges import COUNT
 from rwkvx_evals.folder import claim, default_folder, model_label, owner
 from rwkvx_evals.passkey.evaluate import evaluate, find_haystack
-from rwkvx_evals.passkey.plan import Settings, depth_values, length_label, parse_lengths
+from rwkvx_evals.passkey.plan import DEPTHS, Settings, depth_values, length_label, parse_lengths
 from rwkvx_evals.passkey.report import Results, percent, uncertainty
 from rwkvx_kernels.names import SELECTIONS
 
 
 @click.command("passkey")
-@click.option("--model", required=True, help="A shipped name, a folder, or a checkpoint file.")
+@model_option
 @click.option(
     "--lengths", default="1k,4k,16k,64k", show_default=True, help="Exact token counts; 1k = 1024."
 )
-@click.option("--depths", default=10, show_default=True, help="Positions of the key, 0 to 100 %.")
-@click.option("--seeds", default=5, show_default=True, help="Keys at each length and depth.")
+@click.option(
+    "--depths",
+    type=Within(DEPTHS),
+    default=10,
+    show_default=True,
+    help="Positions of the key, 0 to 100 %.",
+)
+@click.option(
+    "--seeds",
+    type=Within(COUNT),
+    default=5,
+    show_default=True,
+    help="Keys at each length and depth.",
+)
 @click.option("--haystack", help="A .txt or .xz file of prose in place of the standard filler.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Default: runs/passkey-MODEL-WEIGHTS-SETTINGS."
 )
 @click.option("--data", help="Data folder, to find --haystack in; default: RWKVX_DATA.")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", default="float32", show_default=True)
+@device_option
+@dtype_option
 @click.option("--selection", type=click.Choice(SELECTIONS), help="Default: the model's own.")
-@click.option("--batch", type=int, help="Samples read together at most; default: by memory.")
-@click.option("--max-new-tokens", default=16, show_default=True)
+@click.option(
+    "--batch", type=Within(COUNT), help="Samples read together at most; default: by memory."
+)
+@click.option("--max-new-tokens", type=Within(COUNT), default=16, show_default=True)
 def passkey_command(
     model: str,
     lengths: str,

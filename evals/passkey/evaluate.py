@@ -11,6 +11,7 @@ import click
 from rwkvx.data.folder import read_text
 from rwkvx.data.passkey import Filler, PasskeyBuilder, prose_filler, standard_filler
 from rwkvx.errors import InputError
+from rwkvx.files import user_path
 from rwkvx_evals.files import machine, peak_memory_bytes, write_json
 from rwkvx_evals.interface import LanguageModel, StateTools, Tokenizer
 from rwkvx_evals.journal import Journal
@@ -21,7 +22,7 @@ from rwkvx_evals.passkey.run import PasskeyRun, check_row
 
 def find_haystack(name: str, data: Path | None) -> Path:
     """`name` as a file, or inside the data folder or its `long_docs`; raises InputError."""
-    places = [Path(name).expanduser()]
+    places = [user_path(name)]
     if data is not None:
         places += [data / name, data / "long_docs" / name]
     for place in places:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rwkvx.decoding import start
 from rwkvx.errors import InputError
+from rwkvx.progress import progress
 from rwkvx_evals.interface import (
     LanguageModel,
     State,
@@ -148,9 +148,7 @@ class PasskeyRun:
         if total == 0:
             return
         probe = self.probe()
-        with tqdm(
-            total=total, unit="tok", unit_scale=True, disable=self._quiet, dynamic_ncols=True
-        ) as bar:
+        with progress(total, quiet=self._quiet) as bar:
             for length, groups in self.plan.groups.items():
                 bar.set_description(f"passkey {length_label(length)}")
                 rows = probe.rows_within(length, self._cache_bytes)

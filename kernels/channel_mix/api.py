@@ -4,9 +4,10 @@ from torch import Tensor
 
 from rwkvx_kernels.channel_mix.reference import squared_relu_reference
 from rwkvx_kernels.channel_mix.torch_form import squared_relu_torch
-from rwkvx_kernels.dispatch import Choice, Facts, decide, facts_of, triton_lacks
+from rwkvx_kernels.dispatch import Choice, Facts, decide, facts_of, remembered, triton_lacks
 
 
+@remembered
 def choose(facts: Facts, impl: str = "auto") -> Choice:
     """Which implementation `squared_relu` runs."""
     return decide(impl, facts, {"triton": triton_lacks(facts), "torch": "", "reference": ""})

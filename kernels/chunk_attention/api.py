@@ -34,12 +34,14 @@ from rwkvx_kernels.dispatch import (
     compiled_lacks,
     decide,
     facts_of,
+    remembered,
     triton_lacks,
     without_autocast,
 )
 from rwkvx_kernels.tools.operators import opaque, operator
 
 
+@remembered
 def choose(
     facts: Facts, chunk_size: int, topk: int, tokens: int, dim: int = 64, impl: str = "auto"
 ) -> Choice:

@@ -16,6 +16,7 @@ from rwkvx_kernels.dispatch import (
     UnsupportedError,
     compiled_lacks,
     decide,
+    remembered,
     triton_lacks,
     without_autocast,
 )
@@ -23,6 +24,7 @@ from rwkvx_kernels.names import SELECTIONS
 from rwkvx_kernels.tools.operators import operator
 
 
+@remembered
 def choose(facts: Facts, selection: str = "flat", impl: str = "auto") -> Choice:
     """Which implementation `select_chunks` runs; a choice has no gradient."""
     facts = facts._replace(gradients=False)

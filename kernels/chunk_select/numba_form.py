@@ -19,6 +19,7 @@ from rwkvx_kernels.chunk_select.common import FANOUT
 from rwkvx_kernels.chunk_select.numba_largest import LANES, largest
 from rwkvx_kernels.chunk_select.tree import ChunkTree, TreeOf, by_tree, empty_tree
 from rwkvx_kernels.tools.numba_loops import array_at, in_threads, loop, order_free, read_ahead
+from rwkvx_kernels.tools.numba_vectors import add_product, load_lanes, splat, store_lanes
 
 # Rows that descend together: many share a node that was read. Of many scores fewer rows.
 TILE_ROWS, TILE_SCORES = 512, 1 << 21
@@ -223,9 +224,7 @@ def _scorer(rows, sums):
                 context.make_array(signature.args[i])(context, builder, args[i])
                 for i in (0, 1, 3, 4)
             )
-            undefined, zero = ir.Constant(lanes, ir.Undefined), ir.Constant(lanes, None)
-            zeros = ir.Constant(ir.VectorType(ir.IntType(32), FANOUT), None)
-            queries, places = [], []
+            queries, places, zero = [], [], ir.Constant(lanes, None)
             for i in range(rows):
                 at = builder.add(args[2], ir.Constant(index, i))
                 pair = builder.load(builder.gep(pair_array.data, [at]))
@@ -240,14 +239,11 @@ def _scorer(rows, sums):
 
             def add(e, which):
                 place = builder.gep(table_array.data, [builder.mul(e, ir.Constant(index, FANOUT))])
-                values = builder.load(builder.bitcast(place, lanes.as_pointer()), align=4)
+                values = load_lanes(builder, place, lanes)
                 for query, total in zip(queries, totals, strict=True):
-                    x = builder.load(builder.gep(query, [e]))
-                    one = builder.insert_element(undefined, x, ir.IntType(32)(0))
-                    wide = builder.shuffle_vector(one, undefined, zeros)
-                    product = builder.fmul(wide, values, flags=("contract",))
+                    x = splat(builder, builder.load(builder.gep(query, [e])), lanes)
                     old = builder.load(total[which])
-                    builder.store(builder.fadd(old, product, flags=("contract",)), total[which])
+                    builder.store(add_product(builder, old, x, values), total[which])
 
             columns = builder.extract_value(table_array.shape, 0)
             none, one, step = (ir.Constant(index, i) for i in (0, 1, sums))
@@ -261,7 +257,7 @@ def _scorer(rows, sums):
                 result = builder.load(total[0])
                 for part in total[1:]:
                     result = builder.fadd(result, builder.load(part))
-                builder.store(result, builder.bitcast(place, lanes.as_pointer()), align=4)
+                store_lanes(builder, result, place)
             return context.get_dummy_value()
 
         integer = types.int64

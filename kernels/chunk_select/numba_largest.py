@@ -9,6 +9,7 @@ from numba.cpython.unsafe.numbers import trailing_zeros
 from numba.extending import intrinsic
 
 from rwkvx_kernels.tools.numba_loops import loop, order_free
+from rwkvx_kernels.tools.numba_vectors import load_lanes, splat, store_lanes
 
 # Scores are compared so many at a time, each to one bit of a number.
 LANES = 64
@@ -131,8 +132,7 @@ def _halve(scores, row, count, wanted, low, high, index):
 
 def _load(builder, data):
     """A vector of LANES numbers."""
-    lanes = ir.VectorType(data.type.pointee, LANES)
-    return builder.load(builder.bitcast(data, lanes.as_pointer()), align=4)
+    return load_lanes(builder, data, ir.VectorType(data.type.pointee, LANES))
 
 
 @intrinsic
@@ -152,8 +152,7 @@ def _largest_of_lanes(context, scores, row, blocks, candidates):
             new, old = _load(builder, place), builder.load(largest)
             greater = builder.fcmp_ordered(">", new, old)
             builder.store(builder.select(greater, new, old), largest)
-        result = builder.load(largest)
-        builder.store(result, builder.bitcast(target, result.type.as_pointer()), align=4)
+        store_lanes(builder, builder.load(largest), target)
         return context.get_dummy_value()
 
     return types.none(scores, types.int64, types.int64, candidates), make
@@ -168,10 +167,7 @@ def _comparison(name):
             array = context.make_array(signature.args[0])(context, builder, args[0])
             place = cgutils.get_item_pointer(context, builder, signature.args[0], array, args[1:3])
             values = _load(builder, place)
-            undefined = ir.Constant(values.type, ir.Undefined)
-            one = builder.insert_element(undefined, args[3], ir.IntType(32)(0))
-            zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
-            wide = builder.shuffle_vector(one, undefined, zeros)
+            wide = splat(builder, args[3], values.type)
             return builder.bitcast(builder.fcmp_ordered(name, values, wide), ir.IntType(64))
 
         return types.int64(x, types.int64, types.int64, x.dtype), make

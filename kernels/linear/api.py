@@ -6,16 +6,17 @@ Axes: I inputs, O outputs, R rank.
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.dispatch import Choice, Facts, compiled_lacks, decide, facts_of
+from rwkvx_kernels.dispatch import Choice, Facts, compiled_lacks, decide, facts_of, remembered
 from rwkvx_kernels.linear.reference import linear_reference, low_rank_reference
 from rwkvx_kernels.linear.torch_form import linear_torch, low_rank_torch
 
 
+@remembered
 def choose(facts: Facts, rows: int, impl: str = "auto", contiguous: bool = True) -> Choice:
     """Which implementation `linear` (of a weight that is contiguous) and `low_rank` run for so
     many rows of x."""
     compiled = compiled_lacks(facts, torch.float32, torch.bfloat16)
-    if facts.traced or torch.is_autocast_enabled(facts.device.type):
+    if facts.traced or facts.autocast:
         compiled = compiled or "is not seen by torch.compile and autocast"
     lacks = {"compiled": compiled, "torch": "", "reference": ""}
     slow = "reads the weights for every row" if rows != 1 else ""

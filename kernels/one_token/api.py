@@ -1,6 +1,6 @@
 """One token through a run of blocks in one call.
 
-Axes: C width, H heads, N head size, L blocks.
+Axes: C width, H heads, D head size, L blocks.
 """
 
 import torch
@@ -45,7 +45,7 @@ class OneToken:
         Args:
             x: [C] float32, changed. v_first: [C] float32, written by a time mix without v0.
             shifts: the last inputs of the two mixers, each of C elements of the weights' dtype.
-            states: [1, H, N, N] float32, contiguous, of a time mix; None of an attention.
+            states: [1, H, D, D] float32, contiguous, of a time mix; None of an attention.
             caches: of an attention.
             new_shifts: [L, 2, C] float32, written. new_states: as `states`, written.
         """

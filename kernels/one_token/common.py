@@ -1,6 +1,6 @@
 """What one token through a block needs: weights, what was read before, and where they lie.
 
-Axes: C width, H heads, N head size, G key/value heads, F inner width of the channel mix, S tokens
+Axes: C width, H heads, D head size, G key/value heads, F inner width of the channel mix, S tokens
 that a cache has room for, W width of the key convolution.
 """
 
@@ -32,7 +32,7 @@ class BlockWeights(NamedTuple):
     down: tuple[Tensor | None, ...] = (None,) * 4  # [C, rank] of w, a, v, g
     up: tuple[Tensor | None, ...] = (None,) * 4  # [rank, C]
     vectors: tuple[Tensor | None, ...] = (None,) * 8  # [C], as `time_mix.TimeMixWeights`
-    conv: tuple[Tensor | None] = (None,)  # [W, G N]
+    conv: tuple[Tensor | None] = (None,)  # [W, G D]
 
     def tensors(self) -> list[Tensor | None]:
         """All, one after the other."""
@@ -93,12 +93,12 @@ class Cache(NamedTuple):
     a chunk that it completes is left to the caller.
     """
 
-    k: Tensor  # [1, G, S, N]
+    k: Tensor  # [1, G, S, D]
     v: Tensor
-    means: Tensor  # [1, G, chunks, N] float32
+    means: Tensor  # [1, G, chunks, D] float32
     position: int
     topk: int
-    conv: Tensor | None = None  # [1, W - 1, G N], keys before the convolution
+    conv: Tensor | None = None  # [1, W - 1, G D], keys before the convolution
     new_conv: Tensor | None = None  # the same, written
 
     def check(self, block: BlockWeights) -> None:

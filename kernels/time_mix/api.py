@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.dispatch import Choice, Facts, check_packed, facts_of
+from rwkvx_kernels.dispatch import Choice, Facts, check_packed, facts_of, remembered
 from rwkvx_kernels.time_mix.common import TimeMixWeights
 from rwkvx_kernels.time_mix.reference import time_mix_reference
 from rwkvx_kernels.time_mix.torch_form import time_mix_torch
@@ -14,6 +14,7 @@ from rwkvx_kernels.tools.operators import operator
 from rwkvx_kernels.wkv7 import api as recurrence
 
 
+@remembered
 def choose(facts: Facts, head_size: int = 64, impl: str = "auto") -> Choice:
     """Which implementation `time_mix` runs: each can what that of its recurrence can."""
     return recurrence.choose(facts, (head_size, head_size), impl)
@@ -38,13 +39,13 @@ def time_mix(
     Decay, gates, value residual, keys, the recurrence of `wkv7`, group norm, bonus and gate.
 
     Args:
-        r, w, k, v, a, g: [B, T, C], C = H·N, of one dtype; w and a before their bias and
+        r, w, k, v, a, g: [B, T, C], C = H·D, of one dtype; w and a before their bias and
             activation.
         residual: the gate of the value residual before bias and activation, and the values of the
             first block, [B, T, C]; None in that block.
         weights: see `TimeMixWeights`. eps: of the group norm.
-        state: [B, H, N, N] float32 (float64 for float64 input), value by key channel; with
-            `cu_seqlens`, [sequences, H, N, N].
+        state: [B, H, D, D] float32 (float64 for float64 input), value by key channel; with
+            `cu_seqlens`, [sequences, H, D, D].
         cu_seqlens: [sequences + 1] offsets of sequences packed along T, batch size 1. Triton
             kernels do not look at them beforehand, which would wait for the GPU.
         impl: "auto", "reference", "torch", "compiled" (Numba; a CPU, without gradients) or

@@ -1,6 +1,6 @@
 """What the implementations of the time mix share: its weights, its one constant, its equations.
 
-Axes: B batch, T time, C width, H heads, N head size.
+Axes: B batch, T time, C width, H heads, D head size.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ LOG_DECAY_SCALE = -exp(-0.5)
 
 
 class TimeMixWeights(NamedTuple):
-    """The vectors of a time mix: [C] each, r_k [H, N]; v0 is None without a value residual."""
+    """The vectors of a time mix: [C] each, r_k [H, D]; v0 is None without a value residual."""
 
     w0: Tensor
     a0: Tensor
@@ -47,7 +47,7 @@ def equations(
     size = weights.r_k.shape[1]
 
     def heads(x: Tensor) -> Tensor:
-        """[..., C] -> [..., H, N]."""
+        """[..., C] -> [..., H, D]."""
         return x.reshape(*x.shape[:-1], -1, size)  # unflatten costs 3 µs a call
 
     wide = torch.promote_types(w.dtype, torch.float32)  # a decay of 0.999 needs the bits

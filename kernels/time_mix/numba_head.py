@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The time mix of one head for a few tokens, compiled: the step that every compiled form does.
 
-Arrays of [tokens, N] are worked on in place, in float32 or float64. N head size.
+Arrays of [tokens, D] are worked on in place, in float32 or float64. D head size.
 """
 
 import numpy as np
@@ -26,8 +26,8 @@ def mix_head(
     Args:
         s: [V, K], the state, which moves on; S^T if `transposed`.
         count: of the rows so many are tokens. residual: whether `mix` and `v_first` are there.
-        weights: [8, N]. r ... v_first: [rows, N], overwritten.
-        alpha, beta: [rows, N]; u, u_next: [N]; scratch memory.
+        weights: [8, D]. r ... v_first: [rows, D], overwritten.
+        alpha, beta: [rows, D]; u, u_next: [D]; scratch memory.
     """
     _decay(w, weights, count)
     _gate(a, weights, A0, count)

@@ -4,7 +4,7 @@
 What a token needs is made where it is used, in the first-level cache. Torch reads and writes the
 same numbers some twenty times, which costs as much as the recurrence.
 
-Axes: B batch, T time, C width, H heads, N head size.
+Axes: B batch, T time, C width, H heads, D head size.
 """
 
 import numpy as np
@@ -52,7 +52,7 @@ def time_mix_compiled(
 
 
 def _rows(x: Tensor, size: int) -> np.ndarray:
-    """[..., C] -> [tokens · H, N]."""
+    """[..., C] -> [tokens · H, D]."""
     wide = x.float() if x.dtype == torch.float16 else x
     return as_array(wide.contiguous().view(-1, size))
 
@@ -98,7 +98,7 @@ def _scan(
 
 @loop
 def _transpose(states):
-    """[H, N, N], each transposed in its place."""
+    """[H, D, D], each transposed in its place."""
     for h in range(len(states)):
         states[h] = states[h].T.copy()
 

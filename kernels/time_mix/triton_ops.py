@@ -59,7 +59,7 @@ def forward(
 
 
 def _recurrent(r: Tensor, v: Tensor, made: list[Tensor], heads: int) -> list[Tensor]:
-    """What `wkv7` takes, [B, T, H, N], of what `triton_keys.prepare` made."""
+    """What `wkv7` takes, [B, T, H, D], of what `triton_keys.prepare` made."""
     log_decay, key, alpha, beta, *value = made
     value = value or [v]
     return [x.unflatten(2, (heads, -1)) for x in (r, log_decay, key, *value, alpha, beta)]

@@ -11,6 +11,7 @@ from rwkvx_kernels.dispatch import (
     check_packed,
     decide,
     facts_of,
+    remembered,
     triton_lacks,
 )
 from rwkvx_kernels.token_shift.reference import token_shift_reference
@@ -19,6 +20,7 @@ from rwkvx_kernels.token_shift.torch_form import token_shift_torch
 MOST_MIXES = 6
 
 
+@remembered
 def choose(facts: Facts, impl: str = "auto") -> Choice:
     """Which implementation `token_shift` runs."""
     return decide(impl, facts, {"triton": triton_lacks(facts), "torch": "", "reference": ""})

@@ -3,24 +3,31 @@
 Importing this module imports Numba, which takes half a second: import it where it is used.
 """
 
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
+from time import time
 from typing import Any
+from uuid import uuid4
 
+import numba
 import torch
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core.caching import FunctionCache
+from numba.core.serialize import dumps
 from numba.extending import intrinsic
 
 # Sums may be reordered and products contracted, so that loops become vector instructions; unlike
 # full fast-math, infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract", "nsz"}
 CACHE_LINE = 64
+LEFT_SECONDS = 3600.0  # after which a file that was being written will never be done
 
 
 def loop(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,6 +42,9 @@ def order_free(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def parallel_loop(function: Callable[..., Any]) -> Callable[..., Any]:
     """As `loop`, with `numba.prange` over threads: these start within microseconds."""
+    # Numba starts its threads where it compiles a parallel loop. Code that calls one and is loaded
+    # from the disk does not start them: without this, a segmentation fault.
+    numba.get_num_threads()
     return _compile(function, parallel=True)
 
 
@@ -47,12 +57,66 @@ def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
 
 class _Cache(FunctionCache):
-    """Numba's cache on disk, fresh while all sources are: Numba looks at the function's own file
-    alone, but a loop holds the code that it calls and the constants that it uses from others."""
+    """Numba's cache on disk, with files of our own; fresh while all sources are: Numba looks at the
+    function's own file alone, but a loop holds code and constants that it uses from others."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        self._cache_file._source_stamp = _sources()
+        stamp = f"{numba.__version__} {_sources()}"
+        self._cache_file = _Files(Path(self._cache_path), self._impl.filename_base, stamp)  # type: ignore[assignment]
+
+
+class _Files:
+    """A function's machine code, a file for each signature: whole by its hash, or not there.
+
+    Numba's own list of numbered files is written before them. After a kill in between, or by two
+    processes at once, it can name the code of older sources, or that of another signature.
+    """
+
+    def __init__(self, folder: Path, base: str, stamp: str) -> None:
+        self.folder, self.base = folder, base
+        self.stamp = sha256(stamp.encode()).hexdigest()[:16]
+
+    def _path(self, key: object) -> Path:
+        name = sha256(repr(key).encode()).hexdigest()[:16]
+        return self.folder / f"{self.base}.{self.stamp}.{name}.nbc"
+
+    def flush(self) -> None:
+        """Remove all of them."""
+        for path in self.folder.glob(f"{escape(self.base)}.*"):
+            path.unlink(missing_ok=True)
+
+    def save(self, key: object, data: object) -> None:
+        """Write one; without a place on the disk, the next process compiles again."""
+        content = dumps((key, data))
+        path = self._path(key)
+        temporary = path.with_suffix(f".{uuid4().hex[:8]}.tmp")
+        with suppress(OSError):
+            self._clean()
+            try:
+                temporary.write_bytes(sha256(content).digest() + content)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def load(self, key: object) -> Any:
+        """What was saved for that signature, None if nothing whole was."""
+        try:
+            written = self._path(key).read_bytes()
+        except OSError:
+            return None
+        content = written[32:]
+        if sha256(content).digest() != written[:32]:
+            return None
+        saved, data = pickle.loads(content)
+        return data if saved == key else None
+
+    def _clean(self) -> None:
+        """Remove what other sources and killed processes have left."""
+        for path in self.folder.glob(f"{escape(self.base)}.*"):
+            left = path.suffix == ".tmp" and time() - path.stat().st_mtime > LEFT_SECONDS
+            if left or not path.name.startswith(f"{self.base}.{self.stamp}."):
+                path.unlink(missing_ok=True)
 
 
 @cache

@@ -12,6 +12,7 @@ from rwkvx_kernels.dispatch import (
     compiled_lacks,
     decide,
     facts_of,
+    remembered,
     triton_lacks,
     without_autocast,
 )
@@ -23,6 +24,7 @@ from rwkvx_kernels.wkv7.torch_form import wkv7_torch
 LEAST_SIZE, MOST_SIZE = 16, 128
 
 
+@remembered
 def choose(facts: Facts, head_sizes: tuple[int, int] = (64, 64), impl: str = "auto") -> Choice:
     """Which implementation `wkv7` runs for heads of (K, V) channels."""
     triton = triton_lacks(facts)

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The recurrence of WKV7 itself, compiled: the fastest form on a CPU where no gradient is needed.
 
-Axes: B batch, T time, H heads, K key channels, V value channels; N sequences.
+Axes: B batch, of states: sequences; T time, H heads, K key channels, V value channels.
 """
 
 import numpy as np
@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from rwkvx_kernels.tools.numba_loops import in_threads, loop
+from rwkvx_kernels.tools.numba_vectors import add_product, load_lanes, splat, store_lanes
 
 # So many tokens times heads are done before a second thread has woken up.
 FEW = 64
@@ -29,7 +30,7 @@ def wkv7_compiled(
     v: Tensor,
     alpha: Tensor,
     beta: Tensor,
-    state_NHVK: Tensor,
+    state_BHVK: Tensor,
     *,
     lengths: list[int],
 ) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,7 @@ def wkv7_compiled(
     Arguments and results as in `torch_form.wkv7_torch`; no gradients.
     """
     y = torch.empty(v.shape, dtype=v.dtype)
-    state = state_NHVK.detach().clone(memory_format=torch.contiguous_format)
+    state = state_BHVK.detach().clone(memory_format=torch.contiguous_format)
     rows = [x.flatten(0, 2).contiguous() for x in (r, log_decay.exp(), k, v, alpha, beta)]
     arrays = [x.detach().numpy() for x in (*rows, state, y.flatten(0, 2))]
     ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
@@ -165,34 +166,28 @@ def _emit_step(builder, lanes, partial_sums, transposed, data, first):
     """The step of the value channels from `first` on, one to a lane."""
     index = ir.IntType(64)
     rows, width = (builder.extract_value(transposed.shape, i) for i in range(2))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes.count), None)
 
-    def vector(array):
-        return builder.bitcast(builder.gep(array, [first]), lanes.as_pointer())
+    def channels(array):
+        return builder.gep(array, [first])
 
     def every_lane(array, j):
-        x = builder.load(builder.gep(array, [j]))
-        one = builder.insert_element(ir.Constant(lanes, ir.Undefined), x, ir.IntType(32)(0))
-        return builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), zeros)
+        return splat(builder, builder.load(builder.gep(array, [j])), lanes)
 
-    def plus(total, a, b):
-        flags = ("contract",)
-        return builder.fadd(total, builder.fmul(a, b, flags=flags), flags=flags)
-
-    u_lanes, v_lanes = (builder.load(vector(x), align=4) for x in data[5:7])
+    u_lanes, v_lanes = (load_lanes(builder, channels(x), lanes) for x in data[5:7])
     sums = [
         [cgutils.alloca_once_value(builder, ir.Constant(lanes, None)) for _ in range(2)]
         for _ in range(partial_sums)
     ]
 
     def row(j, totals):
-        where = vector(builder.gep(transposed.data, [builder.mul(j, width)]))
-        new = builder.fmul(builder.load(where, align=4), every_lane(data[0], j))
-        new = plus(new, u_lanes, every_lane(data[1], j))
-        new = plus(new, v_lanes, every_lane(data[2], j))
-        builder.store(new, where, align=4)
+        where = channels(builder.gep(transposed.data, [builder.mul(j, width)]))
+        new = builder.fmul(load_lanes(builder, where, lanes), every_lane(data[0], j))
+        new = add_product(builder, new, u_lanes, every_lane(data[1], j))
+        new = add_product(builder, new, v_lanes, every_lane(data[2], j))
+        store_lanes(builder, new, where)
         for total, array in zip(totals, data[3:5], strict=True):
-            builder.store(plus(builder.load(total), new, every_lane(array, j)), total)
+            added = add_product(builder, builder.load(total), new, every_lane(array, j))
+            builder.store(added, total)
 
     groups = builder.udiv(rows, index(partial_sums))
     with cgutils.for_range(builder, groups) as group:
@@ -203,7 +198,7 @@ def _emit_step(builder, lanes, partial_sums, transposed, data, first):
         whole = builder.load(sums[0][m])
         for others in sums[1:]:
             whole = builder.fadd(whole, builder.load(others[m]))
-        builder.store(whole, vector(array), align=4)
+        store_lanes(builder, whole, channels(array))
 
 
 _step_lanes, _step_many = _step_of(LANES, 2), _step_of(2 * LANES, 1)

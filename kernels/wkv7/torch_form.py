@@ -1,8 +1,8 @@
 """WKV7 in chunks, in plain torch: the fast form where gradients are wanted.
 
-Axes: B batch, T time, H heads, K key channels, V value channels; N sequences, M chunks (all first
-chunks of all sequences, then all second chunks, ...), C tokens of a chunk. README.md derives the
-equations; differentiable by autograd.
+Axes: B batch, of states: sequences; T time, H heads, K key channels, V value channels, M chunks
+(all first chunks of all sequences, then all second chunks, ...), C tokens of a chunk. README.md
+derives the equations; differentiable by autograd.
 """
 
 import torch
@@ -27,7 +27,7 @@ def wkv7_torch(
     v: Tensor,
     alpha: Tensor,
     beta: Tensor,
-    state_NHVK: Tensor,
+    state_BHVK: Tensor,
     *,
     lengths: list[int],
 ) -> tuple[Tensor, Tensor]:
@@ -35,20 +35,20 @@ def wkv7_torch(
 
     Args:
         r, log_decay, k, alpha, beta: [B, T, H, K]; v: [B, T, H, V]; all of the state's dtype.
-        state_NHVK: one state per sequence. A batch is a list of sequences of equal length.
+        state_BHVK: one state per sequence. A batch is a list of sequences of equal length.
         lengths: tokens of each sequence, summing to B·T.
 
     Returns:
-        y [B, T, H, V] and the final states [N, H, V, K].
+        y [B, T, H, V] and the final states [B, H, V, K].
     """
     longest = max(lengths, default=0)
     if longest == 0:
-        return torch.zeros_like(v), state_NHVK
+        return torch.zeros_like(v), state_BHVK
     chunk = _chunk_size(log_decay, longest)
     layout = _Layout(lengths, chunk, v.device)
     log_decay = log_decay.clamp(min=-MAX_EXPONENT)
     chunks = [layout.to_chunks(x) for x in (r, log_decay, k, v, alpha, beta)]
-    state = state_NHVK if layout.order is None else state_NHVK[layout.order]
+    state = state_BHVK if layout.order is None else state_BHVK[layout.order]
     y_MHCV, state = scan_chunks(*[*chunks, state], segments=layout.segments())
     if layout.order is not None:
         state = state[torch.argsort(layout.order)]

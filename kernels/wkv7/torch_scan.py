@@ -1,7 +1,7 @@
 """The chunk form of WKV7: forward and backward of a scan over chunks.
 
 Axes: M chunks (scan steps one after the other), H heads, C tokens of a chunk, K key channels,
-V value channels, N sequences. Inside, M and H are one dimension n. Symbols as in README.md.
+V value channels, B sequences. Inside, M and H are one dimension n. Symbols as in README.md.
 """
 
 from collections.abc import Iterator
@@ -29,12 +29,12 @@ def scan_chunks(
 
     Args:
         r, log_decay, k, alpha, beta: [M, H, C, K]; v: [M, H, C, V].
-        state: [N, H, V, K], sequences by falling length.
+        state: [B, H, V, K], sequences by falling length.
         segments: groups of consecutive scan steps, worked on at once; a step is the number of
             sequences that have a chunk there: the first ones.
 
     Returns:
-        y [M, H, C, V] and the final states [N, H, V, K].
+        y [M, H, C, V] and the final states [B, H, V, K].
     """
     y, final = _Scan.apply(r, log_decay, k, v, alpha, beta, state, segments)
     return y, final
@@ -164,7 +164,7 @@ class _Scan(torch.autograd.Function):
 def _forward_segment(
     rows: list[Tensor], current: Tensor, steps: list[slice], y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One segment; updates `current` [N·H, V, K] and writes y.
+    """One segment; updates `current` [B·H, V, K] and writes y.
 
     Returns the states before each chunk [n, V, K] and U [n, C, V].
     """

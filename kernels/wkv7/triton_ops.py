@@ -1,7 +1,7 @@
 """The Triton kernels of WKV7 as operators of torch, so that its compiler sees through them.
 
 Importing this module registers `torch.ops.rwkvx.wkv7_*`. Shapes are those of `wkv7`; tensors are
-contiguous. N sequences, M chunks.
+contiguous. M chunks; B of states: sequences.
 """
 
 from typing import Any

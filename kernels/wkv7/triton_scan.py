@@ -88,7 +88,7 @@ def _scan_kernel(
 def scan(
     prepared: Prepared, start: Tensor, layout: Layout, chunk: int, like: Tensor, keep: bool
 ) -> Tensor:
-    """Launch over all sequences: the states [N, H, V, K] at the other end.
+    """Launch over all sequences: the states [B, H, V, K] at the other end.
 
     Writes y where `prepared` has one; without y the direction is backward. With `keep` the states
     (before each chunk, backward: after it) replace `prepared.d`. `like` has the dtype of inputs.

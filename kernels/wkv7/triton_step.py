@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """WKV7 for one or a few new tokens: the recurrence itself, the state in registers.
 
-Axes: N sequences, T time, H heads, K key channels, V value channels. Names: i_ index, p_ pointer,
+Axes: B sequences, T time, H heads, K key channels, V value channels. Names: i_ index, p_ pointer,
 b_ tile in registers, o_ offset, m_ mask. A program has one head of one sequence and some value
 channels.
 """
@@ -60,7 +60,7 @@ def step(
     state: Tensor,
     offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """y [B, T, H, V] and the final state [N, H, V, K] of contiguous tensors, shaped as for `wkv7`.
+    """y [B, T, H, V] and the final state [B, H, V, K] of contiguous tensors, shaped as for `wkv7`.
 
     Time grows with T, so this is for few tokens; there is no backward pass.
     """

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkvx.checkpoint.checkpoint import FLOATS, Checkpoint, merge_config, parameter_shapes
+from rwkvx.checkpoint.checkpoint import Checkpoint, merge_config, parameter_shapes
 from rwkvx.checkpoint.foreign import by_names
 from rwkvx.config import TOKENIZERS, ModelConfig, spread
+from rwkvx.dtypes import FLOATS
 from rwkvx.errors import InputError
 from rwkvx.kinds import KINDS
 from rwkvx.kinds.contract import ShapeOf, positions
@@ -79,7 +80,7 @@ class Layout:
                 raise InputError(
                     f"{origin}: {theirs} is {list(raw[theirs].shape)}, expected {list(stored)}"
                 )
-            if x.dtype not in FLOATS:
+            if str(x.dtype).removeprefix("torch.") not in FLOATS:
                 raise InputError(
                     f"{origin}: {theirs} is of {x.dtype}, expected floating point of 16, 32 or 64 "
                     "bits: take the model before it was quantised"
@@ -137,7 +138,7 @@ class Layout:
         counts = {kind: _depth(prefix, raw, origin) for kind, prefix in self.kinds.items()}
         first = next(iter(counts))
         if not counts[first]:
-            raise InputError(f"{origin} holds no {first} block")
+            raise InputError(f"{origin} holds {by_names(raw) or f'no {first} block'}")
         if wanted is None:
             try:
                 return usual_pattern(counts)

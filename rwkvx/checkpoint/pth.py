@@ -4,7 +4,6 @@ Sources: BlinkDL/RWKV-LM, RWKV-v7; howard-hou/RWKV-X.
 """
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.fla import FLA
 from rwkvx.checkpoint.foreign import by_names
 from rwkvx.checkpoint.layout import BLOCK, Layout, Pattern, index_in_kind, without_prefix
-from rwkvx.checkpoint.pickled import PICKLE, ZIP, archive_records, stored_in_pickle
+from rwkvx.checkpoint.pickled import PICKLE, ZIP, damaged_part, stored_in_pickle
 from rwkvx.checkpoint.safetensors import is_safetensors, stored_in_safetensors
 from rwkvx.checkpoint.sidecar import keep_lost, with_sidecar
 from rwkvx.checkpoint.stored import read_stored, start_of
 from rwkvx.config import ModelConfig
 from rwkvx.errors import InputError
-from rwkvx.files import open_regular, replacing
+from rwkvx.files import replacing
 from rwkvx.kinds import KINDS
 
 TITLE = ".pth of RWKV-7 (BlinkDL) or RWKV-X"
@@ -132,13 +131,7 @@ def verify(path: Path) -> str:
     """
     if start_of(path)[:4] != ZIP:
         raise InputError(f"{path} carries no checksums")
-    try:
-        with open_regular(path) as file:
-            archive_records(file, path)
-            with zipfile.ZipFile(file) as archive:
-                damaged, count = archive.testzip(), len(archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise InputError(f"{path} is truncated or damaged: {_first_line(error)}") from error
+    damaged, count = damaged_part(path)
     if damaged:
         raise InputError(f"{path} is damaged: the CRC-32 of its part {damaged} does not hold")
     return f"CRC-32 of {count} parts"

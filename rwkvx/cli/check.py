@@ -4,6 +4,9 @@ from typing import Any
 
 import click
 
+from rwkvx.cli.options import Within, device_option
+from rwkvx.ranges import Whole
+
 __all__ = ["check_command"]
 
 # Chunks and windows of the check: a short text then has something to choose from.
@@ -12,9 +15,9 @@ CHUNK, WINDOW = 16, 24
 
 @click.command("check")
 @click.argument("model")
-@click.option("--tokens", type=click.IntRange(3, 4096), default=96, show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--tokens", type=Within(Whole(3, 4096)), default=96, show_default=True)
+@click.option("--seed", type=Within(Whole(0, 2**32)), default=0, show_default=True)
+@device_option
 def check_command(model: str, tokens: int, seed: int, device: str) -> None:
     """Compare all ways of running MODEL with the published equations, written out in numpy.
 

@@ -7,12 +7,15 @@ import click
 
 from rwkvx.checkpoint.checkpoint import check_vocabulary
 from rwkvx.checkpoint.formats import detect
-from rwkvx.checkpoint.load import find_model, shipped_models
+from rwkvx.checkpoint.load import find_model
 from rwkvx.checkpoint.sidecar import read_sidecar, sidecar_of
+from rwkvx.cli.options import Within
 from rwkvx.config import ModelConfig
 from rwkvx.costs import state_memory
 from rwkvx.errors import InputError
 from rwkvx.kinds import kind_of
+from rwkvx.ranges import COUNT
+from rwkvx.shipped import shipped_models
 
 __all__ = ["info_command"]
 
@@ -81,8 +84,8 @@ _LENGTHS = (("16K", 2**14), ("64K", 2**16), ("1M", 2**20))
 @click.argument("model", required=False)
 @click.option("--verify", is_flag=True, help="Check the checksums too, which reads everything.")
 @click.option("--route", is_flag=True, help="Show which implementations run, and why.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="For --route.")
-@click.option("--tokens", type=click.IntRange(1), default=1, show_default=True, help="For --route.")
+@click.option("--batch", type=Within(COUNT), default=1, show_default=True, help="For --route.")
+@click.option("--tokens", type=Within(COUNT), default=1, show_default=True, help="For --route.")
 @click.option("--device", default="cpu", show_default=True, help="For --route.")
 @click.option("--dtype", default="float32", show_default=True, help="For --route.")
 @click.option("--impl", default="auto", show_default=True, help="For --route.")

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from rwkvx.data.sources import Rows, Source, Wanted
+from rwkvx.errors import InputError
 from rwkvx.training.config import StageConfig, TrainConfig
+from rwkvx.training.world import World
 
 # Number in a data seed: training and evaluation never share a sample.
 TRAINING, EVALUATION = 0, 1
@@ -66,6 +68,29 @@ def step_batch(source: Source, config: TrainConfig, step: int) -> Batch:
         recurrent_length=stage.recurrent_length,
     )
     return Batch.of(source.rows(wanted))
+
+
+def own_batches(step: Batch, stage: StageConfig, world: World) -> list[Batch]:
+    """The micro-batches of a step that this process reads: one part of the rows, in order."""
+    count = len(step.inputs) // world.size
+    size, start = min(stage.batch, count), world.rank * count
+    return [step.rows(start + i, start + i + size) for i in range(0, count, size)]
+
+
+def check_division(config: TrainConfig, processes: int) -> None:
+    """Refuse stages whose steps cannot be cut evenly.
+
+    Raises:
+        InputError: one cannot, for so many processes.
+    """
+    for number, stage in enumerate(config.stages):
+        rows = stage.batch * config.accumulate
+        count, rest = divmod(rows, processes)
+        if rest or count % min(stage.batch, max(count, 1)):
+            raise InputError(
+                f"stages[{number}] has {rows} sequences a step in batches of {stage.batch}: "
+                f"{processes} processes cannot share them evenly"
+            )
 
 
 def evaluation_batch(source: Source, config: TrainConfig, stage: StageConfig, index: int) -> Batch:

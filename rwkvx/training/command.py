@@ -1,11 +1,12 @@
 """`rwkvx train`."""
 
 import sys
-from pathlib import Path
 
 import click
 
+from rwkvx.data.folder import data_folder
 from rwkvx.errors import InputError, shown
+from rwkvx.shipped import find_config, shipped_configs
 from rwkvx.training.config import TrainConfig, field_names, read_config
 
 EPILOG = """Examples:
@@ -14,6 +15,7 @@ EPILOG = """Examples:
   rwkvx train passkey_tiny --data FOLDER
   rwkvx train my.yaml --seed 1 --optimizer.lr 2e-3 --data.paths "[a.txt, b.txt]"
   rwkvx train my.yaml --dry-run
+  torchrun --nproc-per-node 8 -m rwkvx train my.yaml --device cuda --parallel fsdp
 
 Fields are those of the YAML file, nested ones with dots, values in YAML syntax. A run that was
 stopped (Ctrl-C, SIGTERM, a crash) goes on from its last checkpoint when the same command is given
@@ -47,7 +49,11 @@ def train_command(
     """Train a model as the YAML file CONFIG says (a path, or the name of a shipped config)."""
     if config.startswith("--"):
         raise click.UsageError(f"CONFIG comes before the fields, got {config}")
-    settings = read_config(find_config(config), _overrides(context.args))
+    if (path := find_config(config)) is None:
+        known = ", ".join(shipped_configs())
+        raise InputError(f"no config {shown(config)}: neither a .yaml file nor shipped ({known})")
+    settings = read_config(path, _overrides(context.args))
+    data_folder(data)  # one that is not there is said even where nothing of it is read
     if show_config:
         import yaml
 
@@ -56,16 +62,20 @@ def train_command(
     if dry_run:
         _show_plan(settings)
         return
+    from rwkvx.training.distributed import joined
     from rwkvx.training.stopping import Stopped
     from rwkvx.training.trainer import Trainer
 
-    trainer = Trainer(settings, data)
-    try:
-        trainer.run(resume_anyway)
-    except Stopped as stopped:
-        click.echo(str(stopped), err=True)
-        sys.exit(128 + stopped.signal)
-    click.echo(f"saved {trainer.folder.model(settings.name, trainer.step)}")
+    with joined(settings.device) as (world, device):
+        trainer = Trainer(settings, data, world, device)
+        try:
+            trainer.run(resume_anyway)
+        except Stopped as stopped:
+            if world.first:
+                click.echo(str(stopped), err=True)
+            sys.exit(128 + stopped.signal)
+        if world.first:
+            click.echo(f"saved {trainer.folder.model(settings.name, trainer.step)}")
 
 
 def _show_plan(config: TrainConfig) -> None:
@@ -77,24 +87,6 @@ def _show_plan(config: TrainConfig) -> None:
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         click.echo(f"{name:<{width}}  {text}")
-
-
-def find_config(name: str) -> str:
-    """A path as it is; a bare name is looked up among the shipped configs.
-
-    Raises:
-        InputError: neither is there.
-    """
-    from importlib.resources import files
-
-    if "/" in name or Path(name).exists():
-        return name
-    folder = files("rwkvx_configs")
-    shipped = folder / f"{name.removesuffix('.yaml')}.yaml"
-    if not shipped.is_file():
-        known = sorted(x.name.removesuffix(".yaml") for x in folder.iterdir() if ".yaml" in x.name)
-        raise InputError(f"no config {shown(name)}: not a file, nor shipped ({', '.join(known)})")
-    return str(shipped)
 
 
 def _overrides(arguments: list[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from rwkvx.config import ModelConfig
 from rwkvx.data.sources import Data, read_data
 from rwkvx.errors import InputError, shown
 from rwkvx.files import parse_yaml, read_yaml, user_path
-from rwkvx.ranges import Number, OneOf, Whole, check_ranges
+from rwkvx.ranges import Each, Number, OneOf, Whole, check_ranges
 from rwkvx.settings import from_plain
 
 _NAME = re.compile(r"(?!\.)[\w.+-]{1,100}")  # of a folder as well
@@ -34,6 +34,10 @@ class StageConfig:
             distance. 0 reads whole sequences.
         topk: chunks that a query reads in this stage, 0 for the model's own. Fewer make the right
             chunk compete harder: at a few thousand tokens it must already win as at a million.
+        learn: "all" weights, or only those of "sparse" blocks: new ones beside trained ones.
+        long_ce: largest weight of a target whose loss a long context lowers (LongCE, arXiv
+            2410.23771; its code has 5, RWKV-X's 10), and long_ce_window: tokens of the windows that
+            are read with a short context to compare; 0 weighs all targets alike.
         data: in YAML, what differs from the run's data, or another list of sources; None for the
             run's own.
     """
@@ -44,6 +48,9 @@ class StageConfig:
     state_passing: Annotated[float, Number(0, 1)] = 0.0
     recurrent_length: Annotated[int, _Tokens] = 0
     topk: Annotated[int, Whole(0, 1 << 20)] = 0
+    learn: Annotated[str, OneOf("all", "sparse")] = "all"
+    long_ce: Annotated[float, Number(0, 1000)] = 0.0
+    long_ce_window: Annotated[int, Whole(1, 1 << 24)] = 4096
     data: Data | None = None
 
     def __post_init__(self) -> None:
@@ -52,6 +59,11 @@ class StageConfig:
             raise InputError(
                 f"length must be a multiple of recurrent_length, got {self.length} and "
                 f"{self.recurrent_length}"
+            )
+        if self.long_ce and self.length % self.long_ce_window:
+            raise InputError(
+                f"length must be a multiple of long_ce_window, got {self.length} and "
+                f"{self.long_ce_window}"
             )
 
     @property
@@ -102,10 +114,15 @@ class TrainConfig:
             (0.98 looks back 50 steps); 0 for the weights of the step itself.
         keep: "last": the weights at the end become the model; "best": those of the evaluation in
             the last stage that runs that had the lowest loss.
-        precision: "float32" or "bf16" (autocast).
+        precision: "float32" or "bf16" (autocast; weights, gradients and moments stay float32).
+        parallel: of several processes, "ddp": each has the whole model, "fsdp": a part of it.
+        compile: let torch.compile fuse what a block does beside its kernels; takes minutes first.
         most_skipped: steps in a row that a loss or gradient that is not finite may leave without
             an update; one more ends the run.
         eval_every, save_every: steps between evaluations and checkpoints. seed: of everything.
+        samples: prompts that are continued at every evaluation, to be read in samples.jsonl.
+        probe: lengths in tokens of passkey prompts that are answered at every evaluation.
+        track: "wandb" or "trackio", where one of them is installed, "" for none.
         threads: CPU threads, 0 for torch's own choice.
     """
 
@@ -121,13 +138,18 @@ class TrainConfig:
     accumulate: Annotated[int, Whole(1, 1 << 20)] = 1
     average: Annotated[float, Number(0, 0.999999)] = 0.0
     keep: Annotated[str, OneOf("last", "best")] = "last"
+    parallel: Annotated[str, OneOf("ddp", "fsdp")] = "ddp"
     precision: Annotated[str, OneOf("float32", "bf16")] = "float32"
     device: str = "cpu"
     gradient_checkpointing: bool = False
+    compile: bool = False
     most_skipped: Annotated[int, Whole(0, 10**6)] = 10
     eval_every: Annotated[int, _Steps] = 200
     eval_batches: Annotated[int, Whole(1, 10**6)] = 4
     save_every: Annotated[int, _Steps] = 200
+    samples: tuple[str, ...] = ()
+    probe: Annotated[tuple[int, ...], Each(Whole(1, 1 << 24), 0, 20)] = ()
+    track: Annotated[str, OneOf("", "wandb", "trackio")] = ""
     seed: Annotated[int, Whole(0, (1 << 63) - 1)] = 0
     threads: Annotated[int, Whole(0, 1024)] = 0
 
@@ -174,6 +196,8 @@ class TrainConfig:
             **found,
             "model": self.model.to_dict(),
             "data": self.data.to_dict(),
+            "samples": list(self.samples),
+            "probe": list(self.probe),
             "optimizer": {**vars(self.optimizer), "betas": list(self.optimizer.betas)},
             "stages": [_stage_dict(stage) for stage in self.stages],
         }

@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ def facts() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "machine": _machine(),
-        "rwkvx": _version(),
+        "rwkvx": rwkvx.__version__,
         "torch": torch.__version__,
         "commit": _commit(),
     }
@@ -44,13 +43,6 @@ def _processor() -> str:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
-
-
-def _version() -> str | None:
-    try:
-        return version("rwkvx")
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

@@ -53,6 +53,8 @@ def _stage(
         "state_passing": stage.state_passing,
         "recurrent_length": stage.recurrent_length,
         "topk": stage.topk or config.model.topk,
+        "learn": stage.learn,
+        "long_ce": [stage.long_ce, stage.long_ce_window] if stage.long_ce else None,
         "data": source.identity(),
     }
     # Which sequences pass their states on depends on how a step is cut.

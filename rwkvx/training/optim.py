@@ -8,6 +8,7 @@ import math
 import torch
 from torch import nn
 
+from rwkvx.model import Model
 from rwkvx.training.config import OptimizerConfig
 
 
@@ -48,6 +49,15 @@ def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
     else:
         share = 0.5 * (1 + math.cos(math.pi * done))
     return config.lr * (config.final + (1 - config.final) * share)
+
+
+def learning_weights(model: Model, which: str) -> None:
+    """Let "all" weights learn, or those of blocks of one kind only."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(which == "all")
+    for block, kind in zip(model.blocks, model.config.pattern, strict=True):
+        if which in ("all", kind):
+            block.requires_grad_(True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -20,9 +20,19 @@ from rwkvx.init import init_weights
 from rwkvx.model import Model
 from rwkvx.training.batches import Batch
 from rwkvx.training.config import StageConfig, TrainConfig
-from rwkvx.training.forward import hidden_states, weighted_loss
+from rwkvx.training.forward import Objective
 
-__all__ = ["Plan", "Sample", "check_memory", "fits", "make_plan", "measure", "report"]
+__all__ = [
+    "Plan",
+    "Sample",
+    "check_memory",
+    "fits",
+    "flops_per_token",
+    "make_plan",
+    "measure",
+    "product_speed",
+    "report",
+]
 
 FLOAT = 4  # bytes: weights, gradients and moments are float32 in every precision
 SAMPLE_TOKENS = 512
@@ -76,7 +86,7 @@ def make_plan(config: TrainConfig) -> Plan:
         parts,
         memory,
         config.tokens_until(config.total_steps),
-        sum(_flops(model, stage) * tokens for stage, tokens in _tokens(config)),
+        sum(flops_per_token(model, stage) * tokens for stage, tokens in _tokens(config)),
         {"checkpoint": (copies + 1) * count * FLOAT, "model": count * FLOAT},
     )
 
@@ -117,7 +127,7 @@ def measure(config: TrainConfig) -> Sample:
     model.set_topk(stage.topk or config.model.topk)
     ids = torch.randint(config.model.vocab_size, (1, length + 1))
     none = torch.zeros(1, length, dtype=torch.bool)
-    batch = Batch(ids[:, :-1], ids[:, 1:], torch.full((1, length), 1 / length), none, none)
+    batch = Batch(ids[:, :-1], ids[:, 1:], torch.full((1, length), 1 / length), none, none.clone())
     batch = batch.to(config.device)
     saved: list[int] = []
 
@@ -132,14 +142,11 @@ def measure(config: TrainConfig) -> Sample:
         began = time.perf_counter()
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
         with hooks, torch.autocast(kind, dtype=torch.bfloat16, enabled=half):
-            hidden, _ = hidden_states(model, batch, None)
-            loss = weighted_loss(model, hidden, batch)
+            loss, _ = Objective(model)(batch)
         loss.backward()
         loss.item()
         seconds = time.perf_counter() - began
-    a = torch.randn(PRODUCT, PRODUCT, device=config.device)
-    a = a.to(torch.bfloat16 if half else torch.float32)
-    return Sample(length, seconds, sum(saved), _product_speed(a))
+    return Sample(length, seconds, sum(saved), product_speed(config.device, config.precision))
 
 
 def report(config: TrainConfig, plan: Plan, sample: Sample | None) -> list[tuple[str, str]]:
@@ -188,7 +195,7 @@ def _parameters(config: ModelConfig) -> dict[str, int]:
     return dict(parts)
 
 
-def _flops(config: ModelConfig, stage: StageConfig) -> float:
+def flops_per_token(config: ModelConfig, stage: StageConfig) -> float:
     """Of all products for one token: each is made once forward and twice backward."""
     total = 0.0
     for name, shape in parameter_shapes(config).items():
@@ -206,8 +213,10 @@ def _tokens(config: TrainConfig) -> list[tuple[StageConfig, int]]:
     return [(s, b - a) for s, a, b in zip(config.stages, counts, counts[1:], strict=False)]
 
 
-def _product_speed(a: Tensor) -> float:
-    """Floating-point operations a second of the best of some products."""
+def product_speed(device: str, precision: str) -> float:
+    """Floating-point operations a second of a large product, the best of some."""
+    a = torch.randn(PRODUCT, PRODUCT, device=device)
+    a = a.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     best = float("inf")
     for _ in range(8):
         began = time.perf_counter()

@@ -1,16 +1,43 @@
 """How far a run is and how long it will take: a bar in a terminal, some lines in a file."""
 
+import resource
 import sys
 import time
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from tqdm import tqdm
+import torch
 
-__all__ = ["ProgressLine"]
+from rwkvx.progress import progress
+from rwkvx.training.config import TrainConfig
+from rwkvx.training.plan import flops_per_token, product_speed
+
+__all__ = ["ProgressLine", "Speed"]
 
 SECONDS = 60.0  # between lines where there is no terminal
+
+
+class Speed:
+    """Tokens a second, their share of what the machine's products allow, and memory at the peak."""
+
+    def __init__(self, config: TrainConfig, device: str, processes: int) -> None:
+        self.config, self.device = config, device
+        self.products = processes * product_speed(device, config.precision)
+
+    def of(self, step: int, tokens: int, seconds: float) -> dict[str, float]:
+        """Of step number `step` (from 0): so many tokens in so many seconds."""
+        rate = tokens / seconds
+        flops = flops_per_token(self.config.model, self.config.stage(step))
+        if self.device.startswith("cuda"):
+            memory = float(torch.cuda.max_memory_allocated(self.device))
+        else:
+            memory = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {
+            "tokens_per_second": rate,
+            "share_of_products": rate * flops / self.products,
+            "memory_gib": memory / 2**30,
+        }
 
 
 class ProgressLine:
@@ -19,15 +46,15 @@ class ProgressLine:
     Args:
         total, done: tokens of the whole run, and those of earlier sittings.
         steps: of the whole run.
+        shown: False says nothing.
     """
 
-    def __init__(self, total: int, done: int, steps: int) -> None:
+    def __init__(self, total: int, done: int, steps: int, shown: bool = True) -> None:
         self.total, self.done, self.steps = total, done, steps
         self.began, self.first = time.monotonic(), done
         self.last_line = self.began
-        terminal = sys.stderr.isatty()
-        bar: dict[str, Any] = {"unit": "tok", "unit_scale": True, "file": sys.stderr}
-        self.bar = tqdm(total=total, initial=done, **bar) if terminal else None
+        self.shown, terminal = shown, shown and sys.stderr.isatty()
+        self.bar = progress(total, done=done) if terminal else None
 
     def __enter__(self) -> Self:
         return self
@@ -57,5 +84,5 @@ class ProgressLine:
         """A line that stays."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
-        else:
+        elif self.shown:
             print(text, file=sys.stderr, flush=True)

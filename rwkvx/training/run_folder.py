@@ -4,7 +4,7 @@ config.yaml            the run, every field spelled out
 checkpoints/step-N/    the newest checkpoint: a model folder, the optimiser, what is carried on
 checkpoints/best-N/    with `keep: best`, the model of the best evaluation so far
 NAME-step-N/           the model that the run made, named for itself
-metrics.jsonl          a line for every step and evaluation
+metrics.jsonl          a line for every step and evaluation; samples.jsonl: text, if asked for
 results.json           for each model: scores, date, command, machine, commit
 tensorboard/           the same curves
 """
@@ -36,6 +36,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path, self.checkpoints = path, path / "checkpoints"
         self.metrics, self.results = path / "metrics.jsonl", path / "results.json"
+        self.samples = path / "samples.jsonl"
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -134,18 +135,26 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
+    def add_samples(self, step: int, samples: Mapping[str, str]) -> None:
+        """Add what the model wrote."""
+        with self.samples.open("a", encoding="utf-8") as file:
+            for prompt, text in samples.items():
+                line = {"step": step, "prompt": prompt, "text": text}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
     def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps that will be taken again."""
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, LookupError, TypeError):
-                continue  # cut short when the process was killed
-        write_text(self.metrics, "".join(kept))
+        """Drop the lines of steps that will be taken again."""
+        for path in (self.metrics, self.samples):
+            if not path.exists():
+                continue
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except (ValueError, LookupError, TypeError):
+                    continue  # cut short when the process was killed
+            write_text(path, "".join(kept))
 
     def add_result(self, model: Path, result: Mapping[str, Any]) -> None:
         """Say in results.json how a model came about; those of other models stay."""

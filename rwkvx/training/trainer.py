@@ -1,4 +1,4 @@
-"""The training loop.
+"""A run: from its newest checkpoint to its end, a step at a time.
 
 Axes: B batch, T time, C width.
 """
@@ -6,61 +6,78 @@ Axes: B batch, T time, C width.
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, cast
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from rwkvx.checkpoint import folder as model_folder
 from rwkvx.checkpoint import load
 from rwkvx.checkpoint.checkpoint import check_vocabulary
-from rwkvx.checkpoint.folder import save_folder
 from rwkvx.checkpoint.load import usable_device
-from rwkvx.checkpoint.shards import read_weights
 from rwkvx.data.sources import Data, Reader, Source
 from rwkvx.errors import InputError, is_out_of_memory
-from rwkvx.files import replacing_folder
+from rwkvx.files import replacing_folder, write_text
 from rwkvx.init import init_weights
 from rwkvx.model import Model
 from rwkvx.state import ModelState
 from rwkvx.tokenizers.file import fingerprint, read_tokenizer
 from rwkvx.training import checkpoint
-from rwkvx.training.batches import step_batch
-from rwkvx.training.checkpoint import Progress, Running
+from rwkvx.training.batches import Batch, check_division, own_batches, step_batch
+from rwkvx.training.card import model_card
+from rwkvx.training.checkpoint import Progress, Running, snapshot, whole_model
 from rwkvx.training.config import StageConfig, TrainConfig
-from rwkvx.training.evaluation import evaluate
-from rwkvx.training.events import Curves
+from rwkvx.training.curves import Curves, Silence
+from rwkvx.training.distributed import distributed, gradients_shared, shard, whole
+from rwkvx.training.evaluation import as_text, evaluate, total_loss
 from rwkvx.training.facts import facts
-from rwkvx.training.forward import hidden_states, weighted_loss
+from rwkvx.training.forward import LongContext, Objective
 from rwkvx.training.identity import differences, identity
-from rwkvx.training.optim import build_optimizer, learning_rate, set_learning_rate
+from rwkvx.training.optim import build_optimizer, learning_rate, learning_weights, set_learning_rate
 from rwkvx.training.passing import PASSING, carried_state, initial_state
 from rwkvx.training.plan import check_memory
-from rwkvx.training.progress import ProgressLine
+from rwkvx.training.probes import passkey_probe, samples
+from rwkvx.training.progress import ProgressLine, Speed
 from rwkvx.training.run_folder import RunFolder
 from rwkvx.training.stopping import Stopped, StopRequest, stop_requests
+from rwkvx.training.world import World
+
+ALONE = World(0, 1)
 
 
 class Trainer:
     """One run: `Trainer(config).run()` returns the trained model, also saved in the run's folder.
 
+    Args:
+        data: the data folder.
+        world, device: this process among others that train the same model, and its device.
+
     Raises:
         InputError: a device, data, weights or sizes that cannot be.
     """
 
-    def __init__(self, config: TrainConfig, data: str | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: str | None = None,
+        world: World = ALONE,
+        device: str | None = None,
+    ) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.config, self.folder = config, RunFolder(config.folder)
+        self.config, self.folder, self.world = config, RunFolder(config.folder), world
+        self.device = device or config.device
         check_memory(config)
+        check_division(config, world.size)
         self.model = self._starting_model()
-        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.objective = Objective(self.model)
+        self.average = self._average()
+        some = any(stage.learn != "all" for stage in config.stages)
+        self.called = distributed(self.objective, world, config.parallel, some)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.average: AveragedModel | None = None
-        if config.average:
-            averaging = get_ema_multi_avg_fn(config.average)
-            self.average = AveragedModel(self.model, multi_avg_fn=averaging)
         self.carried: ModelState | None = None
         self.progress = Progress({}, config.total_steps)
         self._reader, self._sources = Reader(self.model.tokenizer, data), dict[Data, Source]()
@@ -70,14 +87,27 @@ class Trainer:
     def _starting_model(self) -> Model:
         config = self.config
         if config.init:
-            model = load(config.init, config.device, **config.model.to_dict())
+            model = load(config.init, self.device, **config.model.to_dict())
         else:
-            device = usable_device(config.device)
+            device = usable_device(self.device)
             model = init_weights(Model(config.model), config.seed).to(device)
         if config.tokenizer:
             model.use_tokenizer(read_tokenizer(config.tokenizer))
         check_vocabulary(model.config, "model", model.tokenizer)
+        model.gradient_checkpointing = config.gradient_checkpointing
         return model.train()
+
+    def _average(self) -> AveragedModel | None:
+        average = None
+        if self.config.average:
+            averaging = get_ema_multi_avg_fn(self.config.average)
+            average = AveragedModel(self.objective, multi_avg_fn=averaging)
+            if self.world.size > 1 and self.config.parallel == "fsdp":
+                shard(cast(Objective, average.module))
+        if self.config.compile:  # after the average, which is a copy
+            for block in self.model.blocks:
+                block.compile()
+        return average
 
     @property
     def step(self) -> int:
@@ -85,9 +115,9 @@ class Trainer:
         return self.progress.step
 
     @property
-    def result(self) -> Model:
+    def result(self) -> Objective:
         """What is evaluated and becomes the model: the averaged weights, if there are any."""
-        return self.model if self.average is None else cast(Model, self.average.module)
+        return self.objective if self.average is None else cast(Objective, self.average.module)
 
     def source(self, stage: StageConfig) -> Source:
         """Where a stage's rows come from."""
@@ -114,15 +144,19 @@ class Trainer:
             InputError: the folder belongs to another run, or its checkpoint is damaged.
             Stopped: a signal came; all is saved.
         """
-        with self.folder.owned(), stop_requests() as request:
+        config, world = self.config, self.world
+        with self.folder.owned() if world.first else nullcontext(), stop_requests() as request:
+            world.wait()
             self.resume(anyway)
-            self.folder.write_config(self.config.to_dict())
-            with _explained(self.config):
+            if world.first:
+                self.folder.write_config(config.to_dict())
+            with _explained(config):
                 self._train(request)
-            if request.signal and self.step < self.config.total_steps:
-                done = f"step {self.step} of {self.config.total_steps}"
+            if request.signal and self.step < config.total_steps:
+                done = f"step {self.step} of {config.total_steps}"
                 raise Stopped(f"stopped at {done}, saved: the same command goes on", request.signal)
-            return self._finished()
+            self._write_model()
+        return load(self.folder.model(config.name, self.step), self.device)
 
     def resume(self, anyway: bool = False) -> None:
         """Go on from the newest checkpoint, or be at the start; see `run`."""
@@ -145,33 +179,39 @@ class Trainer:
             )
         if totals[1] > totals[0]:
             changed.append(f"steps is {totals[0]}, now {totals[1]}")
-        self.carried = checkpoint.read(newest, self._running, progress)
+        self.carried = checkpoint.read(newest, self._running, progress, self.world)
         if changed:
             progress.changes.append({"step": progress.step, "changed": changed})
         progress.identity, progress.total = self.identity, config.total_steps
         self.progress = progress
-        self.folder.forget_after(progress.step)
+        self.world.wait()
+        if self.world.first:
+            self.folder.forget_after(progress.step)
 
     def save(self) -> None:
         """Write a checkpoint that an equal run goes on from."""
-        self.folder.write_checkpoint(
-            self.step, lambda folder: checkpoint.write(folder, self._running, self.progress)
-        )
+        found = snapshot(self._running, self.world)
+        if self.world.first:
+            self.folder.write_checkpoint(
+                self.step, lambda folder: found.write(folder, self.progress)
+            )
+        self.world.wait()
 
     @property
     def _running(self) -> Running:
         return Running(self.model, self.optimizer, self.average, self.carried)
 
     def _train(self, request: StopRequest) -> None:
-        config, total = self.config, self.config.total_steps
-        curves = Curves(self.folder)
+        config, total, first = self.config, self.config.total_steps, self.world.first
         tokens, done = config.tokens_until(total), config.tokens_until(self.step)
-        with ProgressLine(tokens, done, total) as line:
+        curves = Curves(self.folder, config) if first else Silence()
+        speed = Speed(config, self.device, self.world.size)
+        with ProgressLine(tokens, done, total, first) as line, closing(curves):
             while self.step < total and not request.signal:
                 began, skipped = time.perf_counter(), self.progress.skipped
                 metrics = self.train_step()
                 count = config.tokens_until(self.step) - config.tokens_until(self.step - 1)
-                metrics["tokens_per_second"] = count / (time.perf_counter() - began)
+                metrics |= speed.of(self.step - 1, count, time.perf_counter() - began)
                 curves.add(self.step, metrics)
                 line.step(self.step, count, metrics["loss/train"])
                 if self.progress.skipped > skipped:
@@ -179,12 +219,19 @@ class Trainer:
                 last = self.step == total
                 if last or self.step % config.eval_every == 0:
                     metrics = self.evaluate()
-                    text = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-                    line.say(f"step {self.step}: {text}")
+                    line.say(f"step {self.step}: {as_text(metrics)}")
                     curves.add(self.step, metrics)
                     self._keep(metrics)
+                    self._write_samples()
+                request.signal = self.world.any(request.signal)
                 if last or request.signal or self.step % config.save_every == 0:
                     self.save()
+
+    def _write_samples(self) -> None:
+        """What the model writes now; not where every process holds a part of it."""
+        model = self.result.model
+        if self.config.samples and self.world.first and not isinstance(self.result, FSDPModule):
+            self.folder.add_samples(self.step, samples(model, self.config))
 
     def _keep(self, metrics: dict[str, float]) -> None:
         """Write the model if it is to be the best of the last stage, and is the best so far."""
@@ -192,37 +239,45 @@ class Trainer:
         last = config.stage(config.total_steps - 1)  # `steps` may leave out the last that is named
         if config.keep == "last" or config.stage(self.step - 1) is not last:
             return
-        loss = sum(value for name, value in metrics.items() if name.startswith("loss/"))
+        loss = total_loss(metrics)
         if progress.best is None or loss < progress.best:
             progress.best, progress.best_step = loss, self.step
-            with replacing_folder(self.folder.best(self.step)) as temporary:
-                save_folder(self.result, temporary)
+            progress.best_scores = metrics
+            found = whole_model(self.result.model, self.world.first)
+            if self.world.first:
+                with replacing_folder(self.folder.best(self.step)) as temporary:
+                    model_folder.write(found, temporary)
 
-    def _finished(self) -> Model:
-        """Write the model and its results, unless they are there; the model."""
-        config, progress, model = self.config, self.progress, self.result
-        model.set_topk(model.config.topk)
-        model.recurrent_pieces = 1
+    def _write_model(self) -> None:
+        """Write the model with its card, and its results, unless they are there."""
+        config, progress, world = self.config, self.progress, self.world
         target = self.folder.model(config.name, self.step)
         if target.exists():
-            model.load_state_dict(read_weights(target))
-            return model.eval()
-        if config.keep == "best":
-            model.load_state_dict(read_weights(self.folder.best(progress.best_step)))
-        result = {
-            **facts(),
-            "steps": self.step,
-            "weights_of_step": progress.best_step if config.keep == "best" else self.step,
-            "tokens": config.tokens_until(self.step),
-            "skipped_steps": progress.skipped,
-            "changes": progress.changes,
-            "evaluation": self.evaluate(),
-            "config": config.to_dict(),
-        }
-        self.folder.add_result(target, result)
-        with replacing_folder(target) as temporary:
-            save_folder(model, temporary)
-        return model.eval()
+            return
+        world.wait()
+        best = config.keep == "best"
+        scores = progress.best_scores if best else self.evaluate()
+        found = whole_model(self.result.model, world.first)
+        if world.first:
+            if best:
+                found = model_folder.read(self.folder.best(progress.best_step), {})
+            result = {
+                **facts(),
+                "steps": self.step,
+                "weights_of_step": progress.best_step if best else self.step,
+                "tokens": config.tokens_until(self.step),
+                "parameters": sum(x.numel() for x in found.tensors.values()),
+                "skipped_steps": progress.skipped,
+                "processes": world.size,
+                "changes": progress.changes,
+                "evaluation": scores,
+                "config": config.to_dict(),
+            }
+            self.folder.add_result(target, result)
+            with replacing_folder(target) as temporary:
+                model_folder.write(found, temporary)
+                write_text(temporary / "README.md", model_card(config, result))
+        world.wait()
 
     # ------------------------------------------------------------- a step
 
@@ -237,32 +292,43 @@ class Trainer:
         config, stage, progress = self.config, self.config.stage(self.step), self.progress
         self.model.set_topk(stage.topk or self.model.config.topk)
         self.model.recurrent_pieces = stage.pieces
+        learning_weights(self.model, stage.learn)
         rate = learning_rate(self.step, config.total_steps, config.optimizer)
         set_learning_rate(self.optimizer, rate)
-        whole, total, carried = step_batch(self.source(stage), config, self.step), 0.0, None
-        for micro in range(config.accumulate):
-            batch = whole.rows(micro * stage.batch, (micro + 1) * stage.batch).to(config.device)
-            seed = (config.seed, PASSING, self.step, micro)
-            state = initial_state(self.model, self.carried, stage, batch, seed)
-            with self._autocast():
-                hidden, final = hidden_states(self.model, batch, state)
-                loss = weighted_loss(self.model, hidden, batch)
-            loss.backward()
-            total += loss.item()
-            carried = carried_state(final, batch)
+        batches = own_batches(step_batch(self.source(stage), config, self.step), stage, self.world)
+        total, carried = 0.0, None
+        for i, batch in enumerate(batches):
+            with gradients_shared(self.called, last=i == len(batches) - 1):
+                loss, carried = self._micro_step(batch, stage, self.world.rank * len(batches) + i)
+            total += loss
+        (total,) = self.world.all_sum(total)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([cast(Any, p.grad) for p in parameters]))
         if math.isfinite(total) and bool(norm.isfinite()):
             torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
             self.optimizer.step()
             if self.average is not None:
-                self.average.update_parameters(self.model)
+                self.average.update_parameters(self.objective)
             self.carried, progress.skipped_in_a_row = carried, 0
         else:
             self._skip(total)
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         return {"loss/train": total, "gradient_norm": norm.item(), "learning_rate": rate}
+
+    def _micro_step(
+        self, batch: Batch, stage: StageConfig, number: int
+    ) -> tuple[float, ModelState]:
+        """Add the gradient of a micro-batch; its loss, and the state to carry on."""
+        batch = batch.to(self.device)
+        seed = (self.config.seed, PASSING, self.step, number)
+        state = initial_state(self.model, self.carried, stage, batch, seed)
+        long = LongContext(stage.long_ce_window, stage.long_ce) if stage.long_ce else None
+        with self._autocast():
+            loss, final = self.called(batch, state, long)
+        # Gradients are averaged over processes; losses of a step are to be summed.
+        (loss * self.world.size).backward()
+        return loss.item(), carried_state(final, batch)
 
     def _skip(self, loss: float) -> None:
         progress, config = self.progress, self.config
@@ -279,13 +345,16 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Loss and, for data with answers, the share of rows answered exactly, on other data."""
         stage = self.config.stage(max(0, self.step - 1))
-        with self._autocast():
-            return evaluate(self.result, self.source(stage), self.config, stage)
+        # Compiled blocks would be compiled once more, for no gradients.
+        with self._autocast(), torch.compiler.set_stance("force_eager"):
+            arguments = (self.config, stage, self.world)
+            metrics = evaluate(self.result, self.source(stage), *arguments)
+            return metrics | passkey_probe(self.result, *arguments)
 
     def _autocast(self) -> Any:
         if self.config.precision == "float32":
             return nullcontext()
-        return torch.autocast(torch.device(self.config.device).type, dtype=torch.bfloat16)
+        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
 
 
 @contextmanager
@@ -305,9 +374,9 @@ def _explained(config: TrainConfig) -> Iterator[None]:
 def _not_finite(model: Model) -> str | None:
     """The first weight that is not finite, else the first gradient, in words."""
     for name, x in model.named_parameters():
-        if not x.isfinite().all():
+        if not whole(x.detach()).isfinite().all():
             return f"the weight {name}"
     for name, x in model.named_parameters():
-        if x.grad is not None and not x.grad.isfinite().all():
+        if x.grad is not None and not whole(x.grad).isfinite().all():
             return f"the gradient of {name}"
     return None

@@ -203,4 +203,4 @@ def test_folders_with_the_weights_of_torch(folder: Path) -> None:
     index = folder / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": names}))
     assert rwkvx.load(folder).fingerprint() == rwkvx.load(index).fingerprint() == before
-    assert dict(describe(folder))["low ranks"] == "w 24, a 40, v 16, g 48"
+    assert dict(describe(folder))["rwkv7 blocks"] == "low ranks w 24, a 40, v 16, g 48"

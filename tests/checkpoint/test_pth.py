@@ -149,7 +149,9 @@ def test_an_explicit_pattern(tmp_path: Path) -> None:
     raw = torch.load(path, weights_only=True)
     assert torch.equal(model.blocks[4].att.key.weight, raw["moba.1.att.key.weight"])
     assert torch.equal(model.blocks[3].att.key.weight, raw["rwkv.blocks.2.att.key.weight"])
-    with pytest.raises(InputError, match="holds 3 RWKV-7 and 2 sparse blocks, the pattern 2 and 2"):
+    with pytest.raises(
+        InputError, match="holds 3 rwkv7 and 2 sparse blocks, the pattern 2 rwkv7 and 2"
+    ):
         rwkvx.load(path, pattern=pattern[:3] + pattern[4:])
 
 

@@ -184,7 +184,7 @@ def test_bad_input(tmp_path: Path) -> None:
     for text in ("", "4x", "-1", "0", "1.5k"):
         with pytest.raises(InputError, match="is not a positive number"):
             parse_length(text)
-    with pytest.raises(InputError, match="at least one"):
+    with pytest.raises(InputError, match="must be a whole number"):
         depth_values(0)
     with pytest.raises(InputError, match="batch 0"):
         ask(Oracle(), tmp_path, batch=0)

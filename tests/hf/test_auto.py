@@ -149,7 +149,7 @@ def test_config() -> None:
     assert config.max_position_embeddings == 8192  # lm-eval takes 2048 where there is none
     for bad, message in (
         ({"width": 33}, "no multiple of head_size"),
-        ({"pattern": ["rwkv7", "dense"]}, "pattern must name blocks"),
+        ({"pattern": ["rwkv7", "dense"]}, "pattern must be a list"),
     ):
         with pytest.raises(InputError, match=message):
             RwkvxConfig(**{**CONFIG.to_dict(), **bad})

@@ -190,17 +190,19 @@ def test_gradients_of_queries_that_do_not_read_it(impl: str, where: str) -> None
 @pytest.mark.parametrize("selection", ["flat", "coarse_to_fine"])
 @pytest.mark.parametrize("impl", [*IMPLS, *(["compiled"] if DEVICE == "cpu" else [])])
 def test_more_chunks_than_there_are_cost_nothing(impl: str, selection: str) -> None:
-    """Top 100,000 of 7 chunks: the same output in the same memory, whole, cached and decoded."""
-    q, k, v = inputs(112, 112)
-    cache = KeyValueCache(1, GROUPS, DIM, 16, k).append(0, k, v)
+    """Top 100,000 of a few chunks: the same output in the same memory, whole, cached, decoded."""
+    chunks = 3 if impl == "triton" else 7  # the interpreter is slow
+    q, k, v = (x[:, :, :1] for x in inputs(16 * chunks, 16 * chunks))
+    cache = KeyValueCache(1, 1, DIM, 16, k).append(0, k, v)
     found = []
-    for topk in (8, 100_000):
+    for topk in (chunks, 100_000):
         with LargestTensor() as largest:
-            parts = [chunk_attention(q, k, v, 16, topk, impl=impl, selection=selection)]
-            for count in (1, 30):
-                part = (q[:, -count:], cache, 112, topk, impl, selection)
-                parts.append(cached_chunk_attention(*part))
+            parts = [
+                cached_chunk_attention(q[:, -count:], cache, 16 * chunks, topk, impl, selection)
+                for count in (1, 20)
+            ]
+            parts.append(chunk_attention(q, k, v, 16, topk, impl=impl, selection=selection))
         found.append((torch.cat(parts, dim=1), largest.elements))
     assert relative_error(found[1][0], found[0][0]) < 1e-6
     # Triton kernels are compiled for 16 slots or more.
-    assert found[1][1] <= found[0][1] * (17 / 8 if impl == "triton" else 1)
+    assert found[1][1] <= found[0][1] * (17 / chunks if impl == "triton" else 1)

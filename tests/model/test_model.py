@@ -273,7 +273,7 @@ def test_bad_states_and_offsets() -> None:
     model, ids = random_model(HYBRID), random_ids(20)
     with torch.no_grad():
         _, state = model(ids)
-    with pytest.raises(InputError, match=r"state is of 2 sequences .* reads 1"):
+    with pytest.raises(InputError, match=r"the state is of 2 sequences, .* reads 1"):
         model(ids[:1], state)
     other = random_model(variant("only_rwkv7"))
     with pytest.raises(InputError, match="the state is of 4 blocks, the model has 2"):
@@ -285,7 +285,9 @@ def test_bad_states_and_offsets() -> None:
         random_model(rwkvx.ModelConfig.from_dict(wide))(ids, state)
     with pytest.raises(InputError, match="logits must be one of"):
         model(ids, logits="some")
-    for offsets in ([0, 10], [1, 20], [0, 11, 10, 20], [[0, 20]], [0]):
+    with pytest.raises(InputError, match="cu_seqlens must be a 1-D integer tensor"):
+        model(ids[:1], cu_seqlens=torch.tensor([[0, 20]]))
+    for offsets in ([0, 10], [1, 20], [0, 11, 10, 20], [0]):
         with pytest.raises(InputError, match="cu_seqlens must rise from 0 to T = 20"):
             model(ids[:1], cu_seqlens=torch.tensor(offsets))
     with pytest.raises(InputError, match="batch size 1"):

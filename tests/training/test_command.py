@@ -1,9 +1,11 @@
 """`rwkvx train`: what it prints, a full disk, mistakes, plans, configs of any shape."""
 
 import errno
+import json
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from running import Stopped, Writer, assert_same_bits, stop_at, weights
 import rwkvx
 from rwkvx.cli import main
 from rwkvx.training.config import parse_config, read_config
-from rwkvx.training.events import Events
+from rwkvx.training.curves import Events
 from rwkvx.training.plan import make_plan
 from rwkvx.training.progress import ProgressLine
 from rwkvx.training.trainer import Trainer
@@ -139,10 +141,10 @@ HUGE = "[{steps: 1, length: 16777216, batch: 1048576}]"
         (["--model.width", "65536", "--model.ffn_mult", "64"], 1, "training this model takes"),
         (["--model.tokenizer", "world"], 1, "has 256 rows, but the tokenizer"),
         (["--model.tokenizer", "file"], 1, "lacks its tokenizer.json"),
-        (["--tokenizer", "/nowhere"], 1, "/nowhere"),
+        (["--tokenizer", "/proc/none"], 1, "/proc/none"),
         (["--device", "abacus"], 1, "device 'abacus' cannot be used"),
         (["--name", "a/b"], 1, "name must be 1 to 100 letters"),
-        (["--data", "/nowhere/at/all"], 1, "is not a folder"),
+        (["--data", "/proc/none"], 1, "is not a folder"),
     ],
     ids=str,
 )
@@ -161,12 +163,88 @@ def test_mistakes_on_the_command_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_looks_beside_the_losses(write_config: Writer, tmp_path: Path) -> None:
+    """Loss by position, passkeys, text, speed and memory; a stop does not write them twice."""
+    stages = [{"steps": 4, "length": 150, "batch": 1}]
+    path = write_config(stages=stages, probe=[300, 400], samples=["It was", ""], eval_every=2)
+    for steps in ("3", "4"):
+        Trainer(read_config(path, {"steps": steps})).run()
+    folder = tmp_path / "run"
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    speeds = [x for x in lines if "loss/train" in x]
+    assert len(speeds) == 4
+    assert all(0 < x["share_of_products"] < 1.5 and x["memory_gib"] > 0.05 for x in speeds)
+    looks = [x for x in lines if "loss/eval" in x]
+    assert [x["step"] for x in looks] == [2, 3, 4]
+    for found in looks:
+        assert {"accuracy/passkey-300", "accuracy/passkey-400"} <= set(found)
+        parts = {k: v for k, v in found.items() if k.startswith("position/eval/")}
+        assert list(parts) == ["position/eval/0-14"]  # as much as there is held out
+        assert parts["position/eval/0-14"] == pytest.approx(found["loss/eval"], rel=1e-5)
+    texts = [json.loads(x) for x in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["prompt"]) for x in texts] == [
+        (step, prompt) for step in (2, 3, 4) for prompt in ("It was", "")
+    ]
+    assert all(x["text"].startswith(x["prompt"]) and len(x["text"]) > 8 for x in texts)
+
+
+def test_losses_by_position(write_config: Writer, tmp_path: Path) -> None:
+    """They are means over parts of the sequence, which together are the loss."""
+    (tmp_path / "long.txt").write_text("abc def " * 400)
+    data = {"kind": "text", "paths": [str(tmp_path / "long.txt")], "eval_share": 0.5}
+    stages = [{"steps": 1, "length": 160, "batch": 2}]
+    trainer = Trainer(read_config(write_config(data=data, stages=stages, eval_batches=2)))
+    found = trainer.evaluate()
+    parts = [found[f"position/eval/{x}"] for x in ("0-64", "64-128", "128-160")]
+    assert len([x for x in found if x.startswith("position")]) == 3
+    sizes = (64, 64, 32)
+    mean = sum(x * n for x, n in zip(parts, sizes, strict=True)) / 160
+    assert mean == pytest.approx(found["loss/eval"], rel=1e-5)
+
+
+def test_a_tracker_gets_the_curves(
+    write_config: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """The real one, where it is installed, without a network."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    Trainer(read_config(write_config(track="wandb"))).run()
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    status, _, err = run_command([str(write_config("other", track="trackio"))], capsys)
+    assert status == 1
+    assert err.splitlines()[-1].startswith("error: this needs the package trackio")
+
+
+def test_the_card(write_config: Writer, tmp_path: Path) -> None:
+    path = write_config(keep="best", eval_every=1)
+    Trainer(read_config(path, {"steps": "5"})).run()
+    Trainer(read_config(path, {"steps": "6"})).run()
+    card = (tmp_path / "run" / "small-step-6" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "rwkvx"
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["small-step-6"]
+    for text in (
+        f"{results['parameters']:,} parameters",
+        "100%: kind text, paths ",
+        f"| loss/eval | {results['evaluation']['loss/eval']:.4f} |",
+        "sequences of up to 40 tokens",
+        "Changed on the way: steps is 5, now 6.",
+        results["date"],
+        "## Limits",
+    ):
+        assert text in card
+    assert "None" not in card.replace("commit None", "")
+    assert rwkvx.load(tmp_path / "run" / "small-step-6", verify=True)
+
+
 def test_the_config_comes_first(write_config: Writer, capsys: Captured) -> None:
     status, _, err = run_command(["--seed", "1", str(write_config())], capsys)
     assert status == 2
     assert "CONFIG" in err
     _, _, err = run_command(["no_such_config"], capsys)
-    assert err.startswith("error: no config 'no_such_config': not a file, nor shipped (")
+    assert err.startswith("error: no config 'no_such_config': neither a .yaml file nor shipped (")
 
 
 def test_the_config_is_shown(write_config: Writer, tmp_path: Path, capsys: Captured) -> None:

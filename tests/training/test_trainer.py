@@ -1,7 +1,7 @@
 """Training itself: learning, accumulation, the loss, evaluation, what it starts from."""
 
 import math
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +79,26 @@ def test_loss_by_tiles_is_the_plain_loss(
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
+def test_compiled_blocks_learn_the_same(
+    write_config: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps, as the compiler traces them; an evaluation compiles nothing."""
+    traced = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # without machine code
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    stages = [{"steps": 3, "length": 24, "batch": 2, "state_passing": 1.0}]
+    path = write_config(stages=stages)
+    eager, compiled = (Trainer(read_config(path, {"compile": x})) for x in ("false", "true"))
+    for _ in range(2):
+        a, b = (trainer.train_step()["loss/train"] for trainer in (eager, compiled))
+        assert a == pytest.approx(b, rel=1e-5)
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert made >= 2
+    assert compiled.evaluate()["loss/eval"] == pytest.approx(
+        eager.evaluate()["loss/eval"], rel=1e-4
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
+
+
 def test_noise_is_not_learned(write_config: Writer, tmp_path: Path) -> None:
     """A model that knows its random letters by heart has nothing to say about those held out."""
     rng = np.random.default_rng()
@@ -127,7 +147,7 @@ def test_passkey_accuracy_is_of_whole_answers(write_config: Writer) -> None:
         wrong = True
 
     assert trainer.evaluate()["accuracy/standard"] == 0.0
-    trainer.model = Knowing(trainer.model.config)
+    trainer.objective.model = Knowing(trainer.model.config)
     assert trainer.evaluate()["accuracy/standard"] == 0.75
     Knowing.wrong = False
     assert trainer.evaluate()["accuracy/standard"] == 1.0

@@ -13,12 +13,13 @@ import rwkvx
 from rwkvx.costs import decode_bytes, mixing_flops
 from rwkvx.decoding import start
 from rwkvx.kinds.attention import CachedRows
+from rwkvx.shipped import find_config
 from rwkvx.state import ModelState
 from rwkvx_evals.bench.floor import bytes_per_token
 from rwkvx_evals.bench.kernels.case import OURS, Call, Case, Plan, planned
 from rwkvx_evals.bench.kernels.error import relative_error
 from rwkvx_evals.bench.kernels.transformer import Cache, Transformer
-from rwkvx_evals.bench.subjects import find_shape, open_model, read_shape
+from rwkvx_evals.bench.subjects import open_model, read_shape
 
 PREFILL, DECODE = "prefill, 0.22B shape", "decoding, 0.22B shape"
 DENSE = "dense Transformer"
@@ -115,7 +116,7 @@ def _dtype(device: str) -> torch.dtype:
 
 @cache
 def _shape() -> rwkvx.ModelConfig:
-    path = find_shape(SHAPE)
+    path = find_config(SHAPE)
     assert path is not None
     return read_shape(path)
 

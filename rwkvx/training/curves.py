@@ -11,13 +11,15 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from rwkvx.training.config import TrainConfig
 from rwkvx.training.run_folder import RunFolder
 
-__all__ = ["Curves", "Events"]
+__all__ = ["Curves", "Events", "Silence"]
 
 
 class Events:
@@ -57,11 +59,26 @@ class Events:
             raise
 
 
-class Curves:
-    """Metrics of a run, a point at a time: to metrics.jsonl, and to TensorBoard if it is there."""
+class Silence:
+    """Curves of a process that writes none."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Curves:
+    """Metrics of a run, a point at a time: to metrics.jsonl, to TensorBoard if it is there, and to
+    the tracker that the config names."""
+
+    def __init__(self, folder: RunFolder, config: TrainConfig) -> None:
+        self.folder, self.tracker = folder, None
+        if config.track:
+            # Both have the same interface.
+            self.tracker = import_module(config.track)
+            self.tracker.init(project="rwkvx", name=config.name, config=config.to_dict())
         self.events: Events | None = None
         try:
             self.events = Events(folder.path / "tensorboard")
@@ -76,3 +93,10 @@ class Curves:
         if self.events is not None:
             for name, value in metrics.items():
                 self.events.add_scalar(name, value, step)
+        if self.tracker is not None:
+            self.tracker.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """No more points."""
+        if self.tracker is not None:
+            self.tracker.finish()

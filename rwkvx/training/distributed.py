@@ -1,0 +1,106 @@
+"""Processes that train one model together, started by `torchrun`.
+
+Every process reads its part of a step's rows. With "ddp" each holds the whole model, with "fsdp"
+(FSDP2) a part of every weight, gradient and moment, and gathers a block's weights while it is read.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rwkvx.errors import InputError
+from rwkvx.training.forward import Objective
+from rwkvx.training.world import World, sending_device
+
+
+@contextmanager
+def joined(device: str) -> Iterator[tuple[World, str]]:
+    """Join the processes that torchrun started; this one's place, and its own device.
+
+    Raises:
+        InputError: more processes than GPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or dist.is_initialized():
+        world = World(dist.get_rank(), dist.get_world_size()) if size > 1 else World(0, 1)
+        yield world, device
+        return
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    # When torchrun starts processes again, its store still has the addresses of the dead ones.
+    store, rank, size = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt_{attempt}", store)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    try:
+        yield World(dist.get_rank(), size), device
+    finally:
+        dist.destroy_process_group()
+
+
+def distributed(objective: Objective, world: World, how: str, some: bool) -> nn.Module:
+    """The objective as it is called in training: itself, with its weights shared or in parts.
+
+    Gradients are averages over the processes. some: in some stages not all weights learn.
+    """
+    if world.size == 1:
+        return objective
+    if how == "ddp":
+        return DistributedDataParallel(objective, find_unused_parameters=some)
+    shard(objective)
+    return objective
+
+
+def shard(objective: Objective) -> None:
+    """Cut the weights in parts, one for each process (FSDP2)."""
+    # Blocks return views, of which nothing is changed in place here.
+    warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module.*view tensor.*")
+    if sending_device().type == "cpu":
+        # Compiled loops, which run where no gradient is needed, look at weights through NumPy;
+        # memory that NumPy has seen cannot be given back when a block has been read.
+        objective.without_gradients = torch.enable_grad
+    mesh = init_device_mesh(sending_device().type, (dist.get_world_size(),))
+    for block in objective.model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+
+
+@contextmanager
+def gradients_shared(module: nn.Module, last: bool) -> Iterator[None]:
+    """Share gradients with the other processes in the last micro-batch of a step only."""
+    context: Any = nullcontext()
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+    elif isinstance(module, DistributedDataParallel) and not last:
+        context = module.no_sync()
+    with context:
+        yield
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor with all its parts; every process must ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def like(x: Tensor, target: Tensor) -> Tensor:
+    """`x`, a whole tensor, cut as `target` is."""
+    if not isinstance(target, DTensor) or x.dim() == 0:
+        return x
+    return distribute_tensor(x.to(target.device), target.device_mesh, target.placements)
