@@ -16,12 +16,10 @@ from rwkvx_kernels.chunk_attention.triton_forward import (
     LOG2E,
     TILES,
     Shape,
-    finite,
     own_rows,
-    row_of,
 )
-from rwkvx_kernels.tools.triton_lists import Lists, later_segment, segment_of, segments_of
-from rwkvx_kernels.tools.triton_tiles import load_rows, store_rows
+from rwkvx_kernels.tools.triton_lists import Lists, later_segment, row_of, segment_of, segments_of
+from rwkvx_kernels.tools.triton_tiles import finite, load_rows, store_rows
 
 # A program goes through a whole list, unless it is longer than this and a part of all pairs: what
 # such lists' other segments leave takes at most so many bytes.
@@ -247,9 +245,7 @@ def _keys_kernel(
             o_t = start + o_query - first
             m_t = (o_query < CHUNK) & (o_t >= 0) & (o_t < tokens)
             o_row = (i_b * tokens + o_t) * H + i_g * (H // G) + i_r
-            b_q, b_do, b_lse, b_delta = _load(
-                p_q, p_do, p_lse, p_delta, o_row, m_t, o_d, D
-            )
+            b_q, b_do, b_lse, b_delta = _load(p_q, p_do, p_lse, p_delta, o_row, m_t, o_d, D)
             rows = finite(b_q), b_do, b_lse, b_delta
             m_score = (o_in[:, None] <= o_query[None, :]) & m_t[None, :]
             b_dk, b_dv = _add_keys(b_dk, b_dv, b_k, b_v, rows, m_score, scale, False, PRECISION)

@@ -17,9 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.options import TABLE
-from rwkvx_kernels.tools.triton_lists import Lists, segment_of, segments_of
+from rwkvx_kernels.tools.triton_lists import Lists, row_of, segment_of, segments_of
 from rwkvx_kernels.tools.triton_options import Options, options_for
-from rwkvx_kernels.tools.triton_tiles import load_rows, precision, softmax_step, store_rows
+from rwkvx_kernels.tools.triton_tiles import (
+    finite,
+    load_rows,
+    precision,
+    softmax_step,
+    store_rows,
+)
 
 LOG2E = math.log2(math.e)
 # Tiles of pairs of a chunk that one program goes through, where the chunk stays in fast memory.
@@ -99,13 +105,6 @@ def shape_of(q: Tensor, k: Tensor, chunk: int, slots: int) -> Shape:
 
 
 @triton.jit
-def row_of(i_group, o_pair, tokens, H: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr):
-    """Rows (b · T + t) · H + h of pairs of a group."""
-    o_t, o_r = o_pair // (H // G * SLOTS), o_pair // SLOTS % (H // G)
-    return (i_group // G * tokens + o_t) * H + i_group % G * (H // G) + o_r
-
-
-@triton.jit
 def attend(b_q, b_k, b_v, m_score, state, scale, PRECISION: tl.constexpr):
     """One step of the running softmax over keys."""
     b_top, b_sum, b_acc = state
@@ -133,12 +132,6 @@ def start(TILE: tl.constexpr, BLOCK_D: tl.constexpr):
     """A running softmax over nothing: the largest score, the sum, the weighted values."""
     b_top = tl.full((TILE,), float("-inf"), tl.float32)
     return b_top, tl.zeros((TILE,), tl.float32), tl.zeros((TILE, BLOCK_D), tl.float32)
-
-
-@triton.jit
-def finite(b_x):
-    """With zeros for what is not finite: a weight of zero then makes a zero of it."""
-    return tl.where(tl.abs(b_x.to(tl.float32)) < float("inf"), b_x, 0.0)
 
 
 @triton.jit
@@ -171,7 +164,9 @@ def _pairs_kernel(
     if begin >= end:
         return
     o_d, o_key = tl.arange(0, BLOCK_D), tl.arange(0, KEYS)
-    first_key = i_group // G * stride_b + i_group % G * stride_g + i_chunk.to(tl.int64) * CHUNK * stride_s
+    first_key = (
+        i_group // G * stride_b + i_group % G * stride_g + i_chunk.to(tl.int64) * CHUNK * stride_s
+    )
     p_k += first_key
     p_v += first_key
     if CHUNK <= KEYS:

@@ -17,7 +17,7 @@ from rwkvx_kernels.chunk_attention.triton_decode import decode
 from rwkvx_kernels.chunk_attention.triton_forward import Shape, forward, shape_of
 from rwkvx_kernels.chunk_select.triton_decode import select_rows
 from rwkvx_kernels.dispatch import check_cu_seqlens
-from rwkvx_kernels.tools.operators import operator
+from rwkvx_kernels.tools.operators import adjacent, operator
 from rwkvx_kernels.tools.triton_lists import MOST_GROUPS, MOST_PAIRS, lists_of
 
 # Partial results of so many bytes are always held at once.
@@ -77,29 +77,38 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), lse
 
 
-def _gradients(grads: list[Tensor], kept: list[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
-    """Those of q, k and v."""
-    *tensors, cu_seqlens, chunk_size = args
-    every = [*grads, *kept, *tensors]
-    if cu_seqlens is None:
-        return _gradients_whole(every, chunk_size)
-    bounds = pairwise(check_cu_seqlens(cu_seqlens, *tensors[0].shape[:2]))
-    made = [_gradients_whole([x[:, a:b] for x in every], chunk_size) for a, b in bounds if a < b]
-    return [torch.cat(x, dim=1) for x in zip(*made, strict=True)]
-
-
-def _gradients_whole(every: list[Tensor], chunk_size: int) -> list[Tensor]:
-    do, o, lse, q, chosen = (every[i].contiguous() for i in (0, 1, 2, 3, 6))
-    k, v = _adjacent(every[4]), _adjacent(every[5])
-    delta, dq = delta_of(o, do), torch.empty_like(q)
+def attend_sequences(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """`attend_triton` of sequences that are not packed."""
+    q, chosen, k, v = q.contiguous(), chosen.contiguous(), adjacent(k), adjacent(v)
+    o, lse = _fake(q)
     shape = shape_of(q, k, chunk_size, chosen.shape[3])
+    held = chosen.nbytes + lse.nbytes
+    work = works(shape, q.element_size(), 2 * (q.nbytes + k.nbytes), held)
+    for own, own_k, own_v, own_shape, one in _divided([q, chosen, o, lse], k, v, work, chunk_size):
+        own_q, picked, *into = own
+        for part in one.parts:
+            lists = lists_of(picked, shape.groups, own_shape.chunks, part)
+            forward(own_q, own_k, own_v, picked, lists, own_shape, part, *into)
+    return o, lse
+
+
+def gradients_of_sequences(
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, chunk: int
+) -> list[Tensor]:
+    """The gradients of q, k and v, of sequences that are not packed."""
+    do, o, lse, q, chosen = (x.contiguous() for x in (do, o, lse, q, chosen))
+    k, v = adjacent(k), adjacent(v)
+    delta, dq = delta_of(o, do), torch.empty_like(q)
+    shape = shape_of(q, k, chunk, chosen.shape[3])
     held = chosen.nbytes + lse.nbytes + delta.nbytes + SEGMENT_BYTES
     work = works(shape, q.element_size(), 4 * (q.nbytes + k.nbytes), held)
     # Those of keys that several divisions of the queries read are summed in float32.
     dtype = k.dtype if work[0].tokens == slice(None) else torch.float32
     dk, dv = (k.new_empty(k.shape, dtype=dtype) for _ in range(2))
     tensors = [q, chosen, do, lse, delta, dq]
-    for own, own_k, own_v, own_shape, one in _divided(tensors, k, v, work, chunk_size):
+    for own, own_k, own_v, own_shape, one in _divided(tensors, k, v, work, chunk):
         own_q, picked, *others, own_dq = own
         into = [own_dq, dk[one.rows], dv[one.rows]]
         add = one.tokens.stop not in (None, shape.tokens)
@@ -108,6 +117,19 @@ def _gradients_whole(every: list[Tensor], chunk_size: int) -> list[Tensor]:
             rows = [own_q, *others]
             backward(rows, own_k, own_v, picked, lists, own_shape, part, into, add)
     return [dq, dk.to(k.dtype), dv.to(v.dtype)]
+
+
+def _gradients(grads: list[Tensor], kept: list[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
+    """Those of q, k and v."""
+    *tensors, cu_seqlens, chunk_size = args
+    every = [*grads, *kept, *tensors]
+    if cu_seqlens is None:
+        return gradients_of_sequences(*every, chunk_size)
+    bounds = pairwise(check_cu_seqlens(cu_seqlens, *tensors[0].shape[:2]))
+    made = [
+        gradients_of_sequences(*(x[:, a:b] for x in every), chunk_size) for a, b in bounds if a < b
+    ]
+    return [torch.cat(x, dim=1) for x in zip(*made, strict=True)]
 
 
 @operator("attend_chunks", _fake, _gradients, outputs=1, kept=slice(0, 2))
@@ -121,23 +143,13 @@ def attend_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `api.attend_chunks`, of packed sequences if there are offsets: o and the binary
     log-sum-exp [B, T, H]."""
-    if cu_seqlens is not None:
-        o, lse = _fake(q)
-        for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])):
-            if a < b:
-                own = (x[:, a:b] for x in (q, k, v, chosen))
-                o[:, a:b], lse[:, a:b] = attend_triton(*own, None, chunk_size)
-        return o, lse
-    q, chosen, k, v = q.contiguous(), chosen.contiguous(), _adjacent(k), _adjacent(v)
+    if cu_seqlens is None:
+        return attend_sequences(q, k, v, chosen, chunk_size)
     o, lse = _fake(q)
-    shape = shape_of(q, k, chunk_size, chosen.shape[3])
-    held = chosen.nbytes + lse.nbytes
-    work = works(shape, q.element_size(), 2 * (q.nbytes + k.nbytes), held)
-    for own, own_k, own_v, own_shape, one in _divided([q, chosen, o, lse], k, v, work, chunk_size):
-        own_q, picked, *into = own
-        for part in one.parts:
-            lists = lists_of(picked, shape.groups, own_shape.chunks, part)
-            forward(own_q, own_k, own_v, picked, lists, own_shape, part, *into)
+    for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])):
+        if a < b:
+            own = (x[:, a:b] for x in (q, k, v, chosen))
+            o[:, a:b], lse[:, a:b] = attend_sequences(*own, chunk_size)
     return o, lse
 
 
@@ -161,8 +173,3 @@ def decode_triton(
     if topk > 1:
         chosen = select_rows(q, means, forest, lengths, chunk_size, topk)
     return decode(q, k, v, chosen, lengths, chunk_size, topk)
-
-
-def _adjacent(k: Tensor) -> Tensor:
-    """With the channels of a key one after the other; tokens and heads may lie anywhere."""
-    return k if k.stride(3) == 1 else k.contiguous()

@@ -42,18 +42,24 @@ class Lists(NamedTuple):
 
 
 @triton.jit
-def pair_at(p_chosen, i_group, o_pair, tokens, H: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr):
-    """Where pairs of a group (b · G + g) stand in chosen [B, T, H, slots]."""
-    i_b, i_g = i_group // G, i_group % G
-    o_t, o_in = o_pair // (H // G * SLOTS), o_pair % (H // G * SLOTS)
-    o_row = (i_b.to(tl.int64) * tokens + o_t) * H + i_g * (H // G)
-    return p_chosen + o_row * SLOTS + o_in
+def row_of(i_group, o_pair, tokens, H: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr):
+    """Rows (b · T + t) · H + h of pairs of a group (b · G + g)."""
+    o_t, o_r = o_pair // (H // G * SLOTS), o_pair // SLOTS % (H // G)
+    return ((i_group // G).to(tl.int64) * tokens + o_t) * H + i_group % G * (H // G) + o_r
+
+
+@triton.jit
+def pair_at(
+    p_chosen, i_group, o_pair, tokens, H: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr
+):
+    """Where pairs of a group stand in chosen [B, T, H, slots]."""
+    return p_chosen + row_of(i_group, o_pair, tokens, H, G, SLOTS) * SLOTS + o_pair % SLOTS
 
 
 @triton.jit
 def list_of(p_chosen, m_pair, lists):
     """The list of pairs: what they chose, or the last one."""
-    b_list = tl.load(p_chosen, mask=m_pair, other=-1).to(tl.int32)
+    b_list = tl.load(p_chosen, mask=m_pair, other=None if m_pair is None else -1).to(tl.int32)
     return tl.where((b_list >= 0) & (b_list < lists - 1), b_list, lists - 1)
 
 
@@ -179,7 +185,7 @@ def later_segment(
     there is none. There is one at most: a list's segments start that far apart, and any other list
     that starts between has its first one there."""
     p_pair = pair_at(p_chosen, i_group, tl.load(p_order + i_place), tokens, H, G, SLOTS)
-    i_list = list_of(p_pair, True, lists)
+    i_list = list_of(p_pair, None, lists)
     start, end = tl.load(p_offset + i_list), tl.load(p_offset + i_list + 1)
     begin = start + tl.cdiv(i_place - start, segment) * segment
     end = tl.where((begin > start) & (i_list < lists - 1), end, 0)
