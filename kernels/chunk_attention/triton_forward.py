@@ -164,15 +164,12 @@ def _pairs_kernel(
     if begin >= end:
         return
     o_d, o_key = tl.arange(0, BLOCK_D), tl.arange(0, KEYS)
-    first_key = (
-        i_group // G * stride_b + i_group % G * stride_g + i_chunk.to(tl.int64) * CHUNK * stride_s
-    )
-    p_k += first_key
-    p_v += first_key
+    shift = i_group // G * stride_b + i_group % G * stride_g
+    shift += i_chunk.to(tl.int64) * CHUNK * stride_s
     if CHUNK <= KEYS:
         m_s = o_key < CHUNK
-        b_k = load_rows(p_k, o_key, m_s, o_d, stride_s, D)
-        b_v = load_rows(p_v, o_key, m_s, o_d, stride_s, D)
+        b_k = load_rows(p_k + shift, o_key, m_s, o_d, stride_s, D)
+        b_v = load_rows(p_v + shift, o_key, m_s, o_d, stride_s, D)
     for i_pair in range(begin, end, TILE):
         o_place = i_pair + tl.arange(0, TILE)
         m_pair = o_place < end
@@ -185,8 +182,8 @@ def _pairs_kernel(
             b_top, b_sum, b_acc = start(TILE, BLOCK_D)
             for i_s in range(0, CHUNK, KEYS):
                 m_s = i_s + o_key < CHUNK
-                b_k = load_rows(p_k, i_s + o_key, m_s, o_d, stride_s, D)
-                b_v = load_rows(p_v, i_s + o_key, m_s, o_d, stride_s, D)
+                b_k = load_rows(p_k + shift, i_s + o_key, m_s, o_d, stride_s, D)
+                b_v = load_rows(p_v + shift, i_s + o_key, m_s, o_d, stride_s, D)
                 state = b_top, b_sum, b_acc
                 b_top, b_sum, b_acc = attend(b_q, b_k, b_v, m_s[None, :], state, scale, PRECISION)
         o_part = i_n * pairs + o_pair

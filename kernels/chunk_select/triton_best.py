@@ -7,7 +7,7 @@ kept, whose scores it reads, and then the members of the level that have no pare
 
 The lists of the best stand in registers, sorted; a tile of scores goes through as many rounds as
 one of its queries has newcomers, after the first tiles few. Of equal scores the first one stays.
-Longer lists than `options.MANY` are made in passes: each has what comes after the one before.
+Longer lists than `options.MOST_KEPT` are made in passes: each has what comes after the one before.
 
 Axes: B batch, T queries, H query heads, G key/value heads, C chunks, D head size, S lengths of
 runs, N = B·G, M nodes of a level. Names: i_ index, p_ pointer, b_ tile in registers, o_ offset, m_
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rwkvx_kernels.chunk_select import common
 from rwkvx_kernels.chunk_select import forest as forests
-from rwkvx_kernels.chunk_select.options import FEW, MANY, TABLE
+from rwkvx_kernels.chunk_select.options import MOST_KEPT, TABLE
 from rwkvx_kernels.tools.triton_device import interpreted
 from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_tiles import finite, load_rows
@@ -255,8 +255,8 @@ def _best_kernel(
             columns[i], p_order, p_kept, o_row, m_t, i_n, root, P, members, parents, groups,
             chunks, LEVEL, WIDTH, RUNS, RUN, GROWTH, FANOUT,
         )  # fmt: skip
-        if rank + i < SLOTS:
-            tl.store(p_best + o_row * SLOTS + rank + i, b_entry, mask=m_t)
+        m_out = m_t & (o_row * 0 + rank + i < SLOTS)
+        tl.store(p_best + o_row * SLOTS + rank + i, b_entry, mask=m_out)
     if K < SLOTS:
         tl.store(p_last + o_row, scores[K - 1], mask=m_t)
         tl.store(p_last_column + o_row, columns[K - 1], mask=m_t)
@@ -294,9 +294,9 @@ def best_members(
     groups, chunks = (table.shape[1], table.shape[2]) if not level else (0, 0)
     if forest:
         groups, chunks = forest[0].shape[1] // batch, forest[0].shape[2]
-    passes = triton.cdiv(slots, MANY)
+    passes = triton.cdiv(slots, MOST_KEPT)
     keep = triton.cdiv(slots, passes)
-    options = options_for(TABLE, "few" if keep <= FEW else "many", q.dtype, dim, q.device)
+    options = options_for(TABLE, "best", q.dtype, dim, q.device)
     tiles = (first + tokens - 1) // options.rows - first // options.rows + 1
     last = last_column = None
     if passes > 1:

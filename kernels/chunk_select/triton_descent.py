@@ -26,7 +26,6 @@ from rwkvx_kernels.chunk_select.triton_best import (
 from rwkvx_kernels.tools.triton_lists import (
     MOST_GROUPS,
     lists_of,
-    pair_at,
     row_of,
     segment_of,
     segments_of,

@@ -49,11 +49,9 @@ def row_of(i_group, o_pair, tokens, H: tl.constexpr, G: tl.constexpr, SLOTS: tl.
 
 
 @triton.jit
-def pair_at(
-    p_chosen, i_group, o_pair, tokens, H: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr
-):
-    """Where pairs of a group stand in chosen [B, T, H, slots]."""
-    return p_chosen + row_of(i_group, o_pair, tokens, H, G, SLOTS) * SLOTS + o_pair % SLOTS
+def pair_at(p_x, i_group, o_pair, tokens, H: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr):
+    """Where pairs of a group stand in x [B, T, H, slots]."""
+    return p_x + row_of(i_group, o_pair, tokens, H, G, SLOTS) * SLOTS + o_pair % SLOTS
 
 
 @triton.jit
