@@ -296,7 +296,7 @@ def best_members(
         groups, chunks = forest[0].shape[1] // batch, forest[0].shape[2]
     passes = triton.cdiv(slots, MOST_KEPT)
     keep = triton.cdiv(slots, passes)
-    options = options_for(TABLE, "best", q.dtype, dim, q.device)
+    options = options_for(TABLE, "level" if forest else "flat", q.dtype, dim, q.device)
     tiles = (first + tokens - 1) // options.rows - first // options.rows + 1
     last = last_column = None
     if passes > 1:
