@@ -312,7 +312,7 @@ def delta_of(o: Tensor, do: Tensor) -> Tensor:
     delta = o.new_empty(o.shape[:3], dtype=torch.float32)
     rows, dim = delta.numel(), o.shape[3]
     block = max(16, triton.next_power_of_2(dim))
-    tile = 4096 // block
+    tile = 2048 // block
     _delta_kernel[(triton.cdiv(rows, tile),)](o, do, delta, rows, D=dim, BLOCK_D=block, TILE=tile)
     return delta
 

@@ -10,6 +10,7 @@ from rwkvx_kernels.tools.triton_options import Options, Row
 
 # What a list in registers holds at most: longer ones are made in several passes.
 MOST_KEPT = 8
+STAGES = ("means", "flat", "level", "children")
 HOPPER = ("sm_90", "sm_100", "sm_103")
 
 TABLE = (

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from rwkvx_kernels.dispatch import UnsupportedError
-from rwkvx_kernels.tools.triton_device import Device, device_kind
+from rwkvx_kernels.tools.triton_device import Device, device_kind, interpreted
 
 # NVIDIA's architectures before this one have no bfloat16 and no asynchronous copies.
 LEAST_CAPABILITY = 80
@@ -86,6 +86,21 @@ def options_for(
         ):
             return row.options
     raise UnsupportedError(f"no kernel for {stage} of {dtype}, heads of {size}, on {name}")
+
+
+def missing(
+    table: Sequence[Row], stages: Sequence[str], dtype: torch.dtype, size: int, device: torch.device
+) -> str:
+    """What keeps stages from running, as the rest of a sentence; "" if nothing does, or where there
+    is no GPU to ask."""
+    if not interpreted() and not torch.cuda.is_available():
+        return ""
+    try:
+        for stage in stages:
+            options_for(table, stage, dtype, size, device)
+    except UnsupportedError as error:
+        return f"has {error}"
+    return lacks(device)
 
 
 @contextmanager
