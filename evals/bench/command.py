@@ -195,6 +195,7 @@ def load_command(model: str, formats: str, out: Path | None) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("runs/bench-kernels"), show_default=True
 )
+@click.option("--peers/--no-peers", default=True, show_default=True, help="Time others too.")
 @click.option("--stage", help="Only time launch options: of this FAMILY, or FAMILY.STAGE.")
 @click.option(
     "--variants",
@@ -207,6 +208,7 @@ def kernels_command(
     lengths: str | None,
     budget: int,
     out: Path,
+    peers: bool,
     stage: str | None,
     variants: str | None,
 ) -> None:
@@ -243,7 +245,8 @@ def kernels_command(
     if stage is not None:
         _bench_variants(stage, variants, chosen, out)
         return
-    results = run(families or tuple(FAMILIES), chosen, out, seconds=budget, say=click.echo)
+    names = families or tuple(FAMILIES)
+    results = run(names, chosen, out, seconds=budget, say=click.echo, peers=peers)
     click.echo(f"report: {out / 'report.md'}   pictures: {out / '*.png'}")
     wrong = [row for row in results["cases"] if row["status"] == "wrong"]
     if wrong:

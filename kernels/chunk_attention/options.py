@@ -17,6 +17,7 @@ TABLE = (
     Row("pairs", Options(32, 32, 4, 1), bytes=4, size=64),
     Row("pairs", Options(16, 16, 4, 1), bytes=4, size=128),
     Row("own", Options(64, 64, 8, 2), bytes=2, size=128),
+    Row("own", Options(16, 16, 4, 1), bytes=4, size=64),
     Row("own", Options(16, 16, 8, 1), bytes=4, size=128),
     Row("pairs_dq", Options(128, 128, 8, 1), HOPPER, bytes=2, size=64),
     Row("pairs_dq", Options(64, 64, 4, 1), bytes=2, size=128),

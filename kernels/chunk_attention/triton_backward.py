@@ -273,12 +273,10 @@ def _queries(
             *inputs, *lists, partial, *shape.strides, scale, part.start, shape.tokens, shape.pairs,
             shape.chunks, segment, **constants, TILE=tile, KEYS=keys, **launch,
         )  # fmt: skip
-    tile, tiles, launch = shape.square("own_dq", q)
-    if q.dtype == torch.float32 and shape.dim > 64:  # three parts of each fill the registers
-        constants["PRECISION"] = "ieee"
+    _, tiles, launch = shape.square("own_dq", q)
     _own_dq_kernel[(tiles * len(part) * (shape.heads // shape.groups),)](
         *inputs, partial, dq, *shape.strides, scale, shape.dim**-0.5, part.start, len(part),
-        shape.first, shape.tokens, shape.keys, shape.chunks, **constants, TILE=tile, **launch,
+        shape.first, shape.tokens, shape.keys, shape.chunks, **(constants | launch),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ logarithms.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -70,13 +70,17 @@ class Shape(NamedTuple):
         options = self.options(stage, q)
         return options.rows, min(options.columns, _power(self.chunk)), options.launch
 
-    def square(self, stage: str, q: Tensor) -> tuple[int, int, dict[str, int]]:
+    def square(self, stage: str, q: Tensor) -> tuple[int, int, dict[str, Any]]:
         """Rows and columns of a square tile that divides the chunk, how many of them the queries
-        lie in, and arguments of the launch."""
+        lie in, and arguments of the launch with the constants that depend on it."""
         options = self.options(stage, q)
         tile = math.gcd(self.chunk, options.rows)
         tiles = (self.first + self.tokens - 1) // tile - self.first // tile + 1
-        return tile, tiles, options.launch
+        launch: dict[str, Any] = {**options.launch, "TILE": tile}
+        if stage == "own_dq" and q.dtype == torch.float32 and self.dim > 64:
+            # Three parts of keys and values fill the registers.
+            launch["PRECISION"] = "ieee"
+        return tile, tiles, launch
 
     def constants(self, q: Tensor, slots: int | None = None) -> dict[str, int | str]:
         """Compile-time constants that every attention kernel takes."""
@@ -272,9 +276,8 @@ def forward(
             shape.tokens, shape.pairs, shape.chunks, segment,
             **constants, TILE=tile, KEYS=keys, **launch,
         )  # fmt: skip
-    tile, tiles, launch = shape.square("own", q)
+    _, tiles, launch = shape.square("own", q)
     _own_kernel[(tiles * len(part) * (shape.heads // shape.groups),)](
         q, k, v, chosen, partial, partial_lse, o, lse, *shape.strides, scale, part.start,
-        len(part), shape.first, shape.tokens, shape.keys, shape.chunks,
-        **constants, TILE=tile, **launch,
+        len(part), shape.first, shape.tokens, shape.keys, shape.chunks, **(constants | launch),
     )  # fmt: skip
