@@ -78,15 +78,15 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def attend_sequences(
-    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, chunk_size: int
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """`attend_triton` of sequences that are not packed."""
     q, chosen, k, v = q.contiguous(), chosen.contiguous(), adjacent(k), adjacent(v)
     o, lse = _fake(q)
-    shape = shape_of(q, k, chunk_size, chosen.shape[3])
+    shape = shape_of(q, k, chunk, chosen.shape[3])
     held = chosen.nbytes + lse.nbytes
     work = works(shape, q.element_size(), 2 * (q.nbytes + k.nbytes), held)
-    for own, own_k, own_v, own_shape, one in _divided([q, chosen, o, lse], k, v, work, chunk_size):
+    for own, own_k, own_v, own_shape, one in _divided([q, chosen, o, lse], k, v, work, chunk):
         own_q, picked, *into = own
         for part in one.parts:
             lists = lists_of(picked, shape.groups, own_shape.chunks, part)
@@ -124,10 +124,12 @@ def _gradients(grads: list[Tensor], kept: list[Tensor], args: tuple[Any, ...]) -
     *tensors, cu_seqlens, chunk_size = args
     every = [*grads, *kept, *tensors]
     if cu_seqlens is None:
-        return gradients_of_sequences(*every, chunk_size)
+        return gradients_of_sequences(*every, chunk=chunk_size)
     bounds = pairwise(check_cu_seqlens(cu_seqlens, *tensors[0].shape[:2]))
     made = [
-        gradients_of_sequences(*(x[:, a:b] for x in every), chunk_size) for a, b in bounds if a < b
+        gradients_of_sequences(*(x[:, a:b] for x in every), chunk=chunk_size)
+        for a, b in bounds
+        if a < b
     ]
     return [torch.cat(x, dim=1) for x in zip(*made, strict=True)]
 
@@ -149,7 +151,7 @@ def attend_triton(
     for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])):
         if a < b:
             own = (x[:, a:b] for x in (q, k, v, chosen))
-            o[:, a:b], lse[:, a:b] = attend_sequences(*own, chunk_size)
+            o[:, a:b], lse[:, a:b] = attend_sequences(*own, chunk=chunk_size)
     return o, lse
 
 

@@ -6,7 +6,7 @@ variant becomes a change of the table (`options.py` of the family), and nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -40,7 +40,7 @@ class Family(NamedTuple):
     """
 
     table: Sequence[Row]
-    calls: dict[str, Callable[[str, int, torch.dtype], Run]]
+    calls: Mapping[str, Callable[[str, int, torch.dtype], Run]]
 
 
 def _tensor(device: str, tokens: int, dtype: torch.dtype) -> torch.Tensor:
