@@ -46,6 +46,7 @@ def generate(
     seed: int | None = None,
     stop_ids: Sequence[int] = (0,),
     device: str = "cpu",
+    state: Any = None,
 ) -> Iterator[int]:
     """Yield up to `max_tokens` ids that continue `ids`; stops before an id of `stop_ids`.
 
@@ -55,6 +56,7 @@ def generate(
         ids: the prompt; empty means the start of a document (id 0 is read).
         seed: for the same continuation again on the same machine.
         device: where the model reads its ids.
+        state: what the model has read before `ids`; None at the start.
 
     Raises:
         InputError: a negative temperature, `top_p` outside (0, 1], `max_tokens` below 0.
@@ -75,7 +77,7 @@ def generate(
     def pick(logits_V: Tensor) -> int:
         return pick_token(logits_V, temperature, top_p, generator)
 
-    return _steps(model, list(ids) or [0], max_tokens, set(stop_ids), device, pick)
+    return _steps(model, list(ids) or [0], max_tokens, set(stop_ids), device, pick, state)
 
 
 @torch.no_grad()
@@ -86,10 +88,11 @@ def _steps(
     stop_ids: set[int],
     device: str,
     pick: Callable[[Tensor], int],
+    state: Any,
 ) -> Iterator[int]:
     if max_tokens == 0:
         return
-    logits_BTV, state = model(torch.tensor([ids], device=device), None, logits="last")
+    logits_BTV, state = model(torch.tensor([ids], device=device), state, logits="last")
     step = one_token_steps(model, state, max_tokens - 1)
     for left in reversed(range(max_tokens)):
         token = pick(logits_BTV[0, -1])

@@ -94,7 +94,7 @@ def _sparse_block(
     ratio: float,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """A new sparse block, each tensor with the dtype of its namesake in the block before, if any."""
+    """A new sparse block, each tensor with the dtype of its namesake in the block before."""
     block = Block(config, "sparse", first=False)
     init_sparse_block(block, ratio, generator)
     like = {name: before.get(name, before["ln1.weight"]) for name in block.state_dict()}

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -17,6 +18,7 @@ __all__ = ["generate_command"]
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="0: most likely.")
 @click.option("--top-p", type=float, default=0.9, show_default=True)
 @click.option("--seed", type=int, default=None, help="For the same continuation again.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Folder of an adapter of MODEL.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 def generate_command(
@@ -26,6 +28,7 @@ def generate_command(
     temperature: float,
     top_p: float,
     seed: int | None,
+    adapter: Path | None,
     device: str,
     dtype: str,
 ) -> None:
@@ -43,7 +46,12 @@ def generate_command(
     # Bytes all the way: a prompt that is no UTF-8 (a file, an odd argument) is read as it is.
     data = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
     loaded = rwkvx.load(model, device=device, dtype=dtype)
-    tokenizer = loaded.tokenizer
+    tokenizer, state = loaded.tokenizer, None
+    if adapter is not None:
+        from rwkvx.adapters import apply_adapter, starting_state
+
+        apply_adapter(loaded, adapter)
+        state = starting_state(loaded, 1)
     tokens = generate(
         loaded,
         prompt_ids(tokenizer, data) or [tokenizer.eos_token_id],
@@ -53,6 +61,7 @@ def generate_command(
         seed=seed,
         stop_ids=[tokenizer.eos_token_id],
         device=device,
+        state=state,
     )
     for text in text_stream(tokenizer, data, tokens):
         click.echo(text, nl=False)

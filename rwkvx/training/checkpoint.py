@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from rwkvx.adapters import base_tensors
 from rwkvx.checkpoint import folder as model_folder
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.safetensors import write_tensors
@@ -82,8 +83,9 @@ class Snapshot(NamedTuple):
 
 
 def whole_model(model: Model, keep: bool = True) -> Checkpoint:
-    """The model with whole tensors; every process must ask, those that do not keep it get none."""
-    return Checkpoint(model.config, _whole(model.state_dict(), keep), model.tokenizer_of_file)
+    """The model with whole tensors, low-rank updates added; every process must ask, those that do
+    not keep it get none."""
+    return Checkpoint(model.config, _whole(base_tensors(model), keep), model.tokenizer_of_file)
 
 
 def snapshot(running: Running, world: World) -> Snapshot:
@@ -97,7 +99,9 @@ def snapshot(running: Running, world: World) -> Snapshot:
     if running.carried is not None:
         carried = {name: world.rows(x) for name, x in _flatten(running.carried).items()}
         carried = _whole(carried, keep)
-    return Snapshot(whole_model(running.model, keep), _whole(states, keep), average, carried)
+    model = running.model  # an adapter has tensors of its own
+    whole_one = Checkpoint(model.config, _whole(model.state_dict(), keep), model.tokenizer_of_file)
+    return Snapshot(whole_one, _whole(states, keep), average, carried)
 
 
 def read_progress(folder: Path) -> Progress:

@@ -2,11 +2,11 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from rwkvx.errors import InputError, shown
-from rwkvx.training.config import TrainConfig, field_names, read_config
 
 EPILOG = """Examples:
 
@@ -48,7 +48,9 @@ def train_command(
     """Train a model as the YAML file CONFIG says (a path, or the name of a shipped config)."""
     if config.startswith("--"):
         raise click.UsageError(f"CONFIG comes before the fields, got {config}")
-    settings = read_config(find_config(config), _overrides(context.args))
+    from rwkvx.training.config import field_names, read_config
+
+    settings = read_config(find_config(config), _overrides(context.args, set(field_names())))
     if show_config:
         import yaml
 
@@ -73,7 +75,7 @@ def train_command(
             click.echo(f"saved {trainer.folder.model(settings.name, trainer.step)}")
 
 
-def _show_plan(config: TrainConfig) -> None:
+def _show_plan(config: Any) -> None:
     from rwkvx.training.plan import fits, make_plan, measure, report
 
     plan = make_plan(config)
@@ -102,13 +104,13 @@ def find_config(name: str) -> str:
     return str(shipped)
 
 
-def _overrides(arguments: list[str]) -> dict[str, str]:
+def _overrides(arguments: list[str], known: set[str]) -> dict[str, str]:
     """["--steps", "10", "--optimizer.lr=1e-3"] as a mapping.
 
     Raises:
         click.UsageError: no such field, or a field without a value.
     """
-    known, found, rest = set(field_names()), {}, list(arguments)
+    found, rest = {}, list(arguments)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+from rwkvx.adapters import AdapterConfig
 from rwkvx.config import ModelConfig
 from rwkvx.data.sources import Data, read_data
 from rwkvx.errors import InputError, shown
@@ -109,6 +110,7 @@ class TrainConfig:
         tokenizer: folder with the tokenizer.json of a model whose config says "file".
         init: weights to start from (a name or folder), else fresh ones.
         steps: total steps, if fewer than the stages have; 0 for all of them.
+        adapter: train an adapter beside the model of `init` in place of the model.
         accumulate: micro-batches of a step.
         average: decay of the moving average of the weights that is evaluated and becomes the model
             (0.98 looks back 50 steps); 0 for the weights of the step itself.
@@ -131,6 +133,7 @@ class TrainConfig:
     data: Data
     stages: tuple[StageConfig, ...]
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     out: str = ""
     tokenizer: str = ""
     init: str = ""
@@ -159,10 +162,27 @@ class TrainConfig:
             raise InputError(
                 f"name must be 1 to 100 letters, digits and any of ._+-, got {shown(self.name)}"
             )
+        if self.adapter.kind:
+            self._check_adapter()
         if not self.stages:
             raise InputError("stages must hold at least one stage")
         if len(self.stages) > 1000:
             raise InputError(f"stages must hold at most 1000 stages, got {len(self.stages)}")
+
+    def _check_adapter(self) -> None:
+        kind = self.adapter.kind
+        if not self.init:
+            raise InputError(f"adapter {kind} needs init, the model that it is added to")
+        if self.parallel == "fsdp":
+            raise InputError(f"adapter {kind} is not cut in parts: set parallel to ddp")
+        for stage in self.stages:
+            if stage.learn != "all":
+                raise InputError(f"adapter {kind} leaves the model as it is: learn must be all")
+            if kind == "state" and (stage.state_passing or stage.recurrent_length):
+                raise InputError(
+                    "adapter state is what sequences start from: state_passing and "
+                    "recurrent_length must be 0"
+                )
 
     @property
     def total_steps(self) -> int:
@@ -198,6 +218,7 @@ class TrainConfig:
             "data": self.data.to_dict(),
             "samples": list(self.samples),
             "probe": list(self.probe),
+            "adapter": {**vars(self.adapter), "targets": list(self.adapter.targets)},
             "optimizer": {**vars(self.optimizer), "betas": list(self.optimizer.betas)},
             "stages": [_stage_dict(stage) for stage in self.stages],
         }

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from rwkvx.adapters import add_adapter, write_adapter
 from rwkvx.checkpoint import folder as model_folder
 from rwkvx.checkpoint import load
 from rwkvx.checkpoint.checkpoint import check_vocabulary
@@ -69,7 +70,7 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config, self.folder, self.world = config, RunFolder(config.folder), world
-        self.device = device or config.device
+        self.device, self.base = device or config.device, ""
         check_memory(config)
         check_division(config, world.size)
         self.model = self._starting_model()
@@ -95,6 +96,9 @@ class Trainer:
             model.use_tokenizer(read_tokenizer(config.tokenizer))
         check_vocabulary(model.config, "model", model.tokenizer)
         model.gradient_checkpointing = config.gradient_checkpointing
+        if config.adapter.kind:
+            self.base = model.fingerprint()
+            add_adapter(model, config.adapter, config.seed)
         return model.train()
 
     def _average(self) -> AveragedModel | None:
@@ -130,7 +134,7 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """All that the weights depend on."""
         sources = {stage: self.source(stage) for stage in self.config.stages}
-        return identity(self.config, sources, fingerprint(self.model.tokenizer))
+        return identity(self.config, sources, fingerprint(self.model.tokenizer), self.base)
 
     # ------------------------------------------------------------- a run
 
@@ -277,6 +281,9 @@ class Trainer:
             with replacing_folder(target) as temporary:
                 model_folder.write(found, temporary)
                 write_text(temporary / "README.md", model_card(config, result))
+                if config.adapter.kind:
+                    part = temporary / "adapter"
+                    write_adapter(self.result.model, config.adapter, self.base, part)
         world.wait()
 
     # ------------------------------------------------------------- a step
@@ -292,7 +299,8 @@ class Trainer:
         config, stage, progress = self.config, self.config.stage(self.step), self.progress
         self.model.set_topk(stage.topk or self.model.config.topk)
         self.model.recurrent_pieces = stage.pieces
-        learning_weights(self.model, stage.learn)
+        if not config.adapter.kind:
+            learning_weights(self.model, stage.learn)
         rate = learning_rate(self.step, config.total_steps, config.optimizer)
         set_learning_rate(self.optimizer, rate)
         batches = own_batches(step_batch(self.source(stage), config, self.step), stage, self.world)
