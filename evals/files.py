@@ -32,6 +32,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
 
 
+def short(path: Path | str, size: int = 100) -> str:
+    """A path for a message of one line: its end, where it is longer."""
+    text = str(path)
+    return text if len(text) <= size else f"…{text[1 - size :]}"
+
+
 def digest(value: Any) -> str:
     """SHA-256 (hex) of a JSON value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))

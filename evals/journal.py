@@ -11,12 +11,14 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rwkvx.errors import InputError
+from rwkvx_evals.files import short
 
 Row = dict[str, Any]
 
@@ -24,20 +26,26 @@ Row = dict[str, Any]
 class Journal:
     """Rows by key, appended durably to one JSONL file; a later row replaces an earlier one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: Callable[[Row], object] | None = None) -> None:
         """Opens or makes the file and reads its rows.
+
+        check: raises ValueError, with the reason, for a row that is not what its reader expects.
 
         A last line that a crash cut short is dropped. Raises InputError when the file cannot be
         opened, is in use by another run, or has a damaged line before its last one.
         """
-        self.path = path
+        self.path, self._check = path, check
         self.rows: dict[str, Row] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise InputError(f"cannot open {path}: {error.strerror or error}") from error
+            raise InputError(
+                f"cannot open {short(self.path)}: {error.strerror or error}"
+            ) from error
         try:
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                raise InputError(f"cannot use {short(self.path)}: it is not a regular file")
             self._lock()
             self._end = self._read()
         except BaseException:
@@ -49,7 +57,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise InputError(f"{self.path} is in use by another run") from error
+                raise InputError(f"{short(self.path)} is in use by another run") from error
             # A file system without locks: carry on, as two runs on one folder are rare.
 
     def _read(self) -> int:
@@ -59,17 +67,34 @@ class Journal:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                self.rows[row["key"]] = row
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, RecursionError) as error:
                 # A power cut can leave a last line that ends well and holds zeros.
                 if number == len(lines):
                     break
-                raise InputError(f"{self.path} line {number} is damaged: {error}") from error
+                raise self._damaged(number, "it is not JSON") from error
+            self._take(number, row)
             end += len(line) + 1
         if end < len(content):
             os.ftruncate(self._file, end)
         os.lseek(self._file, end, os.SEEK_SET)
         return end
+
+    def _take(self, number: int, row: Any) -> None:
+        """Keeps a row that was read, once it is known to be one."""
+        if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+            raise self._damaged(number, "it has no key")
+        try:
+            if self._check is not None:
+                self._check(row)
+        except ValueError as error:
+            raise self._damaged(number, str(error)) from error
+        self.rows[row["key"]] = row
+
+    def _damaged(self, number: int, reason: str) -> InputError:
+        return InputError(
+            f"{short(self.path)} line {number} is damaged: {reason[:80]}; move the file away to "
+            "compute its answers again"
+        )
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows
@@ -94,7 +119,7 @@ class Journal:
         except OSError as error:
             self._take_back()
             raise InputError(
-                f"cannot write {self.path}: {error.strerror or error}; the {len(self.rows)} "
+                f"cannot write {short(self.path)}: {error.strerror or error}; the {len(self.rows)} "
                 "finished rows are kept: make room and run the same command again"
             ) from error
         self._end += length

@@ -6,11 +6,33 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+# The 97.5 % point of the normal distribution: intervals here hold 95 %.
+Z = 1.959964
 
-def accuracy(correct: int, asked: int) -> tuple[float, float]:
-    """Share of right answers and its binomial standard error; failed samples stay in `asked`."""
+
+def accuracy(correct: int, asked: int) -> tuple[float, float | None]:
+    """Share of right answers and its binomial standard error; failed samples stay in `asked`.
+
+    The error is None where all or none are right: the formula says 0 there, which would be
+    certainty. `wilson` says what is known.
+    """
     share = correct / asked
+    if correct in (0, asked):
+        return share, None
     return share, math.sqrt(share * (1.0 - share) / asked)
+
+
+def wilson(correct: float, asked: int) -> tuple[float, float]:
+    """The 95 % interval of a share, also where all or none are right.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
+    """
+    share, extra = correct / asked, Z * Z / asked
+    middle = (share + extra / 2) / (1 + extra)
+    half = Z * math.sqrt(share * (1 - share) / asked + extra / asked / 4) / (1 + extra)
+    # The ends are exact where rounding could leave the share itself outside.
+    low = 0.0 if share == 0.0 else middle - half
+    return low, 1.0 if share == 1.0 else middle + half
 
 
 def tally(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -26,7 +48,8 @@ def tally(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **counts,
         "correct": correct,
         "accuracy": round(share, 6),
-        "stderr": round(error, 6),
+        "stderr": None if error is None else round(error, 6),
+        "interval": [round(end, 6) for end in wilson(correct, len(rows))],
     }
 
 

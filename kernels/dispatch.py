@@ -1,71 +1,141 @@
-"""Choosing an implementation, the same way for every kernel family."""
+"""Choosing an implementation, the same way for every kernel family.
+
+Every family's `api.choose` says what each implementation lacks for some `Facts`, and `decide`
+picks. Nothing here looks at the values of a tensor but `check_cu_seqlens`.
+"""
 
 import os
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Mapping
+from functools import lru_cache, wraps
 from importlib.util import find_spec
-from typing import ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from rwkvx_kernels.names import IMPLEMENTATIONS
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 HAS_TRITON = find_spec("triton") is not None
-IMPLEMENTATIONS = ("reference", "cpu", "triton")
+# Triton's interpreter: slow, for tests; it runs kernels on tensors of any device.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def resolve_impl(
-    impl: str,
-    device: torch.device,
-    available: tuple[str, ...],
-    dtype: torch.dtype = torch.float32,
-) -> str:
-    """Name the implementation that `impl` stands for on `device`.
+class UnsupportedError(NotImplementedError, ValueError):
+    """What was asked of an implementation by its name it cannot do; says which one can."""
+
+
+class Choice(NamedTuple):
+    """Which implementation runs, and why, in plain English."""
+
+    impl: str
+    why: str
+
+
+class Facts(NamedTuple):
+    """What every choice depends on.
+
+    Attributes:
+        dtype: of the tensors that are multiplied. gradients: whether some are wanted.
+        traced: whether `torch.compile` is tracing. autocast: whether `torch.autocast` is on there.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    gradients: bool = False
+    traced: bool = False
+    autocast: bool = False
+
+
+def facts_of(first: Tensor, *others: Tensor | None) -> Facts:
+    """Of a call with these tensors; device and dtype are those of the first."""
+    gradients = torch.is_grad_enabled() and (
+        first.requires_grad or any(x is not None and x.requires_grad for x in others)
+    )
+    autocast = torch.is_autocast_enabled(first.device.type)
+    return Facts(first.device, first.dtype, gradients, torch.compiler.is_compiling(), autocast)
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether "auto" takes Triton kernels there."""
+    return device.type == "cuda"
+
+
+def triton_lacks(facts: Facts) -> str:
+    """What keeps any Triton kernel from running: "" if nothing does."""
+    if not on_gpu(facts.device) and not INTERPRETED:
+        return f"needs tensors on a GPU (or TRITON_INTERPRET=1), not on {facts.device.type}"
+    if not HAS_TRITON:
+        return 'needs the package triton (pip install "rwkvx[gpu]")'
+    return "has no float64" if facts.dtype == torch.float64 else ""
+
+
+def compiled_lacks(facts: Facts, *dtypes: torch.dtype) -> str:
+    """What keeps a compiled loop for these dtypes (none given: any) from running."""
+    if facts.device.type != "cpu":
+        return "needs tensors on a CPU"
+    if facts.gradients:
+        return "has no gradients"
+    return f"has no {facts.dtype}" if dtypes and facts.dtype not in dtypes else ""
+
+
+def decide(
+    impl: str, facts: Facts, lacks: Mapping[str, str], slower: Mapping[str, str] | None = None
+) -> Choice:
+    """The implementation that `impl` stands for.
 
     Args:
         impl: "auto" or one of `IMPLEMENTATIONS`. An explicit request is never replaced by another.
-        device: where the tensors are.
-        available: the implementations that this family has.
-        dtype: of the tensors; Triton kernels have no float64.
+        lacks: for each implementation of the family, the fastest first, what it lacks of what is
+            wanted, as the rest of a sentence that its name begins; "" if nothing.
+        slower: for some of them, why "auto" passes them over here.
 
     Raises:
-        ValueError: an unknown name; Triton kernels for tensors that are not on a GPU, for float64.
-        ModuleNotFoundError: Triton kernels without Triton.
-        NotImplementedError: a known implementation that this family does not have yet.
+        ValueError: an unknown name. UnsupportedError: an implementation that lacks something.
     """
     if impl == "auto":
-        # The "cpu" form is plain torch: it is also the fastest that runs on a GPU without Triton.
-        there = device.type == "cuda" and "triton" in available and HAS_TRITON
-        return "triton" if there and dtype != torch.float64 else "cpu"
+        gpu, where = on_gpu(facts.device), facts.device.type
+        why = f"on a {'GPU' if gpu else where.upper()}, "
+        why += "gradients wanted" if facts.gradients else "no gradient wanted"
+        for name, missing in lacks.items():
+            missing = missing or (slower or {}).get(name, "")
+            if name == ("compiled" if gpu else "triton"):  # not for this kind of device
+                continue
+            if not missing:
+                break
+            why += f"; {name} {missing}"
+        return Choice(name, why)
     if impl not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"unknown impl {impl!r}: choose one of {known}")
-    if impl not in available:
-        raise NotImplementedError(
-            f'impl="{impl}" is not there yet for this kernel; available: {", ".join(available)}'
-        )
-    if impl == "triton":
-        _check_triton(device)
-        if dtype == torch.float64:
-            raise ValueError('impl="triton" has no float64')
-    return impl
+    missing = lacks.get(impl, "is not there for this operation")
+    if missing:
+        others = ", ".join(f'"{name}"' for name in ("auto", *(x for x in lacks if not lacks[x])))
+        raise UnsupportedError(f'impl="{impl}" {missing}: choose one of {others}')
+    return Choice(impl, "asked for")
 
 
-def _check_triton(device: torch.device) -> None:
-    if not HAS_TRITON:
-        raise ModuleNotFoundError(
-            'impl="triton" needs the package triton: pip install "rwkvx[gpu]"', name="triton"
-        )
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f'impl="triton" needs tensors on a GPU, these are on {device.type} (slowly, for tests, '
-            "Triton's interpreter runs there when TRITON_INTERPRET=1 is set from the start)"
-        )
+def remembered(
+    choose: Callable[Concatenate[Facts, P], Choice],
+) -> Callable[Concatenate[Facts, P], Choice]:
+    """A family's `choose`, which depends on its arguments alone: made once for the same ones."""
+
+    @lru_cache(maxsize=4096)
+    def once(machine: object, facts: Facts, *args: P.args, **kwargs: P.kwargs) -> Choice:
+        return choose(facts, *args, **kwargs)
+
+    @wraps(choose)
+    def look_up(facts: Facts, *args: P.args, **kwargs: P.kwargs) -> Choice:
+        if facts.traced:  # by `torch.compile`, which would trace the table
+            return choose(facts, *args, **kwargs)
+        return once((on_gpu, HAS_TRITON, INTERPRETED), facts, *args, **kwargs)  # type: ignore[arg-type]
+
+    return look_up
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, tokens: int) -> list[int]:
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int) -> list[int]:
     """Validate packed-sequence offsets and return them as a list.
 
     Args:

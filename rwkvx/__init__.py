@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from rwkvx.errors import InputError
     from rwkvx.init import init_weights
     from rwkvx.model import Model
+    from rwkvx.route import explain
     from rwkvx.state import ModelState, repeat_state, select_state
 
 __version__ = "0.1.0"
 
 _HOME = {
     "load": "rwkvx.checkpoint",
+    "explain": "rwkvx.route",
     "ModelConfig": "rwkvx.config",
     "hybrid_pattern": "rwkvx.config",
     "InputError": "rwkvx.errors",
@@ -31,6 +33,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "ModelState",
+    "explain",
     "hybrid_pattern",
     "init_weights",
     "load",

@@ -17,10 +17,11 @@ from rwkvx.checkpoint.safetensors import write_tensors
 from rwkvx.checkpoint.shards import read_file
 from rwkvx.errors import InputError
 from rwkvx.files import read_json, replacing_folder, write_json
+from rwkvx.kinds.rwkv7 import Rwkv7State
 from rwkvx.model import Model
 from rwkvx.ranges import Number, OneOf, Whole, check_ranges
 from rwkvx.settings import from_plain
-from rwkvx.state import ModelState, Rwkv7State
+from rwkvx.state import ModelState
 
 __all__ = ["AdapterConfig", "add_adapter", "apply_adapter", "base_tensors", "starting_state"]
 

@@ -6,12 +6,11 @@ Axes: B batch, T time, C width, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,10 +27,12 @@ from transformers.utils.generic import can_return_tuple
 from rwkvx.checkpoint.folder import CONFIG
 from rwkvx.checkpoint.hub import CONFIG_KEYS, MODEL_TYPE, TOKENIZER_CLASSES, write_hub_files
 from rwkvx.checkpoint.manifest import write_manifest
-from rwkvx.config import ModelConfig, hybrid_pattern
+from rwkvx.config import ModelConfig, field_names, hybrid_pattern
+from rwkvx.decoding import Decoder, start
 from rwkvx.errors import InputError
 from rwkvx.init import init_weights
 from rwkvx.model import Model
+from rwkvx.packing import Packing
 from rwkvx.state import ModelState, repeat_state, select_state
 from rwkvx.tokenizers import TOKENIZERS, ByteTokenizer, WorldTokenizer
 
@@ -50,7 +51,7 @@ class RwkvxConfig(PreTrainedConfig):
     attribute_map = {"hidden_size": "width"}  # noqa: RUF012
 
     def __init__(self, **kwargs: Any) -> None:
-        own = {f.name: kwargs.pop(f.name) for f in fields(ModelConfig) if f.name in kwargs}
+        own = {name: kwargs.pop(name) for name in field_names() if name in kwargs}
         use_cache = kwargs.pop("use_cache", True)
         common = {name: x for name, x in CONFIG_KEYS.items() if name != "model_type"}
         super().__init__(**{**common, "tie_word_embeddings": False, **kwargs})
@@ -64,16 +65,17 @@ class RwkvxConfig(PreTrainedConfig):
 
     def model_config(self) -> ModelConfig:
         """What `rwkvx.Model` is built from."""
-        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
+        found = {name: getattr(self, name) for name in field_names() if hasattr(self, name)}
+        return ModelConfig.from_dict(found)
 
     @property
     def num_hidden_layers(self) -> int:
-        """Blocks of both kinds."""
+        """Blocks."""
         return len(self.pattern)
 
     @property
     def num_attention_heads(self) -> int:
-        """Heads of both kinds of block."""
+        """Query heads."""
         return int(self.width // self.head_size)
 
     @property
@@ -96,13 +98,35 @@ class StateCache(Cache):
     def __init__(self, state: ModelState | None = None, seen: int = 0) -> None:
         """seen: columns of `input_ids` read so far, padding included, as `generate` counts."""
         super().__init__(layers=[])
-        self.state, self.seen = state, seen
+        self._state, self.seen = state, seen
+        self.room = 0  # tokens that are expected to follow one by one
+        self._decoder: Decoder | None = None
+
+    @property
+    def state(self) -> ModelState | None:
+        """After the tokens read so far; None before the first."""
+        return self._state if self._decoder is None else self._decoder.state
+
+    @state.setter
+    def state(self, state: ModelState | None) -> None:
+        self._state, self._decoder = state, None
+
+    def step(self, model: Model, ids: Tensor) -> Tensor:
+        """Read ids [B, 1] after a prompt, by a decoder that goes on from step to step."""
+        if self._decoder is None or self._decoder.room == 0:
+            self.state = self.state  # of a decoder without room
+            self._decoder, self.room = start(model, self._state, self.room), 0
+        self.seen += 1
+        return self._decoder.step(ids)
+
+    def __copy__(self) -> Self:
+        return type(self)(self.state, self.seen)
 
     def __repr__(self) -> str:
         return f"StateCache(rows={self.batch_size}, seen={self.seen})"
 
     def __len__(self) -> int:
-        return len(self.state.blocks) if self.state else 0
+        return len(self._state.blocks) if self._state else 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` read so far."""
@@ -115,7 +139,7 @@ class StateCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows, -1 before the first call."""
-        return len(self.state.blocks[0].ffn_shift) if self.state else -1
+        return self._state.rows if self._state else -1
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, in that order, repeats allowed."""
@@ -137,77 +161,6 @@ class StateCache(Cache):
             raise InputError("a recurrent state cannot be cropped: fork it with copy.copy before")
 
 
-class Packing(NamedTuple):
-    """How [B, T] inputs stand in packed sequences: which of the B·T are tokens (None: all, as they
-    are), and the sequences' offsets (None: a plain batch)."""
-
-    tokens: Tensor | None
-    cu_seqlens: Tensor | None
-
-    @classmethod
-    def of(
-        cls, inputs: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> "Packing":
-        """From a mask with padding, or from positions that start anew."""
-        rows, width = inputs.shape[:2]
-        if attention_mask is not None:
-            if attention_mask.dim() != 2 or attention_mask.shape[1] < width:
-                raise InputError(
-                    f"attention_mask must be [B, past + T] beside {width} tokens, got "
-                    f"{list(attention_mask.shape)}"
-                )
-            real = attention_mask[:, -width:] != 0
-            if not bool(real.any()):
-                raise InputError("attention_mask leaves no token at all")
-            return cls.of_mask(real)
-        if position_ids is not None and rows == 1:
-            starts = (position_ids.flatten().diff() != 1).nonzero().squeeze(1) + 1
-            if len(starts):
-                return cls(
-                    None, torch.cat([starts.new_tensor([0]), starts, starts.new_tensor([width])])
-                )
-        return cls(None, None)
-
-    @classmethod
-    def of_mask(cls, real_BT: Tensor) -> "Packing":
-        """From a mask with at least one token."""
-        if bool(real_BT.all()):
-            return cls(None, None)
-        offsets = F.pad(real_BT.sum(dim=1).cumsum(0), (1, 0))
-        return cls(real_BT.flatten().nonzero().squeeze(1), offsets)
-
-    def segments(
-        self, inputs: Tensor, model: Model, keep_cache: bool
-    ) -> list[tuple[Tensor, "Packing"]]:
-        """The inputs as one, or cut along T where a padded batch is read without gradients.
-
-        Memory then goes with the segment, as it does for a batch without padding (which the model
-        cuts by itself). Each part goes on from the caches of the one before: they must be kept.
-        """
-        rows, width = inputs.shape[:2]
-        widths = model.segment_lengths(rows, width)
-        if self.tokens is None or torch.is_grad_enabled() or not keep_cache or len(widths) == 1:
-            return [(inputs, self)]
-        real = torch.zeros(rows * width, dtype=torch.bool, device=inputs.device)
-        real[self.tokens] = True
-        masks = real.view(rows, width).split(widths, 1)
-        if not all(bool(mask.any()) for mask in masks):  # a mask with a gap in all rows
-            return [(inputs, self)]
-        parts = zip(inputs.split(widths, 1), masks, strict=True)
-        return [(part, Packing.of_mask(mask)) for part, mask in parts]
-
-    def pack(self, inputs: Tensor) -> Tensor:
-        """[B, T, ...] -> [1, tokens, ...], or as it is."""
-        return inputs if self.tokens is None else inputs.flatten(0, 1)[self.tokens].unsqueeze(0)
-
-    def unpack(self, x: Tensor, rows: int, width: int) -> Tensor:
-        """[1, tokens, C] -> [B, T, C] with zeros at padding, or as it is."""
-        if self.tokens is None:
-            return x
-        spread = x.new_zeros(rows * width, x.shape[-1]).index_copy(0, self.tokens, x[0])
-        return spread.unflatten(0, (rows, width))
-
-
 class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
     """`rwkvx.Model` as a Hugging Face causal language model; it adds no parameter of its own.
 
@@ -215,7 +168,6 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = RwkvxConfig
-    base_model_prefix = "model"  # checkpoints hold the names of `rwkvx.Model`, without it
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _is_stateful = True
@@ -224,8 +176,18 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RwkvxConfig) -> None:
         super().__init__(config)
-        self.model = Model(config.model_config())
+        self.gradient_checkpointing = False
+        # Not a child: its children are ours, so that parameters have the names that files have,
+        # for everything that loads a file by itself.
+        self.__dict__["model"] = Model(config.model_config())
+        for name, child in self.model.named_children():
+            setattr(self, name, child)
         self.post_init()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._modules and "model" in vars(self):
+            setattr(self.model, name, value)
 
     @can_return_tuple
     def forward(
@@ -251,12 +213,12 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: [B, past + T], 0 for padding, wherever it stands. Logits there are 0.
             position_ids: [1, T], without a mask: where they do not go on by one, a new sequence
                 starts (padding-free batches). Otherwise unused: the model counts by itself.
-            past_key_values: what an earlier call returned; changed in place.
+            past_key_values, cache: what an earlier call returned, changed in place; two names of
+                one thing (transformers 5.24 renamed it).
             labels: [B, T], -100 for none; they are shifted here.
-            use_cache: return `past_key_values`; default: the config's, never in training.
+            use_cache: return the cache; default: the config's, never in training.
             logits_to_keep: logits of so many last positions only, or of these positions; 0: all.
             cu_seq_lens_q: [sequences + 1] offsets of packed sequences, in place of position_ids.
-            cache: another name of past_key_values, transformers' own from 5.24 on.
 
         Raises:
             InputError: arguments that do not fit together; attention matrices, which are not made.
@@ -266,26 +228,34 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
             raise InputError("give either input_ids or inputs_embeds")
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise InputError("attention matrices are never formed: output_attentions is not there")
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if output_hidden_states is None:
-            output_hidden_states = bool(self.config.output_hidden_states)
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        every = self.config.output_hidden_states
+        every = bool(every if output_hidden_states is None else output_hidden_states)
         past = _one_cache(past_key_values, cache)
-        packing = Packing.of(inputs, attention_mask, None if past.seen else position_ids)
-        if cu_seq_lens_q is not None:
-            packing = Packing(None, cu_seq_lens_q)
-        layers = self._read(inputs, packing, past, use_cache, output_hidden_states)
+        positions = None if past.seen else position_ids
+        packing = Packing.of(inputs, attention_mask, positions, cu_seq_lens_q)
+        if use_cache and labels is None and not every:
+            logits = self._step(input_ids, packing, past)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, **cast(Any, {_CACHE: past}))
+        self.model.gradient_checkpointing = self.gradient_checkpointing
+        layers = self._read(inputs, packing, past, use_cache, every)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.head(layers[-1][:, kept])
-        loss = None
+        logits, loss = self.model.head(layers[-1][:, kept]), None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            hidden_states=tuple(layers) if output_hidden_states else None,
+            hidden_states=tuple(layers) if every else None,
             **cast(Any, {_CACHE: past if use_cache else None}),
         )
+
+    def _step(self, ids: Tensor | None, packing: Packing, past: StateCache) -> Tensor | None:
+        """Logits [B, 1, V] after one more token in each row by a decoder; None for other calls."""
+        if ids is None or ids.shape[1] != 1 or not past.seen or torch.is_grad_enabled():
+            return None
+        return past.step(self.model, ids) if packing.is_plain else None
 
     def _read(
         self, inputs: Tensor, packing: Packing, past: StateCache, keep: bool, every: bool
@@ -293,7 +263,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         """Hidden states [B, T, C]: the input of `every` block, and what the head reads."""
         parts = []
         for part, packed in packing.segments(inputs, self.model, keep):
-            with _block_inputs(self.model, every) as layers:
+            with _block_inputs(self.model, every, packed, *part.shape[:2]) as layers:
                 hidden, past.state = self.model(
                     packed.pack(part),
                     past.state,
@@ -301,28 +271,33 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
                     cu_seqlens=packed.cu_seqlens,
                     keep_cache=keep,
                 )
-            parts.append([packed.unpack(x, *part.shape[:2]) for x in [*layers(), hidden]])
+            parts.append([*layers(), packed.unpack(hidden, *part.shape[:2])])
         past.seen += inputs.shape[1]
         return [x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)]
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.emb
+        return self.emb
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.emb = value
+        self.emb = value
         self.model.config = replace(self.model.config, vocab_size=value.num_embeddings)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.model.head
+        return self.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.model.head = cast(Any, new_embeddings)
+        self.head = new_embeddings
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """RWKV-7's initial values, for every parameter that came from no checkpoint."""
-        parameters = self.model.named_parameters()
-        missing = {n: x for n, x in parameters if not getattr(x, "_is_hf_initialized", False)}
+        """RWKV-7's initial values, once, for every parameter that came from no checkpoint."""
+        missing: dict[str, Tensor] = {}
+        for path, module in self.named_modules():
+            own = {f"{path}.{n}": x for n, x in module.named_parameters(recurse=False)}
+            if not getattr(module, "_is_hf_initialized", False):
+                missing |= {n: x for n, x in own.items() if not hasattr(x, "_is_hf_initialized")}
+            for known in (module, *own.values()):
+                known._is_hf_initialized = True
         if missing:
             seed = int(torch.randint(1 << 31, ()))
             with torch.device("cpu"):
@@ -341,7 +316,6 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         tensors = self.state_dict() if state_dict is None else state_dict
         if getattr(self, "_hf_peft_config_loaded", False):  # then only adapters are written
             return super().save_pretrained(save_directory, is_main_process, tensors, **kwargs)
-        tensors = {name.removeprefix("model."): x for name, x in tensors.items()}
         folder = Path(save_directory)
         if is_main_process:  # first: the base class may upload the folder
             code = write_hub_files(folder, self.config.tokenizer)
@@ -359,8 +333,13 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         # The base class gives no cache to a class named like this one, only warnings where due.
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache and model_kwargs.get(_CACHE) is None:
+        if not generation_config.use_cache:
+            return
+        if model_kwargs.get(_CACHE) is None:
             model_kwargs[_CACHE] = StateCache()
+        cache, longest = model_kwargs[_CACHE], generation_config.max_length
+        if isinstance(cache, StateCache) and longest:
+            cache.room = max(0, longest - cache.seen)
 
 
 def _one_cache(past_key_values: Any, cache: Any) -> StateCache:
@@ -374,11 +353,21 @@ def _one_cache(past_key_values: Any, cache: Any) -> StateCache:
 
 
 @contextmanager
-def _block_inputs(model: Model, wanted: bool) -> Iterator[Any]:
-    """Collects the input of every block of a call: afterwards, a list of [B, T, C]."""
+def _block_inputs(
+    model: Model, wanted: bool, packed: Packing, rows: int, width: int
+) -> Iterator[Any]:
+    """Collects the input of every block of a call: afterwards, a list of [B, T, C].
+
+    They lie on the path to the logits: a block reads what is collected.
+    """
     parts: list[list[Tensor]] = [[] for _ in model.blocks] if wanted else []
+
+    def collect(part: list[Tensor], x: Tensor) -> Tensor:
+        part.append(packed.unpack(x, rows, width))
+        return packed.pack(part[-1])
+
     handles = [
-        block.register_forward_pre_hook(lambda _, args, part=part: part.append(args[0]))
+        block.register_forward_pre_hook(lambda _, a, part=part: (collect(part, a[0]), *a[1:]))
         for block, part in zip(model.blocks, parts, strict=False)
     ]
     try:

@@ -6,7 +6,7 @@ Axes: I inputs, O outputs.
 import torch
 from torch import nn
 
-from rwkvx.linear import Linear
+from rwkvx.layers import Linear
 from rwkvx.model import Model
 
 

@@ -10,7 +10,7 @@ A field says its range in its annotation, and the class checks all of them when 
         def __post_init__(self) -> None:
             check_ranges(self)
 
-Fields that hold dataclasses check themselves. `rwkvx.cli.types.Within` makes an option of a range.
+Fields that hold dataclasses check themselves. `rwkvx.cli.options.Within` makes an option of one.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,17 @@ from typing import Any, Protocol, get_args, get_type_hints
 
 from rwkvx.errors import InputError, shown
 
-__all__ = ["Each", "Number", "OneOf", "Range", "Whole", "check_ranges", "ranges_of"]
+__all__ = [
+    "Each",
+    "Number",
+    "OneOf",
+    "Range",
+    "Whole",
+    "check",
+    "check_ranges",
+    "range_of",
+    "ranges_of",
+]
 
 
 class Range(Protocol):
@@ -111,6 +121,22 @@ class Each:
         return tuple(self.inner.parse(part.strip()) for part in text.split(","))
 
 
+# What several commands and functions ask for.
+SEED = Whole(0, (1 << 63) - 1)
+TEMPERATURE = Number(0, 1e9)
+TOP_P = Number(0, 1, above=True)
+NEW_TOKENS = Whole(0, 1 << 24)
+TOKENS = Whole(1, 1 << 28)  # of a text
+THREADS = Whole(1, 1024)
+COUNT = Whole(1, 1_000_000)  # of anything that is worked through one by one
+
+
+def check(name: str, value: Any, hold: Range) -> None:
+    """Check one value; raises InputError that names it."""
+    if not hold.holds(value):
+        raise InputError(f"{name} must be {hold.words}, got {shown(_culprit(hold, value))}")
+
+
 def check_ranges(instance: Any) -> None:
     """Check every field of a dataclass whose annotation has a range; None only where its type says.
 
@@ -120,9 +146,8 @@ def check_ranges(instance: Any) -> None:
     kind: type = type(instance)
     for name, (hold, optional) in ranges_of(kind).items():
         value = getattr(instance, name)
-        if not ((optional and value is None) or hold.holds(value)):
-            words = f"{hold.words} or null" if optional else hold.words
-            raise InputError(f"{name} must be {words}, got {shown(_culprit(hold, value))}")
+        if not (optional and value is None):
+            check(name, value, hold)
 
 
 @cache
@@ -134,6 +159,11 @@ def ranges_of(kind: type) -> dict[str, tuple[Range, bool]]:
             if hasattr(extra, "holds"):
                 found[name] = (extra, type(None) in get_args(hint.__origin__))
     return found
+
+
+def range_of(kind: type, name: str) -> Range:
+    """The range of one field."""
+    return ranges_of(kind)[name][0]
 
 
 def _culprit(hold: Range, value: Any) -> Any:

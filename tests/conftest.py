@@ -5,14 +5,29 @@ process. Compiling ahead of time is impossible in such a process: see kernels/ah
 """
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `mutation.py`, which folders share
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # Read when the first matrix product starts: without it deterministic ones are refused.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest --slow`: ten times as many changed inputs for the tests that change some."""
+    parser.addoption("--slow", action="store_true", help="1,000 changed inputs a test, not 100")
+
+
+@pytest.fixture(scope="session")
+def trials(pytestconfig: pytest.Config) -> int:
+    """How many changed inputs a test tries."""
+    return 1000 if pytestconfig.getoption("--slow") else 100
 
 
 @pytest.hookimpl(tryfirst=True)

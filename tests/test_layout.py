@@ -2,6 +2,8 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,8 @@ PACKAGES = {
 }
 OURS = {name for name, _ in PACKAGES.values()}
 COMMAND_LINE = "rwkvx/cli"  # the one place in rwkvx that may reach rwkvx_evals
-IMPLEMENTATIONS = ("reference", "cpu", "triton")  # of a kernel family: never import one another
+# Of a kernel family: never import one another; what they share is in common.py.
+IMPLEMENTATIONS = ("reference", "torch", "numba", "triton")
 
 FILE_LINES, FUNCTION_LINES, TRITON_LINES = 400, 60, 120
 
@@ -91,6 +94,66 @@ def sibling_implementations(path: Path, tree: ast.AST) -> Iterator[str]:
             yield f"{path.relative_to(ROOT)}:{line} imports {name}"
 
 
+def imported_modules(path: Path, tree: ast.AST, modules: set[str]) -> set[str]:
+    """Which of `modules` a file imports when it or one of its functions runs."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []  # for annotations alone: nothing runs it
+    for _, name in imports(path, tree):
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found - {""}
+
+
+@cache
+def import_graph() -> dict[str, set[str]]:
+    """Of every module of ours, which others it imports."""
+    trees = {path: parse(path) for path in sources(*PACKAGES)}
+    modules = {import_name(path) for path in trees}
+    return {import_name(p): imported_modules(p, tree, modules) for p, tree in trees.items()}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules of which each imports the next, and the last the first; none if there is no such."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def planted(file: str, code: str) -> list[str]:
+    """The circle that there is if that code stands in a file as well."""
+    graph, path = import_graph(), ROOT / file
+    more = imported_modules(path, ast.parse(code), set(graph))
+    return circle({**graph, import_name(path): graph[import_name(path)] | more})
+
+
+def test_nothing_imports_itself() -> None:
+    """Neither at once nor by way of others, wherever in a file the import stands."""
+    assert not circle(import_graph())
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("kernels/dispatch.py", "from rwkvx_kernels.wkv7 import api"),
+        ("kernels/time_mix/common.py", "def late():\n    from . import numba_scan"),
+        ("kernels/tools/operators.py", "import rwkvx_kernels.chunk_attention.triton_ops"),
+        ("rwkvx/errors.py", "def late():\n    importlib.import_module('rwkvx.model')"),
+    ],
+)
+def test_a_circle_is_seen(file: str, code: str) -> None:
+    assert import_name(ROOT / file) in planted(file, code)
+
+
+def test_a_circle_for_annotations_alone_is_none() -> None:
+    code = "if TYPE_CHECKING:\n    from rwkvx_kernels.wkv7 import api"
+    assert not planted("kernels/dispatch.py", code)
+
+
 def test_arrows_point_one_way() -> None:
     files = sources(*PACKAGES)
     assert len(files) > 10
@@ -127,12 +190,13 @@ def test_wrong_arrows_are_seen(file: str, code: str, found: int) -> None:
         ("from rwkvx_kernels.wkv7.reference import wkv7", 1),
         ("from rwkvx_kernels.wkv7 import reference", 1),
         ("from .triton_forward import launch", 1),
-        ("from . import cpu_blocks", 0),
-        ("from .shapes import check", 0),
+        ("from rwkvx_kernels.wkv7.torch_form import wkv7_torch", 1),
+        ("from . import numba_recurrence", 0),
+        ("from .common import check", 0),
     ],
 )
 def test_sibling_implementations_are_seen(code: str, found: int) -> None:
-    path = ROOT / "kernels/wkv7/cpu.py"
+    path = ROOT / "kernels/wkv7/numba_scan.py"
     assert len(list(sibling_implementations(path, ast.parse(code)))) == found
 
 

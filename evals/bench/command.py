@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rwkvx.cli.options import Within
 from rwkvx.errors import InputError
+from rwkvx.ranges import COUNT, NEW_TOKENS, THREADS
 
 if TYPE_CHECKING:
     from rwkvx_evals.bench.run import Results
@@ -39,7 +41,13 @@ def bench_command() -> None:
     show_default=True,
     help="Tokens of prefill, then decoding goes on from there; 1k = 1024, none: leave out.",
 )
-@click.option("--decode", default=16, show_default=True, help="Steps of a timing; 0: leave out.")
+@click.option(
+    "--decode",
+    type=Within(NEW_TOKENS),
+    default=16,
+    show_default=True,
+    help="Steps of a timing; 0: leave out.",
+)
 @click.option(
     "--long", "long_", default="none", show_default=True, help="Long prefills, such as 16k,64k."
 )
@@ -49,8 +57,10 @@ def bench_command() -> None:
 )
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), default="float32")
 @click.option("--selection", type=click.Choice(["flat", "coarse_to_fine"]), default="flat")
-@click.option("--threads", type=int, help="Default: all cores that this process may use.")
-@click.option("--repeats", default=5, show_default=True)
+@click.option(
+    "--threads", type=Within(THREADS), help="Default: all cores that this process may use."
+)
+@click.option("--repeats", type=Within(COUNT), default=5, show_default=True)
 @click.option("--peer/--no-peer", default=True, help="Measure a peer too, where it is installed.")
 @click.option(
     "--peer-dtype",
@@ -177,7 +187,7 @@ def load_command(model: str, formats: str, out: Path | None) -> None:
 @click.option("--lengths", help="Tokens, such as 16k,128k; default: a plan of each family.")
 @click.option(
     "--budget",
-    type=click.IntRange(min=1),
+    type=Within(COUNT),
     default=420,
     show_default=True,
     help="Seconds. Cases come in order of importance; those that no longer fit are left out.",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rwkvx
-from rwkvx.linear import Linear
+from rwkvx.layers import Linear
 from rwkvx.model import SEGMENT_MULTIPLE
 
 # The two factors of the low-rank products of an RWKV-7 block: [C, D] and [D, C].
@@ -77,18 +77,3 @@ def bytes_per_token(model: rwkvx.Model) -> int:
 def plain_buffer(size: int) -> Tensor:
     """A float32 buffer of about `size` bytes, every page of it touched."""
     return torch.ones(max(1, size // 4))
-
-
-def selection_flops(config: rwkvx.ModelConfig, start: int, stop: int) -> int:
-    """Of flat selection for tokens `start` ... `stop` - 1: a product per past chunk and head."""
-    chunks = sum(position // config.chunk_size for position in range(start, stop))
-    return 2 * config.width * chunks * config.pattern.count("sparse")
-
-
-def attention_flops(config: rwkvx.ModelConfig, start: int, stop: int) -> int:
-    """Of scores and values for the same tokens: the own chunk so far and topk - 1 past chunks."""
-    size, attended = config.chunk_size, 0
-    for position in range(start, stop):
-        past = min(config.topk - 1, position // size) * size
-        attended += past + position % size + 1
-    return 4 * config.width * attended * config.pattern.count("sparse")

@@ -21,8 +21,9 @@ import torch
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.formats import FORMATS
 from rwkvx.errors import InputError
+from rwkvx.shipped import find_config, shipped_configs
 from rwkvx_evals.bench.machine import describe
-from rwkvx_evals.bench.subjects import find_shape, random_model, read_shape, shipped_shapes
+from rwkvx_evals.bench.subjects import random_model, read_shape
 from rwkvx_evals.files import write_json, write_text
 
 Results = dict[str, Any]
@@ -36,9 +37,9 @@ def run(shape: str, formats: tuple[str, ...], out: Path) -> Results:
 
     Raises InputError for an unknown shape or format, or where memory cannot be measured.
     """
-    path = find_shape(shape)
+    path = find_config(shape)
     if path is None:
-        raise InputError(f"no shape {shape!r}: a .yaml file, or {', '.join(shipped_shapes())}")
+        raise InputError(f"no shape {shape!r}: a .yaml file, or {', '.join(shipped_configs())}")
     for name in formats:
         if name not in FORMATS:
             raise InputError(f"no format {name!r}: choose from {', '.join(FORMATS)}")

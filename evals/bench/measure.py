@@ -11,14 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rwkvx
+from rwkvx.costs import mixing_flops
+from rwkvx.decoding import start
 from rwkvx.errors import InputError
-from rwkvx_evals.bench.floor import (
-    Products,
-    attention_flops,
-    bytes_per_token,
-    plain_buffer,
-    selection_flops,
-)
+from rwkvx_evals.bench.floor import Products, bytes_per_token, plain_buffer
 from rwkvx_evals.bench.subjects import Peer
 from rwkvx_evals.bench.timing import Run, by_turns, ratio, spread
 
@@ -169,11 +165,12 @@ def measure_decode(
     model, states = subjects.model, subjects.states
     steps = subjects.ids[:, :tokens].split(1, dim=1)
     size = bytes_per_token(model)
+    decoder = start(model, states["ours"], tokens * (repeats + 1))
     buffer = plain_buffer(size)
 
     def ours() -> None:
         for step in steps:
-            _, states["ours"] = model(step, states["ours"], logits="last")
+            decoder.step(step)
 
     def floor() -> None:
         for _ in steps:
@@ -260,7 +257,7 @@ def _long_entry(
 
     rows = []
     for length, taken in seconds.items():
-        start = length - window
+        flops = mixing_flops(config, length - window, length)
         rows.append(
             {
                 "tokens": length,
@@ -268,8 +265,8 @@ def _long_entry(
                 "mean_seconds_per_token": mean(length),
                 "flops_per_token": {
                     "products with weights": matrix,
-                    "chunk attention": attention_flops(config, start, length) / window,
-                    "flat selection": selection_flops(config, start, length) / window,
+                    "chunk attention": flops["attention"] / window,
+                    "flat selection": flops["selection"] / window,
                 },
                 "ratio_to_shortest": {
                     **ratio(taken, seconds[shortest]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rwkvx_evals.bench.subjects import HYBRID_PEER
 from rwkvx_evals.passkey.plan import length_label
 
 Results = dict[str, Any]
@@ -96,7 +97,7 @@ def _decode(results: Results) -> str:
         f"many bytes as the weights that a step reads: {size / 1e6:,.1f} MB "
         f"({size / fastest / 1e9:.1f} GB/s here)."
     )
-    if results["peer"]["measured"] and "sparse" in results["model"]["config"]["pattern"]:
+    if results["peer"]["measured"] and results["peer"]["words"].startswith(HYBRID_PEER):
         text += " The peer's decoding attends to 128 tokens of the prompt and to no later ones."
     return f"## Decoding\n\n{_table(names, rows)}\n\n{text}"
 

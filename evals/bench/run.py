@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from rwkvx.errors import InputError
+from rwkvx.progress import progress
 from rwkvx.quantize import quantize
 from rwkvx_evals.bench import measure
 from rwkvx_evals.bench.floor import Products
@@ -107,12 +108,8 @@ def _run(settings: Settings, out: Path, quiet: bool) -> Results:
     longest = max((*settings.lengths, *settings.long, settings.decode, 2))
     ids = measure.random_ids(model, longest)
     subjects = measure.Subjects(model, peer, Products(model), ids)
-    with tqdm(
-        total=settings.cost(peer is not None),
-        disable=quiet,
-        dynamic_ncols=True,
-        bar_format="{desc}{percentage:3.0f}% |{bar}| {elapsed} so far, {remaining} left",
-    ) as bar:
+    line = "{desc}{percentage:3.0f}% |{bar}| {elapsed} so far, {remaining} left"
+    with progress(settings.cost(peer is not None), quiet=quiet, bar_format=line) as bar:
         _measure(settings, subjects, results, out, bar)
     results["complete"] = True
     _write(results, out)

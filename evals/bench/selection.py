@@ -16,8 +16,8 @@ from tqdm import tqdm
 import rwkvx
 from rwkvx.data.passkey import Filler, PasskeyBuilder
 from rwkvx.errors import InputError
-from rwkvx.sparse_attention import SparseAttention
-from rwkvx.state import SparseState
+from rwkvx.kinds.sparse import SparseAttention, SparseState
+from rwkvx.progress import progress
 from rwkvx_evals.bench.machine import describe
 from rwkvx_evals.files import write_json, write_text
 from rwkvx_evals.interface import read_tokens
@@ -118,7 +118,7 @@ def run(name: str, lengths: tuple[int, ...], filler: Filler | None, out: Path) -
 
     model = rwkvx.load(name, selection="coarse_to_fine")
     config = model.config
-    if "sparse" not in config.pattern:
+    if not any(isinstance(block.att, SparseAttention) for block in model.blocks):
         raise InputError(f"{name} has no sparse blocks: nothing is selected")
     if min(lengths) < 2 * WINDOW:
         raise InputError(f"lengths must be at least {2 * WINDOW} tokens, got {min(lengths)}")
@@ -126,7 +126,7 @@ def run(name: str, lengths: tuple[int, ...], filler: Filler | None, out: Path) -
     results: Results = {"benchmark": "selection", "machine": describe(), "model": Path(name).name}
     results |= {"chunk_size": config.chunk_size, "topk": config.topk, "filler": filler.name}
     results["lengths"] = []
-    with tqdm(total=sum(lengths), unit="tok", unit_scale=True, dynamic_ncols=True) as bar:
+    with progress(sum(lengths)) as bar:
         for length in lengths:
             bar.set_description(length_label(length))
             chunks = length // config.chunk_size

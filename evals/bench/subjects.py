@@ -8,7 +8,6 @@ import os
 import tempfile
 from dataclasses import replace
 from importlib import metadata
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,15 @@ from torch import Tensor, nn
 import rwkvx
 from rwkvx.checkpoint import pth
 from rwkvx.checkpoint.checkpoint import Checkpoint
-from rwkvx.checkpoint.load import shipped_models
 from rwkvx.errors import InputError
 from rwkvx.files import read_yaml, user_path
 from rwkvx.quantize import quantize
+from rwkvx.shipped import find_config, shipped_configs, shipped_models
 
 HYBRID_PEER, RWKV7_PEER = "rwkv-x", "rwkv"
+PEERS = {pth.RWKVX: HYBRID_PEER, pth.BLINKDL: RWKV7_PEER}  # by the layout that holds the model
 PEER_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 SEED = 0
-
-
-def find_shape(name: str) -> Path | None:
-    """The YAML file that `name` means: a file, or a name among the shipped configurations."""
-    if name.endswith((".yaml", ".yml")):
-        return user_path(name)
-    shipped = Path(str(files("rwkvx_configs"))) / f"{name}.yaml"
-    return shipped if shipped.is_file() else None
 
 
 def read_shape(path: Path) -> rwkvx.ModelConfig:
@@ -54,7 +46,7 @@ def open_model(name: str, dtype: str, selection: str = "flat") -> tuple[rwkvx.Mo
 
     Raises InputError for a name that is neither.
     """
-    shape = find_shape(name)
+    shape = find_config(name)
     if shape is not None:
         config = replace(read_shape(shape), selection=selection)
         model = random_model(config)
@@ -68,13 +60,8 @@ def open_model(name: str, dtype: str, selection: str = "flat") -> tuple[rwkvx.Mo
     except InputError as error:
         if user_path(name).exists() or name in shipped_models():
             raise
-        raise InputError(f"{error}, nor a shape ({', '.join(shipped_shapes())})") from error
+        raise InputError(f"{error}, nor a shape ({', '.join(shipped_configs())})") from error
     return model, Path(name).name
-
-
-def shipped_shapes() -> list[str]:
-    """Names of the configurations inside the package."""
-    return sorted(p.stem for p in Path(str(files("rwkvx_configs"))).glob("*.yaml"))
 
 
 @torch.no_grad()
@@ -135,11 +122,11 @@ def open_peer(model: rwkvx.Model, dtype: str, wanted: bool) -> tuple[Peer | None
     None where there is none; beside it the words that say which, or why not.
     """
     config = model.config
-    package = HYBRID_PEER if "sparse" in config.pattern else RWKV7_PEER
+    package = PEERS.get(pth.layout_of(config), HYBRID_PEER)
     reason = None if wanted else "not asked for"
     if wanted and find_spec(package.replace("-", "_")) is None:
         reason = "not installed (pip install 'rwkvx[peers]')"
-    elif wanted and (missing := pth.no_place_in_pth(config)):
+    elif wanted and (missing := pth.layout_of(config).no_place(config)):
         reason = f"cannot hold {missing}"
     elif wanted and config.head_size != 64:
         reason = f"knows heads of 64 only, not of {config.head_size}"

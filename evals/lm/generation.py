@@ -1,4 +1,4 @@
-"""Greedy generation until a stop string, for lm-eval's generate_until requests.
+"""Generation until a stop string, for lm-eval's generate_until requests.
 
 Axes: B batch rows, V vocabulary.
 """
@@ -10,29 +10,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from rwkvx.decode_graph import one_token_steps
-from rwkvx_evals.interface import device_of, is_out_of_memory, read_tokens
+from rwkvx.decoding import start
+from rwkvx.sampling import pick_token
+from rwkvx_evals.interface import (
+    LanguageModel,
+    State,
+    Tokenizer,
+    device_of,
+    is_out_of_memory,
+    read_tokens,
+)
 from rwkvx_evals.journal import Row
+from rwkvx_evals.lm.answers import Text, text_of
+from rwkvx_evals.lm.options import Options
 from rwkvx_evals.lm.requests import BATCH_TOKENS, Ids
 from rwkvx_evals.lm.scoring import PIECE_TOKENS, Scorer
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Continue `context` greedily up to `limit` tokens, a stop string, or the end of document."""
+    """Continue `context`. draw: which of several draws of the same prompt, 0 where greedy."""
 
     context: Ids
-    until: tuple[str, ...]
-    limit: int
-
-
-@dataclass(frozen=True)
-class Text:
-    """What was generated, without the stop string; status as in `Score`."""
-
-    text: str
-    status: str = "ok"
+    options: Options
+    draw: int = 0
 
 
 def cut_at(text: str, until: Sequence[str]) -> tuple[str, bool]:
@@ -41,27 +44,87 @@ def cut_at(text: str, until: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
-def prompt_key(identity: str, prompt: Prompt) -> str:
-    """What the journal calls an answer to this prompt."""
-    text = f"generate|{identity}|{prompt.context}|{prompt.until!r}|{prompt.limit}"
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+class Continuation:
+    """One row of a batch while it is generated; complete once `text` is there."""
+
+    def __init__(self, prompt: Prompt, tokenizer: Tokenizer, seed: int) -> None:
+        """seed: decides what is drawn, whatever else is in the batch."""
+        self.text: Text | None = None
+        self._options, self._tokenizer = prompt.options, tokenizer
+        self._tokens: list[int] = []
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def pick(self, logits_V: Tensor, largest: int) -> int:
+        """The next token: `largest`, or drawn from the float32 logits."""
+        options = self._options
+        if options.temperature == 0.0:
+            return largest
+        if 0 < options.top_k < len(logits_V):
+            least = logits_V.topk(options.top_k).values[-1]
+            logits_V = logits_V.masked_fill(logits_V < least, float("-inf"))
+        return pick_token(logits_V, options.temperature, options.top_p, self._generator)
+
+    def take(self, token: int) -> None:
+        """Adds a token, or ends at it."""
+        ended = token == self._tokenizer.eos_token_id
+        if not ended:
+            self._tokens.append(token)
+        text, stopped = cut_at(self._tokenizer.decode(self._tokens), self._options.until)
+        if ended or stopped or len(self._tokens) >= self._options.limit:
+            self.text = Text(text)
+
+
+def continue_rows(
+    model: LanguageModel, logits_B1V: Tensor, state: State, rows: Sequence[Continuation], room: int
+) -> None:
+    """Generates every row of a batch to its end: the token loop, and all that it needs.
+
+    logits_B1V, state: after the prompts. room: tokens of the longest row.
+    """
+    decoder = start(model, state, room)
+    while True:
+        logits_BV = logits_B1V[:, -1].float()
+        finite = torch.isfinite(logits_BV).all(dim=-1).tolist()
+        ids = logits_BV.argmax(dim=-1).tolist()
+        for index, row in enumerate(rows):
+            if row.text is not None:
+                continue
+            if not finite[index]:
+                row.text = Text("", "invalid")
+                continue
+            ids[index] = row.pick(logits_BV[index], ids[index])
+            row.take(ids[index])
+        if all(row.text is not None for row in rows):
+            return
+        logits_B1V = decoder.step(torch.tensor(ids, device=logits_BV.device)[:, None])
 
 
 class Generator:
     """Generates for many prompts; shares model, journal and progress with a `Scorer`."""
 
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer, self.model = scorer, scorer.model
+    def __init__(self, scorer: Scorer, seed: int) -> None:
+        """seed: of all draws; each prompt and draw has its own from it."""
+        self.scorer, self.model, self.seed = scorer, scorer.model, seed
         self.tokenizer = scorer.model.tokenizer
+
+    def key(self, prompt: Prompt) -> str:
+        """What the journal calls an answer to this prompt."""
+        options = prompt.options
+        drawn = f"|{self.seed}|{prompt.draw}" if options.temperature else ""
+        text = f"generate|{self.scorer.identity}|{prompt.context}|{options!r}{drawn}"
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt]) -> list[Text]:
         """Answers in the order of `prompts`; equal prompts are computed once."""
         unique = list(dict.fromkeys(prompts))
+        answers = {prompt: self._recall(prompt) for prompt in unique}
         by_length: dict[int, list[Prompt]] = {}
         for prompt in unique:
-            by_length.setdefault(len(prompt.context), []).append(prompt)
-        answers = {prompt: self._recall(prompt) for prompt in unique}
+            if prompt.options.limit > 0:
+                by_length.setdefault(len(prompt.context), []).append(prompt)
+            else:
+                answers[prompt] = Text("")
         batches = []
         for length, group in sorted(by_length.items(), reverse=True):
             size = max(1, min(self.scorer.batch, BATCH_TOKENS // length))
@@ -82,10 +145,7 @@ class Generator:
 
     def _recall(self, prompt: Prompt) -> Text | None:
         journal = self.scorer.journal
-        row = journal.rows.get(prompt_key(self.scorer.identity, prompt)) if journal else None
-        if row is None or row["status"] == "oom":
-            return None
-        return Text(row["text"], row["status"])
+        return text_of(journal.rows.get(self.key(prompt))) if journal is not None else None
 
     def _row(self, prompt: Prompt, text: Text) -> Row:
         return {
@@ -93,7 +153,7 @@ class Generator:
             "status": text.status,
             "text": text.text,
             "context_tokens": len(prompt.context),
-            "key": prompt_key(self.scorer.identity, prompt),
+            "key": self.key(prompt),
         }
 
     def _batch(self, prompts: Sequence[Prompt]) -> list[Text]:
@@ -112,29 +172,9 @@ class Generator:
         ids_BT = torch.tensor([p.context for p in prompts]).to(device_of(self.model))
         piece = max(1, PIECE_TOKENS // len(prompts))
         logits_B1V, state = read_tokens(self.model, ids_BT, None, logits="last", piece=piece)
-        step = one_token_steps(self.model, state, max(p.limit for p in prompts))
-        tokens: list[list[int]] = [[] for _ in prompts]
-        texts: list[Text | None] = [None] * len(prompts)
         assert logits_B1V is not None
-        while True:
-            row_logits = logits_B1V[:, -1].float()
-            finite = torch.isfinite(row_logits).all(dim=-1).tolist()
-            chosen = row_logits.argmax(dim=-1)
-            for row, prompt in enumerate(prompts):
-                if texts[row] is None:
-                    texts[row] = self._extend(prompt, tokens[row], int(chosen[row]), finite[row])
-            if all(text is not None for text in texts):
-                return [text for text in texts if text is not None]
-            logits_B1V = step(chosen[:, None])
-
-    def _extend(self, prompt: Prompt, tokens: list[int], token: int, finite: bool) -> Text | None:
-        """Adds one token to a row; returns its text once it is complete."""
-        if not finite:
-            return Text("", "invalid")
-        ended = token == self.tokenizer.eos_token_id
-        if not ended:
-            tokens.append(token)
-        text, stopped = cut_at(self.tokenizer.decode(tokens), prompt.until)
-        if ended or stopped or len(tokens) >= prompt.limit:
-            return Text(text)
-        return None
+        # Of the key's hash: 60 bits, whatever else is in the batch.
+        rows = [Continuation(p, self.tokenizer, int(self.key(p)[:15], 16)) for p in prompts]
+        room = max(p.options.limit for p in prompts)
+        continue_rows(self.model, logits_B1V, state, rows, room)
+        return [row.text for row in rows if row.text is not None]

@@ -22,20 +22,12 @@ from rwkvx_evals.interface import (
     read_tokens,
 )
 from rwkvx_evals.journal import Journal, Row
+from rwkvx_evals.lm.answers import Score, score_of
 from rwkvx_evals.lm.requests import Branch, Request, Unit, make_batches, make_units, request_bytes
 
 # Logits of one forward call may take this many bytes in float32.
 LOGITS_BYTES = 256_000_000
 PIECE_TOKENS = 16_384
-
-
-@dataclass(frozen=True)
-class Score:
-    """One answer. status: "ok", "invalid" (not-a-number logits) or "oom"; then logprob is None."""
-
-    logprob: float | None
-    greedy: bool
-    status: str = "ok"
 
 
 @dataclass
@@ -105,10 +97,7 @@ class Scorer:
         return [score for score in done if score is not None]
 
     def _recall(self, key: str) -> Score | None:
-        row = self.journal.rows.get(key) if self.journal is not None else None
-        if row is None or row["status"] == "oom":
-            return None
-        return Score(row["logprob"], row["greedy"], row["status"])
+        return score_of(self.journal.rows.get(key)) if self.journal is not None else None
 
     def _store(self, rows: Sequence[Row]) -> None:
         if self.journal is not None:

@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 import rwkvx
-from rwkvx.config import SELECTIONS
+from rwkvx.cli.options import Within, device_option, dtype_option, model_option
 from rwkvx.data.folder import data_folder
+from rwkvx.ranges import COUNT
+from rwkvx_evals.folder import claim, default_folder, model_label, owner
 from rwkvx_evals.passkey.evaluate import evaluate, find_haystack
-from rwkvx_evals.passkey.plan import Settings, depth_values, length_label, parse_lengths
-from rwkvx_evals.passkey.report import Results, percent
-
-
-def model_label(model: str) -> str:
-    """The name of a model in reports and folder names: a shipped name, or the file's own."""
-    return Path(model).name or model
+from rwkvx_evals.passkey.plan import DEPTHS, Settings, depth_values, length_label, parse_lengths
+from rwkvx_evals.passkey.report import Results, percent, uncertainty
+from rwkvx_kernels.names import SELECTIONS
 
 
 @click.command("passkey")
-@click.option("--model", required=True, help="A shipped name, a folder, or a checkpoint file.")
+@model_option
 @click.option(
     "--lengths", default="1k,4k,16k,64k", show_default=True, help="Exact token counts; 1k = 1024."
 )
-@click.option("--depths", default=10, show_default=True, help="Positions of the key, 0 to 100 %.")
-@click.option("--seeds", default=5, show_default=True, help="Keys at each length and depth.")
+@click.option(
+    "--depths",
+    type=Within(DEPTHS),
+    default=10,
+    show_default=True,
+    help="Positions of the key, 0 to 100 %.",
+)
+@click.option(
+    "--seeds",
+    type=Within(COUNT),
+    default=5,
+    show_default=True,
+    help="Keys at each length and depth.",
+)
 @click.option("--haystack", help="A .txt or .xz file of prose in place of the standard filler.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Default: runs/passkey-MODEL[-TEXT][-SELECTION]."
+    "--out", type=click.Path(path_type=Path), help="Default: runs/passkey-MODEL-WEIGHTS-SETTINGS."
 )
 @click.option("--data", help="Data folder, to find --haystack in; default: RWKVX_DATA.")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", default="float32", show_default=True)
+@device_option
+@dtype_option
 @click.option("--selection", type=click.Choice(SELECTIONS), help="Default: the model's own.")
-@click.option("--batch", type=int, help="Samples read together at most; default: by memory.")
-@click.option("--max-new-tokens", default=16, show_default=True)
+@click.option(
+    "--batch", type=Within(COUNT), help="Samples read together at most; default: by memory."
+)
+@click.option("--max-new-tokens", type=Within(COUNT), default=16, show_default=True)
 def passkey_command(
     model: str,
     lengths: str,
@@ -65,12 +78,14 @@ def passkey_command(
     file = find_haystack(haystack, folder) if haystack else None
     settings = Settings(parse_lengths(lengths), depth_values(depths), seeds, max_new_tokens, dtype)
     name = model_label(model)
-    if out is None:
-        text = f"-{file.name.split('.')[0]}" if file else ""
-        text += f"-{selection}" if selection else ""
-        out = Path("runs") / f"passkey-{name}{text}"
     overrides: dict[str, Any] = {"selection": selection} if selection else {}
     loaded = rwkvx.load(model, device=device, dtype=dtype, **overrides)
+    whose = owner(
+        "passkey", name, loaded.fingerprint(),
+        {**asdict(settings), "haystack": file.name if file else None, "selection": selection},
+    )  # fmt: skip
+    out = out or default_folder(whose)
+    claim(out, whose)
     results = evaluate(loaded, name, settings, out, haystack=file, batch=batch)
     click.echo(summary(results))
     click.echo(f"report: {out / 'report.md'}   picture: {out / 'heatmap.png'}")
@@ -88,7 +103,7 @@ def summary(results: Results) -> str:
     for entry in results["lengths"]:
         lines.append(
             f"{length_label(entry['length']):>6}  {percent(entry['accuracy']):>8} "
-            f"± {percent(entry['stderr'])}  asked {entry['asked']}, scored {entry['scored']}, "
+            f"{uncertainty(entry)}  asked {entry['asked']}, scored {entry['scored']}, "
             f"failed {entry['failed']}"
         )
     effective = results["effective_length"]

@@ -11,17 +11,18 @@ import click
 from rwkvx.data.folder import read_text
 from rwkvx.data.passkey import Filler, PasskeyBuilder, prose_filler, standard_filler
 from rwkvx.errors import InputError
+from rwkvx.files import user_path
 from rwkvx_evals.files import machine, peak_memory_bytes, write_json
 from rwkvx_evals.interface import LanguageModel, StateTools, Tokenizer
 from rwkvx_evals.journal import Journal
 from rwkvx_evals.passkey.plan import Plan, Settings
 from rwkvx_evals.passkey.report import Results, collect, write_report
-from rwkvx_evals.passkey.run import PasskeyRun
+from rwkvx_evals.passkey.run import PasskeyRun, check_row
 
 
 def find_haystack(name: str, data: Path | None) -> Path:
     """`name` as a file, or inside the data folder or its `long_docs`; raises InputError."""
-    places = [Path(name).expanduser()]
+    places = [user_path(name)]
     if data is not None:
         places += [data / name, data / "long_docs" / name]
     for place in places:
@@ -58,7 +59,7 @@ def evaluate(
     weights = model.fingerprint()
     filler = load_filler(tokenizer, haystack)
     plan = Plan(settings, PasskeyBuilder(tokenizer), filler, weights)
-    with Journal(out / "samples.jsonl") as journal:
+    with Journal(out / "samples.jsonl", check_row) as journal:
         run = PasskeyRun(model, plan, journal, batch=batch, tools=tools, quiet=quiet)
         if not quiet:
             click.echo(announce(plan, run), err=True)

@@ -8,18 +8,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rwkvx.data.passkey import Filler, PasskeyBuilder, draw_key
-from rwkvx.errors import InputError
+from rwkvx.errors import InputError, shown
+from rwkvx.ranges import COUNT, TOKENS, Whole, check
 from rwkvx_evals.files import code_fingerprint, digest
 
+DEPTHS = Whole(1, 1000)
+MOST_SAMPLES = 100_000
 _UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
 
 
 def parse_length(text: str) -> int:
     """`4096`, `4k` (× 1024) or `1m` (× 1024²) as tokens; raises InputError for anything else."""
-    match = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,12})([km]?)", text.strip().lower())
     if match is None or int(match[1]) == 0:
-        raise InputError(f"length {text!r} is not a positive number such as 1000, 4k or 1m")
-    return int(match[1]) * _UNITS[match[2]]
+        raise InputError(f"length {shown(text)} is not a positive number such as 1000, 4k or 1m")
+    length = int(match[1]) * _UNITS[match[2]]
+    check("length", length, TOKENS)
+    return length
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
@@ -37,8 +42,7 @@ def length_label(length: int) -> str:
 
 def depth_values(count: int) -> tuple[float, ...]:
     """`count` depths from 0 (right after the task) to 1 (right before the question)."""
-    if count < 1:
-        raise InputError(f"{count} depths: at least one is needed")
+    check("depths", count, DEPTHS)
     if count == 1:
         return (0.5,)
     return tuple(index / (count - 1) for index in range(count))
@@ -55,10 +59,13 @@ class Settings:
     dtype: str
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise InputError(f"{self.seeds} seeds: at least one is needed")
-        if self.max_new_tokens < 1:
-            raise InputError(f"{self.max_new_tokens} new tokens: at least one is needed")
+        check("seeds", self.seeds, COUNT)
+        check("max_new_tokens", self.max_new_tokens, TOKENS)
+        samples = len(self.lengths) * len(self.depths) * self.seeds
+        if samples > MOST_SAMPLES:
+            raise InputError(
+                f"{samples:,} samples (lengths × depths × seeds): at most {MOST_SAMPLES:,} at once"
+            )
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,14 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def uncertainty(entry: Mapping[str, Any]) -> str:
+    """The standard error of an accuracy, or where all or none are right, its 95 % interval."""
+    if entry["stderr"] is not None:
+        return f"± {percent(entry['stderr'])}"
+    low, high = entry["interval"]
+    return f"{percent(low)} to {percent(high)} (95 %)"
+
+
 def render(results: Results, rows: Sequence[Row]) -> str:
     """The Markdown report."""
     tokens = results["prompt_tokens"]
@@ -83,7 +91,7 @@ def render(results: Results, rows: Sequence[Row]) -> str:
     ]:
         lines.append(
             f"| {name} | {entry['asked']} | {entry['scored']} | {entry['failed']} | "
-            f"{entry['correct']} | {percent(entry['accuracy'])} | {percent(entry['stderr'])} |"
+            f"{entry['correct']} | {percent(entry['accuracy'])} | {uncertainty(entry)} |"
         )
     lines += ["", *_depth_table(results), "", *_misses(rows)]
     return "\n".join(lines) + "\n"

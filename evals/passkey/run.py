@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from rwkvx.decode_graph import one_token_steps
+from rwkvx.decoding import start
 from rwkvx.errors import InputError
+from rwkvx.progress import progress
 from rwkvx_evals.interface import (
     LanguageModel,
     State,
@@ -45,6 +45,21 @@ def read_answer(text: str) -> str | None:
 def is_complete(text: str) -> bool:
     """Whether the first number in `text` has been ended by another character."""
     return re.search(r"[0-9][^0-9]", text) is not None
+
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "length": int, "depth": (int, float), "seed": int, "passkey": int, "status": str,
+    "correct": bool, "answer": str,
+}  # fmt: skip
+
+
+def check_row(row: Row) -> None:
+    """Raises ValueError, saying why, for a row of a journal that is not one of `PasskeyRun`'s."""
+    for name, kind in _FIELDS.items():
+        if not isinstance(row.get(name), kind):
+            raise ValueError(f"its {name} is missing or of another kind")
+    if row["status"] not in ("ok", "invalid", "oom"):
+        raise ValueError("its status is none of ok, invalid, oom")
 
 
 @dataclass
@@ -133,9 +148,7 @@ class PasskeyRun:
         if total == 0:
             return
         probe = self.probe()
-        with tqdm(
-            total=total, unit="tok", unit_scale=True, disable=self._quiet, dynamic_ncols=True
-        ) as bar:
+        with progress(total, quiet=self._quiet) as bar:
             for length, groups in self.plan.groups.items():
                 bar.set_description(f"passkey {length_label(length)}")
                 rows = probe.rows_within(length, self._cache_bytes)
@@ -245,7 +258,7 @@ class PasskeyRun:
         answers = [Answer([]) for _ in range(logits_B1V.shape[0])]
         pending = set(range(len(answers)))
         limit = self.plan.settings.max_new_tokens
-        read_one = one_token_steps(self.model, state, limit)
+        decoder = start(self.model, state, limit)
         for step in range(limit):
             row_logits = logits_B1V[:, -1].float()
             finite = torch.isfinite(row_logits).all(dim=-1).tolist()
@@ -255,7 +268,7 @@ class PasskeyRun:
                     pending.discard(row)
             if not pending or step + 1 == limit:
                 break
-            logits_B1V = read_one(chosen[:, None])
+            logits_B1V = decoder.step(chosen[:, None])
         return answers
 
     def _extend(self, answer: Answer, token: int, finite: bool) -> bool:

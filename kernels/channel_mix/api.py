@@ -3,24 +3,33 @@
 from torch import Tensor
 
 from rwkvx_kernels.channel_mix.reference import squared_relu_reference
-from rwkvx_kernels.dispatch import resolve_impl
+from rwkvx_kernels.channel_mix.torch_form import squared_relu_torch
+from rwkvx_kernels.dispatch import Choice, Facts, decide, facts_of, remembered, triton_lacks
 
-AVAILABLE = ("reference", "cpu", "triton")
+
+@remembered
+def choose(facts: Facts, impl: str = "auto") -> Choice:
+    """Which implementation `squared_relu` runs."""
+    return decide(impl, facts, {"triton": triton_lacks(facts), "torch": "", "reference": ""})
 
 
-def squared_relu(x: Tensor, impl: str = "auto") -> Tensor:
+def squared_relu(x: Tensor, impl: str = "auto", overwrite: bool = False) -> Tensor:
     """`relu(x)^2` (arXiv 2503.14456, eq. 22), differentiable.
 
     Args:
-        x: of any shape. Without gradients it may be overwritten.
-        impl: "auto", "reference", "cpu" (both plain torch) or "triton".
+        x: of any shape and floating-point dtype.
+        impl: "auto", "reference", "torch" or "triton".
+        overwrite: x may be overwritten, where no gradient is wanted: nobody else reads it.
 
     Raises:
-        ValueError: Triton kernels for float64 or without a GPU.
+        UnsupportedError: Triton kernels for float64 or without a GPU.
     """
-    if resolve_impl(impl, x.device, AVAILABLE, x.dtype) != "triton":
+    facts = facts_of(x)
+    chosen = choose(facts, impl).impl
+    if chosen == "reference":
         return squared_relu_reference(x)
-    from rwkvx_kernels.channel_mix.triton_ops import squared_relu as operator  # may be missing
+    if chosen == "torch":
+        return squared_relu_torch(x, overwrite and not facts.gradients and x.is_contiguous())
+    from rwkvx_kernels.channel_mix.triton_relu import squared_relu as operator  # may be missing
 
-    squared: Tensor = operator(x.contiguous())
-    return squared
+    return operator(x.contiguous())

@@ -1,8 +1,8 @@
 """Top-k chunk attention: every query reads its own chunk and the best past chunks."""
 
 from rwkvx_kernels.chunk_attention.api import (
+    attend_chunks,
     cached_chunk_attention,
-    chosen_impl,
     chunk_attention,
     has_decode_kernel,
     selected_chunks,
@@ -11,8 +11,8 @@ from rwkvx_kernels.chunk_attention.cache import KeyValueCache
 
 __all__ = [
     "KeyValueCache",
+    "attend_chunks",
     "cached_chunk_attention",
-    "chosen_impl",
     "chunk_attention",
     "has_decode_kernel",
     "selected_chunks",

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.chunk_attention.forest import Forest, grow, room_for
-from rwkvx_kernels.chunk_attention.tree import ChunkTree, empty_tree, grow_tree
+from rwkvx_kernels.chunk_select.common import chunk_means
+from rwkvx_kernels.chunk_select.trees import Trees
+from rwkvx_kernels.tools.operators import operator
 
 FIRST_CAPACITY = 512
 GROWTH = 1.5
@@ -38,9 +39,7 @@ class KeyValueCache:
             device=like.device,
         )
         self.written = 0
-        self._tree = empty_tree(self.means_BGCD.flatten(0, 1))
-        self._forest: Forest | None = None
-        self._grown = 0  # chunks that the forest was grown to
+        self.trees = Trees(self.means_BGCD.flatten(0, 1))
 
     @classmethod
     def of(
@@ -50,7 +49,7 @@ class KeyValueCache:
         batch, heads, _, dim = k_BGSD.shape
         cache = cls(batch, heads, dim, chunk_size, k_BGSD)
         cache.k_BGSD, cache.v_BGSD, cache.means_BGCD = k_BGSD, v_BGSD, means_BGCD
-        cache.written = written
+        cache.trees, cache.written = Trees(means_BGCD.flatten(0, 1)), written
         return cache
 
     @property
@@ -99,24 +98,6 @@ class KeyValueCache:
         cache.written = end
         return cache
 
-    def tree(self, chunks: int) -> ChunkTree:
-        """The tree over the first `chunks` chunks; kept, so that the next one only adds to it."""
-        means_NCD = self.means_BGCD.flatten(0, 1)
-        if chunks < self._tree.chunks:
-            self._tree = empty_tree(means_NCD)
-        self._tree = grow_tree(self._tree, means_NCD, chunks)
-        return self._tree
-
-    def forest(self, chunks: int) -> Forest:
-        """The forest, grown over at least the first `chunks` chunks."""
-        means_NCD = self.means_BGCD.flatten(0, 1)
-        if self._forest is None:
-            self._forest = room_for(means_NCD)
-        if self._grown < chunks:
-            grow(self._forest, means_NCD, self._grown, chunks)
-            self._grown = chunks
-        return self._forest
-
     def rows(self, length: int, index: Tensor) -> "KeyValueCache":
         """A new cache of the batch rows `index`, of the same capacity, with the first tokens."""
         return self._copy(length, self.capacity, index)
@@ -147,11 +128,7 @@ class KeyValueCache:
         if index is not None:
             head = torch.arange(heads, device=index.device)
             groups = (index[:, None] * heads + head).flatten()
-        if self._tree.chunks <= chunks:
-            new._tree = self._tree if groups is None else self._tree.rows(groups)
-        if self._forest is not None:
-            new._grown = min(self._grown, chunks)
-            new._forest = self._forest.copy(new._grown, new.means_BGCD.flatten(0, 1), groups)
+        new.trees = self.trees.copy(new.means_BGCD.flatten(0, 1), chunks, groups)
         return new
 
     def _fill(
@@ -163,8 +140,8 @@ class KeyValueCache:
             (other.v_BGSD, self.v_BGSD, length),
             (other.means_BGCD, self.means_BGCD, length // self.chunk_size),
         ):
-            part = old[:, :, :size]
-            fresh[rows, :, :size] = part if index is None else part[index]
+            kept = old[:, :, :size]
+            fresh[rows, :, :size] = kept if index is None else kept[index]
 
 
 def _write(
@@ -187,12 +164,10 @@ def _write_means(cached_k: Tensor, means: Tensor, length: int, end: int, chunk_s
     first, last = length // chunk_size, end // chunk_size
     if last > first:
         done = cached_k[:, :, first * chunk_size : last * chunk_size]
-        done = done.unflatten(2, (last - first, chunk_size))
-        means[:, :, first:last] = done.to(means.dtype).mean(dim=3)
+        means[:, :, first:last] = chunk_means(done, chunk_size)
 
 
 # For `torch.compile`, which would compile completing a chunk and not completing one each.
-_traced_write = torch.library.custom_op(
-    "rwkvx::chunk_attention_append", _write, mutates_args=("cached_k", "cached_v", "means")
-)
-_traced_write.register_fake(lambda *_: None)
+_traced_write = operator(
+    "chunk_attention_append", lambda *_: None, mutates=("cached_k", "cached_v", "means")
+)(_write)

@@ -3,31 +3,23 @@
 
 Importing this module registers `torch.ops.rwkvx.chunk_attention_append_each`.
 Axes: B sequences, G key/value heads, S tokens, C chunks, D head size. Names: i_ index, p_ pointer,
-b_ block, o_ offset, m_ mask. A program has one head of one sequence.
+b_ tile in registers, o_ offset, m_ mask. A program has one head of one sequence.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.tools.operators import operator
+
 
 @triton.jit(do_not_specialize=["capacity", "chunks"])
 def _append_kernel(
-    p_new_k,
-    p_new_v,
-    p_k,
-    p_v,
-    p_means,
-    p_lengths,
-    capacity,
-    chunks,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    p_new_k, p_new_v, p_k, p_v, p_means, p_lengths,
+    capacity, chunks,
+    G: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
     i_n = tl.program_id(0).to(tl.int64)
     length = tl.load(p_lengths + i_n // G)
     if length >= capacity:
@@ -43,12 +35,14 @@ def _append_kernel(
         # The chunk is complete. Its last key is at hand; what was just stored is not read again.
         p_chunk = p_k + (i_n * capacity + length + 1 - CHUNK) * D
         b_sum = b_k.to(tl.float32)
-        for i_s in range(0, CHUNK - 1, BLOCK):
-            o_s = i_s + tl.arange(0, BLOCK)
+        for i_s in range(0, CHUNK - 1, TILE):
+            o_s = i_s + tl.arange(0, TILE)
             m_x = (o_s < CHUNK - 1)[:, None] & m_d[None, :]
             b_x = tl.load(p_chunk + o_s[:, None] * D + o_d[None, :], mask=m_x, other=0.0)
             b_sum += tl.sum(b_x.to(tl.float32), axis=0)
-        tl.store(p_means + (i_n * chunks + length // CHUNK) * D + o_d, b_sum / CHUNK, mask=m_d)
+        # As `chunk_select.common.chunk_means`: what is not finite counts for nothing.
+        b_mean = tl.where(tl.abs(b_sum) < float("inf"), b_sum / CHUNK, 0.0)
+        tl.store(p_means + (i_n * chunks + length // CHUNK) * D + o_d, b_mean, mask=m_d)
 
 
 def append(
@@ -68,24 +62,13 @@ def append(
     """
     batch, groups, capacity, dim = cached_k.shape
     _append_kernel[(batch * groups,)](
-        k.contiguous(),
-        v.contiguous(),
-        cached_k,
-        cached_v,
-        means,
-        lengths,
-        capacity,
+        k.contiguous(), v.contiguous(), cached_k, cached_v, means, lengths, capacity,
         means.shape[2],
-        G=groups,
-        D=dim,
-        CHUNK=chunk_size,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        BLOCK=min(64, triton.next_power_of_2(chunk_size)),
-        num_warps=4,
-    )
+        G=groups, D=dim, CHUNK=chunk_size, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        TILE=min(64, triton.next_power_of_2(chunk_size)), num_warps=4,
+    )  # fmt: skip
 
 
-append_each = torch.library.custom_op(
-    "rwkvx::chunk_attention_append_each", append, mutates_args=("cached_k", "cached_v", "means")
-)
-append_each.register_fake(lambda *_: None)
+append_each = operator(
+    "chunk_attention_append_each", lambda *_: None, mutates=("cached_k", "cached_v", "means")
+)(append)

@@ -2,8 +2,8 @@
 """Attention to the own chunk and the chosen chunks: partial results by chunk, then one softmax.
 
 Axes: B batch, T queries, S keys, H query heads, G key/value heads, C chunks, D head size, P pairs
-of query and chunk. Names: i_ index, p_ pointer, b_ block, o_ offset, m_ mask. Exponentials are to
-base 2: SCALE carries log2(e) / sqrt(D), and log-sum-exps are binary logarithms.
+of query and chunk. Names: i_ index, p_ pointer, b_ tile in registers, o_ offset, m_ mask.
+Exponentials are to base 2: SCALE carries log2(e) / sqrt(D), and log-sum-exps are binary logarithms.
 """
 
 import math
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvx_kernels.chunk_attention.triton_pairs import Blocks, Lists, pairs_of
-from rwkvx_kernels.chunk_attention.triton_select import exact_products
+from rwkvx_kernels.tools.triton_lists import Lists, Tiles, pairs_of
+from rwkvx_kernels.tools.triton_tiles import load_rows, precision, softmax_step, store_rows
 
 LOG2E = math.log2(math.e)
 
@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
     Attributes:
         first: position of the first query. strides: of b, s and g in the keys and values.
-        tile: queries, and keys, of a block: powers of two that divide the chunk.
+        tile: queries, and keys, worked on at once: a power of two that divides the chunk.
     """
 
     batch: int
@@ -45,6 +45,11 @@ class Shape(NamedTuple):
         """Chunks of the keys, an unfinished one included."""
         return -(-self.keys // self.chunk)
 
+    @property
+    def query_tiles(self) -> int:
+        """Aligned tiles that the queries lie in."""
+        return (self.first + self.tokens - 1) // self.tile - self.first // self.tile + 1
+
     def constants(self, q: Tensor) -> dict[str, int | str]:
         """Compile-time constants that every attention kernel takes."""
         return {
@@ -54,158 +59,121 @@ class Shape(NamedTuple):
             "SLOTS": self.slots,
             "CHUNK": self.chunk,
             "BLOCK_D": max(16, triton.next_power_of_2(self.dim)),
-            "BLOCK": self.tile,
-            "PRECISION": exact_products(q),
+            "TILE": self.tile,
+            "PRECISION": precision(torch.float32, q.device),
         }
 
 
-def shape_of(q: Tensor, k: Tensor, layout: str, chunk: int, topk: int, first: int) -> Shape:
-    """`layout` names the axes of k and v: "bsgd" or "bgsd"."""
+def shape_of(q: Tensor, k: Tensor, chunk: int, slots: int) -> Shape:
+    """Of queries [B, T, H, D], the last T of S tokens, and keys [B, S, G, D] of any strides."""
     batch, tokens, heads, dim = q.shape
-    strides = (k.stride(0), k.stride(layout.index("s")), k.stride(layout.index("g")))
-    groups, keys = k.shape[layout.index("g")], first + tokens
+    keys, groups = k.shape[1:3]
     # Products of float32 are made of three of tf32, and need more registers.
     most = (64 if dim <= 64 else 32) // (2 if q.dtype == torch.float32 else 1)
-    tile = math.gcd(chunk, most)
-    return Shape(batch, tokens, heads, groups, dim, keys, chunk, topk - 1, first, strides, tile)
+    tile, strides = math.gcd(chunk, most), (k.stride(0), k.stride(1), k.stride(2))
+    first = keys - tokens
+    return Shape(batch, tokens, heads, groups, dim, keys, chunk, slots, first, strides, tile)
 
 
 @triton.jit
-def load_keys(p_x, o_s, o_d, stride, keys, D: tl.constexpr):
-    """Rows o_s of the keys or values that p_x points to: [BLOCK, BLOCK_D], zeros beyond the end."""
-    m_x = (o_s < keys)[:, None] & (o_d < D)[None, :]
-    return tl.load(p_x + o_s.to(tl.int64)[:, None] * stride + o_d[None, :], mask=m_x, other=0.0)
-
-
-@triton.jit
-def load_rows(p_x, o_row, m_row, o_d, D: tl.constexpr):
-    """Rows o_row of a [B, T, H, D] tensor: [BLOCK, BLOCK_D]."""
-    m_x = m_row[:, None] & (o_d < D)[None, :]
-    return tl.load(p_x + o_row[:, None] * D + o_d[None, :], mask=m_x, other=0.0)
-
-
-@triton.jit
-def store_rows(p_x, o_row, m_row, o_d, b_x, D: tl.constexpr):
-    """The inverse of `load_rows`."""
-    m_x = m_row[:, None] & (o_d < D)[None, :]
-    tl.store(p_x + o_row[:, None] * D + o_d[None, :], b_x.to(p_x.dtype.element_ty), mask=m_x)
-
-
-@triton.jit
-def _attend(b_q, b_k, b_v, m_score, b_top, b_sum, b_acc, scale, PRECISION: tl.constexpr):
+def _attend(b_q, b_k, b_v, m_score, state, scale, PRECISION: tl.constexpr):
     """One step of the running softmax over keys."""
+    b_top, b_sum, b_acc = state
     b_score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
     b_score = tl.where(m_score, b_score, float("-inf"))
-    b_new = tl.maximum(b_top, tl.max(b_score, axis=1))
-    b_shrink = tl.exp2(b_top - b_new)
-    b_weight = tl.exp2(b_score - b_new[:, None])
-    b_sum = b_sum * b_shrink + tl.sum(b_weight, axis=1)
-    b_acc = b_acc * b_shrink[:, None]
+    b_top, b_sum, b_acc, b_weight = softmax_step(b_top, b_sum, b_acc, b_score)
     b_acc += tl.dot(b_weight.to(b_v.dtype), b_v, input_precision=PRECISION)
-    return b_new, b_sum, b_acc
+    return b_top, b_sum, b_acc
+
+
+@triton.jit
+def start(TILE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A running softmax over nothing: the largest score, the sum, the weighted values."""
+    b_top = tl.full((TILE,), float("-inf"), tl.float32)
+    return b_top, tl.zeros((TILE,), tl.float32), tl.zeros((TILE, BLOCK_D), tl.float32)
+
+
+@triton.jit
+def finite(b_x):
+    """With zeros for what is not finite: a weight of zero then makes a zero of it."""
+    return tl.where(tl.abs(b_x.to(tl.float32)) < float("inf"), b_x, 0.0)
+
+
+@triton.jit
+def _spoil(b_acc, b_k, b_v):
+    """NaN from the first token on whose key or value is not finite, of queries of the same tokens:
+    they read it, and no query before it."""
+    b_bad = tl.where(tl.abs(b_v.to(tl.float32)) < float("inf"), 0, 1)
+    b_bad_k = tl.max(tl.where(tl.abs(b_k.to(tl.float32)) < float("inf"), 0, 1), axis=1)
+    b_bad = tl.maximum(b_bad, b_bad_k[:, None])
+    if tl.max(tl.max(b_bad, axis=1), axis=0) > 0:
+        b_acc = tl.where(tl.cumsum(b_bad, axis=0) > 0, float("nan"), b_acc)
+    return b_acc
 
 
 @triton.jit(do_not_specialize=["keys", "chunks"])
 def _pairs_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_order,
-    p_offsets,
-    p_owner,
-    p_starts,
-    p_part,
-    p_lse,
-    stride_b,
-    stride_s,
-    stride_g,
-    scale,
-    keys,
-    chunks,
-    total,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    SLOTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A block of pairs of one chunk: output and log-sum-exp of each pair."""
-    i_block = tl.program_id(0)
-    i_chunk = tl.load(p_owner + i_block).to(tl.int64)
+    p_q, p_k, p_v, p_order, p_offsets, p_owner, p_starts, p_part, p_lse,
+    stride_b, stride_s, stride_g, scale, keys, chunks, total,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of pairs of one chunk: output and log-sum-exp of each pair."""
+    i_tile = tl.program_id(0)
+    i_chunk = tl.load(p_owner + i_tile).to(tl.int64)
     if i_chunk >= total:
         return
-    o_pair, m_pair = pairs_of(i_block, i_chunk, p_order, p_offsets, p_starts, BLOCK)
+    o_pair, m_pair = pairs_of(i_tile, i_chunk, p_order, p_offsets, p_starts, TILE)
     o_row, o_d = o_pair // SLOTS, tl.arange(0, BLOCK_D)
-    b_q = load_rows(p_q, o_row, m_pair, o_d, D)
+    b_q = load_rows(p_q, o_row, m_pair, o_d, D, D)
     i_bg = i_chunk // chunks
     shift = (i_bg // G) * stride_b + (i_bg % G) * stride_g
-    start = (i_chunk % chunks) * CHUNK
-    b_top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    b_sum = tl.zeros((BLOCK,), tl.float32)
-    b_acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    for i_s in range(0, CHUNK, BLOCK):
-        o_s = start + i_s + tl.arange(0, BLOCK)
-        b_k = load_keys(p_k + shift, o_s, o_d, stride_s, keys, D)
-        b_v = load_keys(p_v + shift, o_s, o_d, stride_s, keys, D)
-        b_top, b_sum, b_acc = _attend(
-            b_q, b_k, b_v, (o_s < keys)[None, :], b_top, b_sum, b_acc, scale, PRECISION
-        )
+    b_top, b_sum, b_acc = start(TILE, BLOCK_D)
+    for i_s in range(0, CHUNK, TILE):
+        o_s = (i_chunk % chunks) * CHUNK + i_s + tl.arange(0, TILE)
+        m_s = o_s < keys
+        b_k = load_rows(p_k + shift, o_s, m_s, o_d, stride_s, D)
+        b_v = load_rows(p_v + shift, o_s, m_s, o_d, stride_s, D)
+        state = b_top, b_sum, b_acc
+        b_top, b_sum, b_acc = _attend(b_q, b_k, b_v, m_s[None, :], state, scale, PRECISION)
     store_rows(p_part, o_pair, m_pair, o_d, b_acc / b_sum[:, None], D)
     tl.store(p_lse + o_pair, b_top + tl.log2(b_sum), mask=m_pair)
 
 
 @triton.jit(do_not_specialize=["first", "tokens", "keys"])
 def _own_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_chosen,
-    p_part,
-    p_part_lse,
-    p_o,
-    p_lse,
-    stride_b,
-    stride_s,
-    stride_g,
-    scale,
-    first,
-    tokens,
-    keys,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    SLOTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A block of queries of one head: their own chunk, joined with the partial results."""
+    p_q, p_k, p_v, p_chosen, p_part, p_part_lse, p_o, p_lse,
+    stride_b, stride_s, stride_g, scale, first, tokens, keys,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries of one head: their own chunk, joined with the partial results."""
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    o_position = (first // BLOCK + tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
-    o_t, o_d = o_position - first, tl.arange(0, BLOCK_D)
+    last = (first // TILE + tl.program_id(0)) * TILE
+    o_in, o_d = tl.arange(0, TILE), tl.arange(0, BLOCK_D)
+    o_t = last + o_in - first
     m_t = (o_t >= 0) & (o_t < tokens)
     o_row = (i_b * tokens + o_t) * H + i_h
-    b_q = load_rows(p_q, o_row, m_t, o_d, D)
+    b_q = load_rows(p_q, o_row, m_t, o_d, D, D)
     shift = i_b * stride_b + (i_h // (H // G)) * stride_g
-    last = (first // BLOCK + tl.program_id(0)) * BLOCK
-    b_top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    b_sum = tl.zeros((BLOCK,), tl.float32)
-    b_acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    for i_s in range(last // CHUNK * CHUNK, last + 1, BLOCK):
-        o_s = i_s + tl.arange(0, BLOCK)
-        b_k = load_keys(p_k + shift, o_s, o_d, stride_s, keys, D)
-        b_v = load_keys(p_v + shift, o_s, o_d, stride_s, keys, D)
-        m_score = o_s[None, :] <= o_position[:, None]
-        b_top, b_sum, b_acc = _attend(b_q, b_k, b_v, m_score, b_top, b_sum, b_acc, scale, PRECISION)
+    b_top, b_sum, b_acc = start(TILE, BLOCK_D)
+    for i_s in range(last // CHUNK * CHUNK, last, TILE):  # keys that every query here sees
+        m_s = i_s + o_in < keys
+        b_k = load_rows(p_k + shift, i_s + o_in, m_s, o_d, stride_s, D)
+        b_v = load_rows(p_v + shift, i_s + o_in, m_s, o_d, stride_s, D)
+        state = b_top, b_sum, b_acc
+        b_top, b_sum, b_acc = _attend(b_q, b_k, b_v, m_s[None, :], state, scale, PRECISION)
+    m_s = last + o_in < keys
+    b_k = load_rows(p_k + shift, last + o_in, m_s, o_d, stride_s, D)
+    b_v = load_rows(p_v + shift, last + o_in, m_s, o_d, stride_s, D)
+    state = b_top, b_sum, _spoil(b_acc, b_k, b_v)
+    b_k, b_v, m_seen = finite(b_k), finite(b_v), o_in[None, :] <= o_in[:, None]
+    b_top, b_sum, b_acc = _attend(b_q, b_k, b_v, m_seen, state, scale, PRECISION)
     for i_slot in range(SLOTS):
         o_pair = o_row * SLOTS + i_slot
         m_pair = m_t & (tl.load(p_chosen + o_pair, mask=m_t, other=-1) >= 0)
         b_lse = tl.load(p_part_lse + o_pair, mask=m_pair, other=float("-inf"))
-        b_part = load_rows(p_part, o_pair, m_pair, o_d, D)
+        b_part = load_rows(p_part, o_pair, m_pair, o_d, D, D)
         b_new = tl.maximum(b_top, b_lse)
         b_shrink, b_weight = tl.exp2(b_top - b_new), tl.exp2(b_lse - b_new)
         b_sum = b_sum * b_shrink + b_weight
@@ -216,54 +184,28 @@ def _own_kernel(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, lists: Lists, blocks: Blocks, shape: Shape
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, lists: Lists, tiles: Tiles, shape: Shape
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, H, D] in the dtype of q, and the binary log-sum-exp [B, T, H] in float32.
 
     Args:
         q: contiguous; k, v as `shape` describes them; chosen: [B, T, H, slots] int32.
-        lists, blocks: of `chosen`, blocks of `shape.tile` pairs.
+        lists, tiles: of `chosen`, tiles of `shape.tile` pairs.
     """
     constants, scale = shape.constants(q), LOG2E * shape.dim**-0.5
     o = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     part = torch.empty((chosen.numel(), shape.dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(chosen.numel(), dtype=torch.float32, device=q.device)
-    if len(blocks.owner):
-        _pairs_kernel[(len(blocks.owner),)](
-            q,
-            k,
-            v,
-            lists.order,
-            lists.offsets,
-            blocks.owner,
-            blocks.starts,
-            part,
-            part_lse,
-            *shape.strides,
-            scale,
-            shape.keys,
-            shape.chunks,
-            len(lists.offsets) - 1,
-            **constants,
-            num_warps=4,
-        )
-    tiles = (shape.first + shape.tokens - 1) // shape.tile - shape.first // shape.tile + 1
-    _own_kernel[(tiles, shape.batch * shape.heads)](
-        q,
-        k,
-        v,
-        chosen,
-        part,
-        part_lse,
-        o,
-        lse,
-        *shape.strides,
-        scale,
-        shape.first,
-        shape.tokens,
+    if len(tiles.owner):
+        _pairs_kernel[(len(tiles.owner),)](
+            q, k, v, lists.order, lists.offsets, tiles.owner, tiles.starts, part, part_lse,
+            *shape.strides, scale, shape.keys, shape.chunks, len(lists.offsets) - 1,
+            **constants, num_warps=4,
+        )  # fmt: skip
+    _own_kernel[(shape.query_tiles, shape.batch * shape.heads)](
+        q, k, v, chosen, part, part_lse, o, lse, *shape.strides, scale, shape.first, shape.tokens,
         shape.keys,
-        **constants,
-        num_warps=4,
-    )
+        **constants, num_warps=4,
+    )  # fmt: skip
     return o, lse

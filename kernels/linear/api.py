@@ -3,84 +3,72 @@
 Axes: I inputs, O outputs, R rank.
 """
 
-from functools import cache
-from platform import machine
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-COMPILED = (torch.float32, torch.bfloat16)
+from rwkvx_kernels.dispatch import Choice, Facts, compiled_lacks, decide, facts_of, remembered
+from rwkvx_kernels.linear.reference import linear_reference, low_rank_reference
+from rwkvx_kernels.linear.torch_form import linear_torch, low_rank_torch
 
 
-def linear(x: Tensor, weight_OI: Tensor, scale_O: Tensor | None = None) -> Tensor:
+@remembered
+def choose(facts: Facts, rows: int, impl: str = "auto", contiguous: bool = True) -> Choice:
+    """Which implementation `linear` (of a weight that is contiguous) and `low_rank` run for so
+    many rows of x."""
+    compiled = compiled_lacks(facts, torch.float32, torch.bfloat16)
+    if facts.traced or facts.autocast:
+        compiled = compiled or "is not seen by torch.compile and autocast"
+    lacks = {"compiled": compiled, "torch": "", "reference": ""}
+    slow = "reads the weights for every row" if rows != 1 else ""
+    return decide(
+        impl, facts, lacks, {"compiled": slow or ("" if contiguous else "reads contiguous rows")}
+    )
+
+
+def linear(
+    x: Tensor, weight_OI: Tensor, scale_O: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
     """`x @ weight.T`: [..., I] and [O, I] of one dtype -> [..., O].
 
-    An int8 weight stands for `weight * scale[:, None]`, without gradients.
+    One row, without gradients on a CPU, is bound by reading the weights, which BLAS does on one
+    core and in bfloat16 at half of the speed: a compiled loop reads them with all cores.
 
-    On a CPU, without gradients:
+    Args:
+        scale_O: with it an int8 weight stands for `weight * scale[:, None]`, without gradients.
+        impl: "auto", "reference", "torch" or "compiled" (Numba; a CPU, without gradients).
 
-    - One row is bound by reading the weights, which BLAS does on one core and in bfloat16 at half
-      of the speed: a compiled loop reads them with all cores.
-    - More rows in float32 go to oneDNN: a third faster than BLAS on AMD. In bfloat16, too, on a
-      processor without instructions for it, where torch's own product is three times slower.
+    Raises:
+        UnsupportedError: a compiled loop for what it cannot do.
     """
-    if scale_O is not None:
-        return _quantized(x, weight_OI, scale_O)
-    if _plain(x, weight_OI):
-        return F.linear(x, weight_OI)
-    if _one_row(x) and weight_OI.is_contiguous():
-        from rwkvx_kernels.linear.cpu_compiled import matrix_times_vector
+    facts = facts_of(x, weight_OI)
+    chosen = choose(facts, _rows(x), impl, weight_OI.is_contiguous()).impl
+    if chosen == "compiled":
+        from rwkvx_kernels.linear.numba_products import matrix_times_vectors
 
-        return matrix_times_vector(weight_OI, x)
-    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, None, "none", [], "")
-        return y
-    if x.dtype == torch.bfloat16 and not _multiplies_bfloat16():
-        return linear(x.float(), weight_OI.float()).to(x.dtype)
-    return F.linear(x, weight_OI)
+        return matrix_times_vectors(weight_OI, x, scale_O)
+    if chosen == "reference":
+        return linear_reference(x, weight_OI, scale_O)
+    return linear_torch(x, weight_OI, scale_O, facts)
 
 
-def _quantized(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
-    if x.device.type == "cpu" and _one_row(x) and not torch.compiler.is_compiling():
-        from rwkvx_kernels.linear.cpu_compiled import matrix_times_vector
-
-        return matrix_times_vector(weight_OI, x, scale_O)
-    return linear(x, weight_OI.to(x.dtype)) * scale_O.to(x.dtype)
-
-
-def low_rank(x: Tensor, down_IR: Tensor, up_RO: Tensor, activation: str = "none") -> Tensor:
+def low_rank(
+    x: Tensor, down_IR: Tensor, up_RO: Tensor, activation: str = "none", impl: str = "auto"
+) -> Tensor:
     """`activation(x @ down) @ up`: [..., I] -> [..., O]; activation "none", "tanh" or "sigmoid".
 
-    One row on a CPU, without gradients, in a compiled loop: one call instead of three.
+    One row on a CPU, without gradients, in a compiled loop: one call instead of three. `impl` and
+    errors as for `linear`.
     """
-    if _one_row(x) and not _plain(x, down_IR, up_RO):
-        from rwkvx_kernels.linear.cpu_compiled import low_rank_of_vector
+    facts = facts_of(x, down_IR, up_RO)
+    chosen = choose(facts, _rows(x), impl).impl
+    if chosen == "compiled":
+        from rwkvx_kernels.linear.numba_products import low_rank_of_vectors
 
-        return low_rank_of_vector(x, down_IR, up_RO, activation)
-    hidden = linear(x, down_IR.T)
-    if activation == "tanh":
-        hidden = torch.tanh(hidden)
-    elif activation == "sigmoid":
-        hidden = torch.sigmoid(hidden)
-    return linear(hidden, up_RO.T)
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for it; not asked of others than x86."""
-    x86 = machine().lower() in ("x86_64", "amd64")
-    return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return low_rank_of_vectors(x, down_IR, up_RO, activation)
+    if chosen == "reference":
+        return low_rank_reference(x, down_IR, up_RO, activation)
+    return low_rank_torch(x, down_IR, up_RO, activation, facts)
 
 
-def _plain(*tensors: Tensor) -> bool:
-    """Whether torch's own products are taken: for gradients, on a GPU, by its compiler."""
-    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
-        return True
-    if torch.is_autocast_enabled("cpu"):
-        return True
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _one_row(x: Tensor) -> bool:
-    return x.numel() == x.shape[-1] and x.dtype in COMPILED
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[-1])

@@ -1,34 +1,23 @@
 """The public time-mix operation: checks its arguments and chooses an implementation."""
 
-from math import exp
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.dispatch import check_packed
-from rwkvx_kernels.time_mix.reference import gates, time_mix_reference
-from rwkvx_kernels.wkv7.api import chosen_impl
+from rwkvx_kernels.dispatch import Choice, Facts, check_packed, facts_of, remembered
+from rwkvx_kernels.time_mix.common import TimeMixWeights
+from rwkvx_kernels.time_mix.reference import time_mix_reference
+from rwkvx_kernels.time_mix.torch_form import time_mix_torch
+from rwkvx_kernels.tools.operators import operator
+from rwkvx_kernels.wkv7 import api as recurrence
 
-# Bounds the decay: log_decay = LOG_DECAY_SCALE · sigmoid(·), so a decay is at least exp(-0.6065).
-LOG_DECAY_SCALE = -exp(-0.5)
 
-
-class TimeMixWeights(NamedTuple):
-    """The vectors of a time mix: [C] each, r_k [H, N]; v0 is None without a value residual."""
-
-    w0: Tensor
-    a0: Tensor
-    v0: Tensor | None
-    k_k: Tensor
-    k_a: Tensor
-    r_k: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-
-    def tensors(self) -> list[Tensor]:
-        """Those that are there, v0 last."""
-        return [x for x in (*self[:2], *self[3:], self.v0) if x is not None]
+@remembered
+def choose(facts: Facts, head_size: int = 64, impl: str = "auto") -> Choice:
+    """Which implementation `time_mix` runs: each can what that of its recurrence can."""
+    return recurrence.choose(facts, (head_size, head_size), impl)
 
 
 def time_mix(
@@ -50,56 +39,81 @@ def time_mix(
     Decay, gates, value residual, keys, the recurrence of `wkv7`, group norm, bonus and gate.
 
     Args:
-        r, w, k, v, a, g: [B, T, C], C = H·N, of one dtype; w and a before their bias and
+        r, w, k, v, a, g: [B, T, C], C = H·D, of one dtype; w and a before their bias and
             activation.
         residual: the gate of the value residual before bias and activation, and the values of the
             first block, [B, T, C]; None in that block.
         weights: see `TimeMixWeights`. eps: of the group norm.
-        state: [B, H, N, N] float32 (float64 for float64 input), value by key channel; with
-            `cu_seqlens`, [sequences, H, N, N].
+        state: [B, H, D, D] float32 (float64 for float64 input), value by key channel; with
+            `cu_seqlens`, [sequences, H, D, D].
         cu_seqlens: [sequences + 1] offsets of sequences packed along T, batch size 1. Triton
             kernels do not look at them beforehand, which would wait for the GPU.
-        impl: "auto", "reference", "cpu" (compiled; on the CPU, without gradients, else as
-            "reference" with the fastest `wkv7`) or "triton" (what `wkv7` says of it holds).
+        impl: "auto", "reference", "torch", "compiled" (Numba; a CPU, without gradients) or
+            "triton" (what `wkv7` says of it holds).
 
     Returns:
         what the output projection reads, [B, T, C] in the dtype of v, and the final state.
 
     Raises:
-        ValueError: shapes that do not fit together; Triton kernels for what they do not have.
+        ValueError: shapes that do not fit together.
+        UnsupportedError: an implementation asked for by name that cannot do this.
     """
     tokens = (r, w, k, v, a, g, *(residual or ()))
+    rows = len(r) if cu_seqlens is None else check_packed(cu_seqlens, len(r))
+    size = _check(tokens, weights, state, rows)
+    every = weights.tensors()
+    facts = facts_of(*tokens, *every, state)
+    impl = choose(facts, size, impl).impl
+    if not r.numel():
+        return v.new_empty(v.shape), state
+    if impl == "triton":
+        from rwkvx_kernels.time_mix.triton_ops import time_mix_triton  # Triton may be missing
+
+        return time_mix_triton(list(tokens), every, eps, state, cu_seqlens, facts.gradients)
+    if impl == "compiled":
+        form = _traced if facts.traced else _compiled
+        y, final = form(list(tokens), every, eps, state, cu_seqlens)
+        return y, final
+    reference = impl == "reference"
+    return (time_mix_reference if reference else time_mix_torch)(
+        tokens, weights, eps, state, cu_seqlens
+    )
+
+
+def _compiled(
+    tokens: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from rwkvx_kernels.time_mix.numba_scan import time_mix_compiled  # takes half a second
+
+    return time_mix_compiled(tokens, weights, eps, state, cu_seqlens)
+
+
+def _fake(tokens: list[Tensor], _: Any, __: Any, state: Tensor, *___: Any) -> tuple[Tensor, Tensor]:
+    return tokens[3].new_empty(tokens[3].shape), state.new_empty(state.shape)
+
+
+_traced = operator("time_mix_compiled", _fake)(_compiled)
+
+
+def _check(tokens: Sequence[Tensor], weights: TimeMixWeights, state: Tensor, rows: int) -> int:
+    """The size of a head."""
+    r, (heads, size) = tokens[0], weights.r_k.shape
     if r.dim() != 3 or any(x.shape != r.shape for x in tokens):
         shapes = [list(x.shape) for x in tokens]
         raise ValueError(f"r, w, k, v, a, g must be of one shape [B, T, C], got {shapes}")
-    size = _check(weights, state, r.shape[-1], residual is not None)
-    impl = chosen_impl(r.device, impl, r.dtype, (size, size))
-    every = weights.tensors()
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *every, state))
-    if impl == "triton" and r.numel():
-        from rwkvx_kernels.time_mix.triton_ops import time_mix_triton  # Triton may be missing
-
-        rows = len(r) if cu_seqlens is None else check_packed(cu_seqlens, len(r))
-        if len(state) != rows:
-            raise ValueError(f"a state of {len(state)} sequences, but there are {rows}")
-        return time_mix_triton(list(tokens), every, eps, state, cu_seqlens, training)
-    compiled = r.is_cpu and not torch.compiler.is_compiling() and r.numel()
-    if impl == "cpu" and not training and compiled:
-        from rwkvx_kernels.time_mix.cpu_compiled import time_mix_compiled
-
-        return time_mix_compiled(tokens, weights, (LOG_DECAY_SCALE, eps), state, cu_seqlens)
-    gated = gates(w, v, a, residual, weights, LOG_DECAY_SCALE)
-    inputs = (r, *gated, k, g, *weights[3:], eps, state, cu_seqlens)
-    return time_mix_reference(*inputs, "reference" if impl == "reference" else "auto")
-
-
-def _check(weights: TimeMixWeights, state: Tensor, width: int, residual: bool) -> int:
-    """The size of a head."""
-    heads, size = weights.r_k.shape
-    if heads * size != width or state.shape[1:] != (heads, size, size):
+    if heads * size != r.shape[-1] or state.shape[1:] != (heads, size, size):
         raise ValueError(
-            f"r_k {[heads, size]} and state {list(state.shape)} do not fit C = {width}"
+            f"r_k {[heads, size]} and state {list(state.shape)} do not fit C = {r.shape[-1]}"
         )
-    if residual != (weights.v0 is not None):
+    if (len(tokens) == 8) != (weights.v0 is not None):
         raise ValueError("a value residual needs v0, and v0 a value residual")
+    if len(state) != rows:
+        raise ValueError(f"a state of {len(state)} sequences, but there are {rows}")
+    wanted = torch.float64 if r.dtype == torch.float64 else torch.float32
+    if state.dtype != wanted:
+        raise ValueError(f"the state of {r.dtype} tokens must be {wanted}, it is {state.dtype}")
     return size

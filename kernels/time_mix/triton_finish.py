@@ -9,15 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvx_kernels.time_mix.triton_keys import STEPS, load, sizes, store
+from rwkvx_kernels.time_mix.triton_keys import STEPS, sizes
+from rwkvx_kernels.tools.triton_tiles import load, store
 
 
 @triton.jit
-def normalise(b_y, m_y, eps, N: tl.constexpr):
+def normalise(b_y, m_y, eps, D: tl.constexpr):
     """y with mean 0 and variance 1 over the last axis, and one over its deviation."""
-    b_mean = tl.sum(b_y, axis=-1, keep_dims=True) / N
+    b_mean = tl.sum(b_y, axis=-1, keep_dims=True) / D
     b_centred = tl.where(m_y, b_y - b_mean, 0.0)
-    b_variance = tl.sum(b_centred * b_centred, axis=-1, keep_dims=True) / N
+    b_variance = tl.sum(b_centred * b_centred, axis=-1, keep_dims=True) / D
     b_inverse = 1.0 / tl.sqrt(b_variance + eps)
     return b_centred * b_inverse, b_inverse
 
@@ -25,14 +26,14 @@ def normalise(b_y, m_y, eps, N: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens"])
 def _forward_kernel(
     p_y, p_r, p_key, p_value, p_g, p_r_k, p_weight, p_bias, p_out,
-    tokens, eps, H: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    tokens, eps, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(0) % H
     i_t = (tl.program_id(0) // H).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    o_n = tl.arange(0, BLOCK_N)[None, :]
-    o_c, m_c = i_h * N + o_n, o_n < N
-    o_x, m_x = i_t * (H * N) + o_c, (i_t < tokens) & m_c
-    b_y, _ = normalise(load(p_y, o_x, m_x), m_c, eps, N)
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    o_c, m_c = i_h * D + o_d, o_d < D
+    o_x, m_x = i_t * (H * D) + o_c, (i_t < tokens) & m_c
+    b_y, _ = normalise(load(p_y, o_x, m_x), m_c, eps, D)
     b_y = b_y * load(p_weight, o_c, m_c) + load(p_bias, o_c, m_c)
     b_bonus = load(p_r, o_x, m_x) * load(p_key, o_x, m_x) * load(p_r_k, o_c, m_c)
     b_y += tl.sum(b_bonus, axis=1, keep_dims=True) * load(p_value, o_x, m_x)
@@ -43,23 +44,23 @@ def _forward_kernel(
 def _backward_kernel(
     p_dout, p_y, p_r, p_key, p_value, p_g, p_r_k, p_weight, p_bias,
     p_dy, p_dvalue, p_dg, p_dbonus, p_partial,
-    tokens, parts, eps, H: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    tokens, parts, eps, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     i_h, i_part = tl.program_id(0) % H, tl.program_id(0) // H
-    o_n = tl.arange(0, BLOCK_N)[None, :]
-    o_c, m_c = i_h * N + o_n, o_n < N
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    o_c, m_c = i_h * D + o_d, o_d < D
     b_weight, b_bias, b_r_k = (
         load(p_weight, o_c, m_c),
         load(p_bias, o_c, m_c),
         load(p_r_k, o_c, m_c),
     )
-    b_dr_k = tl.zeros((1, BLOCK_N), tl.float32)
+    b_dr_k = tl.zeros((1, BLOCK_D), tl.float32)
     b_dweight, b_dbias = b_dr_k, b_dr_k
     for step in range(STEPS):
         i_t = (i_part.to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
-        o_x, m_x = i_t * (H * N) + o_c, (i_t < tokens) & m_c
-        b_y, b_inverse = normalise(load(p_y, o_x, m_x), m_c, eps, N)
+        o_x, m_x = i_t * (H * D) + o_c, (i_t < tokens) & m_c
+        b_y, b_inverse = normalise(load(p_y, o_x, m_x), m_c, eps, D)
         b_rk = load(p_r, o_x, m_x) * load(p_key, o_x, m_x)
         b_bonus = tl.sum(b_rk * b_r_k, axis=1, keep_dims=True)
         b_value, b_dout = load(p_value, o_x, m_x), load(p_dout, o_x, m_x)
@@ -72,11 +73,11 @@ def _backward_kernel(
         b_dbias += tl.sum(b_dsum, axis=0, keep_dims=True)
         b_dweight += tl.sum(b_dsum * b_y, axis=0, keep_dims=True)
         b_dy = b_dsum * b_weight
-        b_mean = tl.sum(b_dy, axis=1, keep_dims=True) / N
-        b_along = tl.sum(b_dy * b_y, axis=1, keep_dims=True) / N
+        b_mean = tl.sum(b_dy, axis=1, keep_dims=True) / D
+        b_along = tl.sum(b_dy * b_y, axis=1, keep_dims=True) / D
         store(p_dy, o_x, (b_dy - b_mean - b_y * b_along) * b_inverse, m_x)
-    p_partial += i_part.to(tl.int64) * (H * N)
-    o_weight = parts.to(tl.int64) * (H * N)
+    p_partial += i_part.to(tl.int64) * (H * D)
+    o_weight = parts.to(tl.int64) * (H * D)
     store(p_partial, o_c, b_dr_k, m_c)
     store(p_partial + o_weight, o_c, b_dweight, m_c)
     store(p_partial + 2 * o_weight, o_c, b_dbias, m_c)
@@ -85,7 +86,7 @@ def _backward_kernel(
 def finish(tensors: list[Tensor], weights: list[Tensor], eps: float) -> Tensor:
     """Launch: (norm(y) + bonus value) g [B, T, C] of y, r, key, value, g.
 
-    weights: r_k [H, N], norm weight and bias [C].
+    weights: r_k [H, D], norm weight and bias [C].
     """
     y, heads = tensors[0], weights[0].shape[0]
     out = torch.empty_like(tensors[4])

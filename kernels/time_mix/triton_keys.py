@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """From what the projections give to what the recurrence reads, in one pass, and its gradients.
 
-Axes: T tokens of all sequences, H heads, N head size, C = H·N. Names: i_ index, p_ pointer,
-b_ block, o_ offset, m_ mask. A program has one head of ROWS tokens, backward of STEPS times as
-many. Without a value residual its pointers (mix, first, value, v0) are None.
+Axes: T tokens of all sequences, H heads, D head size, C = H·D. Names: i_ index, p_ pointer,
+b_ tile in registers, o_ offset, m_ mask. A program has one head of ROWS tokens, backward of STEPS
+times as many. Without a value residual its pointers (mix, first, value, v0) are None.
 """
 
 import torch
@@ -11,20 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvx_kernels.time_mix.api import LOG_DECAY_SCALE
+from rwkvx_kernels.time_mix.common import LOG_DECAY_SCALE
+from rwkvx_kernels.tools.triton_tiles import load, store
 
 SCALE: tl.constexpr = tl.constexpr(LOG_DECAY_SCALE)
 STEPS = 4
-
-
-@triton.jit
-def load(p_x, o_x, m_x):
-    return tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store(p_x, o_x, b_x, m_x):
-    tl.store(p_x + o_x, b_x.to(p_x.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -41,13 +32,13 @@ def keys(b_k, b_a, b_k_k, b_k_a):
 def _forward_kernel(
     p_w, p_k, p_v, p_a, p_mix, p_first, p_w0, p_a0, p_k_k, p_k_a, p_v0,
     p_log_decay, p_key, p_alpha, p_beta, p_value,
-    tokens, H: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    tokens, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(0) % H
     i_t = (tl.program_id(0) // H).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    o_n = tl.arange(0, BLOCK_N)[None, :]
-    o_c, m_c = i_h * N + o_n, o_n < N
-    o_x, m_x = i_t * (H * N) + o_c, (i_t < tokens) & m_c
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    o_c, m_c = i_h * D + o_d, o_d < D
+    o_x, m_x = i_t * (H * D) + o_c, (i_t < tokens) & m_c
     b_decay = tl.sigmoid(load(p_w0, o_c, m_c) + load(p_w, o_x, m_x)) * SCALE
     store(p_log_decay, o_x, b_decay, m_x)
     b_a = tl.sigmoid(load(p_a0, o_c, m_c) + load(p_a, o_x, m_x))
@@ -67,18 +58,18 @@ def _backward_kernel(
     p_r, p_w, p_k, p_v, p_a, p_mix, p_first, p_w0, p_a0, p_k_k, p_k_a, p_v0, p_r_k,
     p_dbonus, p_dvalue, p_dr_in, p_dlog_decay, p_dkey, p_dvalue_in, p_dalpha, p_dbeta,
     p_dr, p_dw, p_dk, p_dv, p_da, p_dmix, p_dfirst, p_partial,
-    tokens, parts, H: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    tokens, parts, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     i_h, i_part = tl.program_id(0) % H, tl.program_id(0) // H
-    o_n = tl.arange(0, BLOCK_N)[None, :]
-    o_c, m_c = i_h * N + o_n, o_n < N
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    o_c, m_c = i_h * D + o_d, o_d < D
     b_k_k, b_k_a, b_r_k = load(p_k_k, o_c, m_c), load(p_k_a, o_c, m_c), load(p_r_k, o_c, m_c)
-    b_dw0 = tl.zeros((1, BLOCK_N), tl.float32)
+    b_dw0 = tl.zeros((1, BLOCK_D), tl.float32)
     b_da0, b_dk_k, b_dk_a, b_dv0 = b_dw0, b_dw0, b_dw0, b_dw0
     for step in range(STEPS):
         i_t = (i_part.to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
-        o_x, m_x = i_t * (H * N) + o_c, (i_t < tokens) & m_c
+        o_x, m_x = i_t * (H * D) + o_c, (i_t < tokens) & m_c
         b_s = tl.sigmoid(load(p_w0, o_c, m_c) + load(p_w, o_x, m_x))
         b_dw = load(p_dlog_decay, o_x, m_x) * SCALE * b_s * (1.0 - b_s)
         store(p_dw, o_x, b_dw, m_x)
@@ -112,8 +103,8 @@ def _backward_kernel(
             store(p_dfirst, o_x, b_dv * b_mix, m_x)
             b_dv *= 1.0 - b_mix
         store(p_dv, o_x, b_dv, m_x)
-    p_partial += i_part.to(tl.int64) * (H * N)
-    o_weight = parts.to(tl.int64) * (H * N)
+    p_partial += i_part.to(tl.int64) * (H * D)
+    o_weight = parts.to(tl.int64) * (H * D)
     store(p_partial, o_c, b_dw0, m_c)
     store(p_partial + o_weight, o_c, b_da0, m_c)
     store(p_partial + 2 * o_weight, o_c, b_dk_k, m_c)
@@ -125,7 +116,7 @@ def _backward_kernel(
 def sizes(heads: int, size: int, elements: int) -> dict[str, int]:
     """Constants of a kernel whose programs have so many elements of one head at once."""
     block = triton.next_power_of_2(size)
-    return {"H": heads, "N": size, "BLOCK_N": block, "ROWS": max(1, elements // block)}
+    return {"H": heads, "D": size, "BLOCK_D": block, "ROWS": max(1, elements // block)}
 
 
 def prepare(

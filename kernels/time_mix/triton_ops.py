@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rwkvx_kernels.time_mix import triton_finish, triton_keys
 from rwkvx_kernels.time_mix.triton_step import step
+from rwkvx_kernels.tools.operators import operator
 from rwkvx_kernels.wkv7 import triton_ops as recurrence
 
 
@@ -58,22 +59,15 @@ def forward(
 
 
 def _recurrent(r: Tensor, v: Tensor, made: list[Tensor], heads: int) -> list[Tensor]:
-    """What `wkv7` takes, [B, T, H, N], of what `triton_keys.prepare` made."""
+    """What `wkv7` takes, [B, T, H, D], of what `triton_keys.prepare` made."""
     log_decay, key, alpha, beta, *value = made
     value = value or [v]
     return [x.unflatten(2, (heads, -1)) for x in (r, log_decay, key, *value, alpha, beta)]
 
 
-def backward(
-    tokens: list[Tensor],
-    weights: list[Tensor],
-    eps: float,
-    cu_seqlens: Tensor | None,
-    kept: list[Tensor],
-    dout: Tensor,
-    dfinal: Tensor,
-) -> list[Tensor]:
+def _gradients(grads: list[Tensor], kept: list[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
     """Gradients of all tokens, all weights and the initial state."""
+    (tokens, weights, eps, _, cu_seqlens, _), (dout, dfinal) = args, grads
     r, w, k, v, a, g, *residual = tokens
     w0, a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights
     y, states, *made = kept
@@ -94,7 +88,25 @@ def backward(
     return [*new[:5], dg, *new[5:], *dweights, dstate]
 
 
-@torch.library.custom_op("rwkvx::time_mix_step", mutates_args=())
+def _fake(
+    tokens: list[Tensor],
+    weights: list[Tensor],
+    _: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    keep: bool = False,
+) -> list[Tensor]:
+    out, final = torch.empty_like(tokens[3]), torch.empty_like(state)
+    if not keep:
+        return [out, final]
+    heads = tokens[0].unflatten(2, (len(weights[4]), -1))
+    states = recurrence.states_like(heads, heads, state, cu_seqlens)
+    made = [torch.empty_like(tokens[2]) for _ in range(4 if len(tokens) > 6 else 3)]
+    log_decay = torch.empty_like(tokens[2], dtype=torch.float32)
+    return [out, final, torch.empty_like(tokens[3]), states, log_decay, *made]
+
+
+@operator("time_mix_step", _fake)
 def time_mix_step(
     tokens: list[Tensor],
     weights: list[Tensor],
@@ -106,18 +118,7 @@ def time_mix_step(
     return step(tokens[:6], tokens[6:], weights, eps, state, cu_seqlens)
 
 
-@time_mix_step.register_fake
-def _(
-    tokens: list[Tensor],
-    weights: list[Tensor],
-    eps: float,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    return [torch.empty_like(tokens[3]), torch.empty_like(state)]
-
-
-@torch.library.custom_op("rwkvx::time_mix", mutates_args=())
+@operator("time_mix", _fake, _gradients, outputs=2, kept=slice(2, None))
 def time_mix_forward(
     tokens: list[Tensor],
     weights: list[Tensor],
@@ -128,69 +129,3 @@ def time_mix_forward(
 ) -> list[Tensor]:
     """What `forward` says."""
     return forward(tokens, weights, eps, state, cu_seqlens, keep)
-
-
-@time_mix_forward.register_fake
-def _(
-    tokens: list[Tensor],
-    weights: list[Tensor],
-    eps: float,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    keep: bool,
-) -> list[Tensor]:
-    out, final = torch.empty_like(tokens[5]), torch.empty_like(state)
-    if not keep:
-        return [out, final]
-    heads = tokens[0].unflatten(2, (len(weights[4]), -1))
-    states = recurrence.fake_states(heads, heads, state, cu_seqlens)
-    made = [torch.empty_like(tokens[2]) for _ in range(4 if len(tokens) > 6 else 3)]
-    log_decay = torch.empty_like(tokens[2], dtype=torch.float32)
-    return [out, final, torch.empty_like(tokens[3]), states, log_decay, *made]
-
-
-@torch.library.custom_op("rwkvx::time_mix_backward", mutates_args=())
-def time_mix_backward(
-    tokens: list[Tensor],
-    weights: list[Tensor],
-    eps: float,
-    cu_seqlens: Tensor | None,
-    kept: list[Tensor],
-    dout: Tensor,
-    dfinal: Tensor,
-) -> list[Tensor]:
-    """What `backward` says."""
-    return backward(tokens, weights, eps, cu_seqlens, kept, dout, dfinal)
-
-
-@time_mix_backward.register_fake
-def _(
-    tokens: list[Tensor],
-    weights: list[Tensor],
-    eps: float,
-    cu_seqlens: Tensor | None,
-    kept: list[Tensor],
-    dout: Tensor,
-    dfinal: Tensor,
-) -> list[Tensor]:
-    return [torch.empty_like(x) for x in (*tokens, *weights, dfinal)]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tokens, weights, ctx.eps, state, cu_seqlens, _ = inputs
-    ctx.set_materialize_grads(False)  # zeros for what is only kept would cost as much as a pass
-    ctx.counts = len(tokens), len(weights)
-    ctx.save_for_backward(cu_seqlens, output[1], *tokens, *weights, *output[2:])
-
-
-def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    cu_seqlens, final, *rest = ctx.saved_tensors
-    count, middle = ctx.counts[0], sum(ctx.counts)
-    tokens, weights, kept = rest[:count], rest[count:middle], rest[middle:]
-    dout = torch.zeros_like(tokens[5]) if grads[0] is None else grads[0].contiguous()
-    dfinal = torch.zeros_like(final) if grads[1] is None else grads[1].contiguous()
-    new = time_mix_backward(tokens, weights, ctx.eps, cu_seqlens, kept, dout, dfinal)
-    return new[:count], new[count:middle], None, new[middle], None, None
-
-
-time_mix_forward.register_autograd(_differentiate, setup_context=_save)

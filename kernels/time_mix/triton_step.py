@@ -11,14 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.time_mix.triton_finish import normalise
-from rwkvx_kernels.time_mix.triton_keys import SCALE, keys, load, store
+from rwkvx_kernels.time_mix.triton_keys import SCALE, keys
+from rwkvx_kernels.tools.triton_tiles import load, store
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _step_kernel(
     p_r, p_w, p_k, p_v, p_a, p_g, p_mix, p_first,
     p_w0, p_a0, p_k_k, p_k_a, p_v0, p_r_k, p_weight, p_bias, p_state, p_offsets, p_out, p_final,
-    tokens, eps, H: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    tokens, eps, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_nh = tl.program_id(0)
     i_n, i_h = (i_nh // H).to(tl.int64), i_nh % H
@@ -27,13 +28,13 @@ def _step_kernel(
     else:
         first = tl.load(p_offsets + i_n).to(tl.int64)
         tokens = (tl.load(p_offsets + i_n + 1).to(tl.int64) - first).to(tl.int32)
-    o_k, o_v = tl.arange(0, BLOCK_N)[None, :], tl.arange(0, BLOCK_N)[:, None]
-    m_k, m_v = o_k < N, o_v < N
-    o_ck, o_cv = i_h * N + o_k, i_h * N + o_v
-    o_state, m_state = i_nh.to(tl.int64) * (N * N) + o_v * N + o_k, m_v & m_k
+    o_k, o_v = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_D)[:, None]
+    m_k, m_v = o_k < D, o_v < D
+    o_ck, o_cv = i_h * D + o_k, i_h * D + o_v
+    o_state, m_state = i_nh.to(tl.int64) * (D * D) + o_v * D + o_k, m_v & m_k
     b_state = tl.load(p_state + o_state, mask=m_state, other=0.0)
     for t in range(tokens):
-        o_row = (first + t) * (H * N)
+        o_row = (first + t) * (H * D)
         o_key, o_value = o_row + o_ck, o_row + o_cv
         b_log_decay = tl.sigmoid(load(p_w0, o_ck, m_k) + load(p_w, o_key, m_k)) * SCALE
         b_a = tl.sigmoid(load(p_a0, o_ck, m_k) + load(p_a, o_key, m_k))
@@ -46,7 +47,7 @@ def _step_kernel(
         b_removed = tl.sum(b_state * -b_kk, axis=1, keep_dims=True)
         b_state = b_state * tl.exp(b_log_decay) + b_removed * (b_kk * b_a) + b_v * b_key
         b_y = tl.sum(b_state * b_r, axis=1, keep_dims=True)
-        b_y, _ = normalise(tl.trans(b_y), m_k, eps, N)
+        b_y, _ = normalise(tl.trans(b_y), m_k, eps, D)
         b_y = tl.trans(b_y) * load(p_weight, o_cv, m_v) + load(p_bias, o_cv, m_v)
         b_bonus = tl.sum(b_r * b_key * load(p_r_k, o_ck, m_k), axis=1, keep_dims=True)
         store(p_out, o_value, (b_y + b_bonus * b_v) * load(p_g, o_value, m_v), m_v)
@@ -74,6 +75,6 @@ def step(
         _step_kernel[(len(state) * heads,)](
             *tokens, *residual or (None, None), *weights[:4], v0, *weights[4:7],
             state, cu_seqlens, out, final, tokens[0].shape[1], eps,
-            H=heads, N=size, BLOCK_N=block, num_warps=min(8, max(1, block // 16)),
+            H=heads, D=size, BLOCK_D=block, num_warps=min(8, max(1, block // 16)),
         )  # fmt: skip
     return [out, final]

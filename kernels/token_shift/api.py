@@ -4,11 +4,26 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rwkvx_kernels.dispatch import autocast_dtype, check_packed, resolve_impl
+from rwkvx_kernels.dispatch import (
+    Choice,
+    Facts,
+    autocast_dtype,
+    check_packed,
+    decide,
+    facts_of,
+    remembered,
+    triton_lacks,
+)
 from rwkvx_kernels.token_shift.reference import token_shift_reference
+from rwkvx_kernels.token_shift.torch_form import token_shift_torch
 
-AVAILABLE = ("reference", "cpu", "triton")
 MOST_MIXES = 6
+
+
+@remembered
+def choose(facts: Facts, impl: str = "auto") -> Choice:
+    """Which implementation `token_shift` runs."""
+    return decide(impl, facts, {"triton": triton_lacks(facts), "torch": "", "reference": ""})
 
 
 def token_shift(
@@ -26,14 +41,15 @@ def token_shift(
         mixes: one to six of [C].
         cu_seqlens: [sequences + 1] integer offsets of sequences packed along T, batch size 1. On a
             GPU they are not looked at, which would wait for it.
-        impl: "auto", "reference", "cpu" (both plain torch) or "triton".
+        impl: "auto", "reference", "torch" or "triton".
 
     Returns:
         for every mix [B, T, C] in the dtype of x; from Triton, in the dtype of autocast where that
         is enabled: what reads it are products.
 
     Raises:
-        ValueError: shapes that do not fit together; Triton kernels for float64 or without a GPU.
+        ValueError: shapes that do not fit together.
+        UnsupportedError: Triton kernels for float64 or without a GPU.
     """
     if x.dim() != 3 or any(mix.shape != x.shape[-1:] for mix in mixes):
         shapes = [list(mix.shape) for mix in mixes]
@@ -43,14 +59,11 @@ def token_shift(
     rows = len(x) if cu_seqlens is None else check_packed(cu_seqlens, len(x))
     if previous.shape != (rows, x.shape[-1]):
         raise ValueError(f"previous must be {[rows, x.shape[-1]]}, got {list(previous.shape)}")
-    if resolve_impl(impl, x.device, AVAILABLE, x.dtype) != "triton":
-        return token_shift_reference(x, previous, mixes, cu_seqlens)
-    from rwkvx_kernels.token_shift.triton_ops import (
-        token_shift as operator,  # Triton may be missing
-    )
+    chosen = choose(facts_of(x), impl).impl
+    if chosen != "triton":
+        form = token_shift_torch if chosen == "torch" else token_shift_reference
+        return form(x, previous, mixes, cu_seqlens)
+    from rwkvx_kernels.token_shift.triton_mixes import token_shift as operator  # may be missing
 
-    dtype = autocast_dtype(x)
-    shifted: list[Tensor] = operator(
-        x.contiguous(), previous.to(x.dtype).contiguous(), list(mixes), cu_seqlens, dtype
-    )
-    return shifted
+    dtype, previous = autocast_dtype(x), previous.to(x.dtype).contiguous()
+    return operator(x.contiguous(), previous, [m.contiguous() for m in mixes], cu_seqlens, dtype)

@@ -5,12 +5,36 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl, without_autocast
-from rwkvx_kernels.opaque import opaque
-from rwkvx_kernels.wkv7.cpu import wkv7_cpu
+from rwkvx_kernels.dispatch import (
+    Choice,
+    Facts,
+    check_cu_seqlens,
+    compiled_lacks,
+    decide,
+    facts_of,
+    remembered,
+    triton_lacks,
+    without_autocast,
+)
+from rwkvx_kernels.tools.operators import opaque
 from rwkvx_kernels.wkv7.reference import wkv7_reference
+from rwkvx_kernels.wkv7.torch_form import wkv7_torch
 
-AVAILABLE = ("reference", "cpu", "triton")
+# Channels of a head that the Triton kernels have.
+LEAST_SIZE, MOST_SIZE = 16, 128
+
+
+@remembered
+def choose(facts: Facts, head_sizes: tuple[int, int] = (64, 64), impl: str = "auto") -> Choice:
+    """Which implementation `wkv7` runs for heads of (K, V) channels."""
+    triton = triton_lacks(facts)
+    if min(head_sizes) < LEAST_SIZE or max(head_sizes) > MOST_SIZE:
+        triton = triton or (
+            f"has heads of {LEAST_SIZE} to {MOST_SIZE} channels, not {head_sizes[0]} (keys), "
+            f"{head_sizes[1]}"
+        )
+    lacks = {"triton": triton, "compiled": compiled_lacks(facts), "torch": "", "reference": ""}
+    return decide(impl, facts, lacks)
 
 
 def chosen_impl(
@@ -19,24 +43,8 @@ def chosen_impl(
     dtype: torch.dtype = torch.float32,
     head_sizes: tuple[int, int] = (64, 64),
 ) -> str:
-    """Name the implementation that `wkv7(..., impl=impl)` runs for tensors on `device`.
-
-    Triton kernels are not chosen for a `dtype` or `head_sizes` (K, V) that they do not have.
-
-    Raises:
-        ValueError: "triton" for these, or without a GPU.
-    """
-    chosen = resolve_impl(impl, torch.device(device), AVAILABLE)
-    if chosen != "triton":
-        return chosen
-    problem = ""
-    if dtype == torch.float64:
-        problem = "has no float64"
-    elif min(head_sizes) < 16 or max(head_sizes) > 128:
-        problem = f"has heads of 16 to 128 channels, not {head_sizes[0]} (keys), {head_sizes[1]}"
-    if problem and impl == "triton":
-        raise ValueError(f'impl="triton" {problem}')
-    return "cpu" if problem else chosen
+    """The name of what `choose` chooses where no gradient is wanted."""
+    return choose(Facts(torch.device(device), dtype), head_sizes, impl).impl
 
 
 @without_autocast
@@ -64,9 +72,9 @@ def wkv7(
         initial_state: [B, H, V, K] float32 (float64 for float64 input), or None for zeros.
             With `cu_seqlens`, [sequences, H, V, K].
         cu_seqlens: [sequences + 1] integer offsets of sequences packed along T, batch size 1.
-        impl: "auto", "reference", "cpu" or "triton". Triton kernels take heads of 16 to 128
-            channels, no float64, and log decays of which 16 in a row sum to -80 or more: stronger
-            ones give results that are not finite.
+        impl: "auto", "reference", "torch", "compiled" (Numba; a CPU, without gradients) or
+            "triton": heads of 16 to 128 channels, no float64, and log decays of which 16 in a row
+            sum to -80 or more; stronger ones give results that are not finite.
 
     Returns:
         y [B, T, H, V] in the dtype of `v`, and the final state, of the shape and dtype of
@@ -74,32 +82,38 @@ def wkv7(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, log_decay > 0.
-        NotImplementedError: an implementation that is not there yet.
+        UnsupportedError: an implementation asked for by name that cannot do this.
     """
     _check(r, log_decay, k, v, alpha, beta)
-    impl = chosen_impl(r.device, impl, r.dtype, (r.shape[-1], v.shape[-1]))
-    tracing = torch.compiler.is_compiling()  # then no value may be looked at
-    if tracing and impl != "triton" and r.numel():
+    facts = facts_of(r, log_decay, k, v, alpha, beta, initial_state)
+    impl = choose(facts, (r.shape[-1], v.shape[-1]), impl).impl
+    # What is traced may not look at any value.
+    if facts.traced and impl != "triton" and r.numel():
         return _opaque(r, log_decay, k, v, alpha, beta, initial_state, cu_seqlens, impl)
     offsets = None
-    if cu_seqlens is not None and not tracing:
+    if cu_seqlens is not None and not facts.traced:
         offsets = check_cu_seqlens(cu_seqlens, r.shape[0], r.shape[1])
     initial_state = _start(r, v, _sequences(r, cu_seqlens), initial_state)
     if impl == "triton":
         from rwkvx_kernels.wkv7.triton_ops import wkv7_triton  # Triton may be missing
 
-        return wkv7_triton(r, log_decay, k, v, alpha, beta, initial_state, cu_seqlens)
-    dtype = initial_state.dtype
-    inputs = [*(x.to(dtype) for x in (r, log_decay, k, v, alpha, beta)), initial_state]
-    if impl == "cpu":
-        whole = [r.shape[1]] * r.shape[0]
-        lengths = whole if offsets is None else [b - a for a, b in pairwise(offsets)]
-        y, state = wkv7_cpu(*inputs, lengths=lengths)
-    elif offsets is None:
-        y, state = wkv7_reference(*inputs)
-    else:
-        y, state = _one_by_one(inputs, offsets)
+        return wkv7_triton([r, log_decay, k, v, alpha, beta, initial_state], cu_seqlens)
+    inputs = [x.to(initial_state.dtype) for x in (r, log_decay, k, v, alpha, beta)]
+    y, state = _plain(impl, [*inputs, initial_state], offsets)
     return y.to(v.dtype), state
+
+
+def _plain(impl: str, inputs: list[Tensor], offsets: list[int] | None) -> tuple[Tensor, Tensor]:
+    """By an implementation that was chosen, of tensors of the dtype of the state, the last."""
+    if impl == "reference":
+        return wkv7_reference(*inputs) if offsets is None else _one_by_one(inputs, offsets)
+    whole = [inputs[0].shape[1]] * inputs[0].shape[0]
+    lengths = whole if offsets is None else [b - a for a, b in pairwise(offsets)]
+    if impl == "torch":
+        return wkv7_torch(*inputs, lengths=lengths)
+    from rwkvx_kernels.wkv7.numba_recurrence import wkv7_compiled  # takes half a second
+
+    return wkv7_compiled(*inputs, lengths=lengths)
 
 
 def _fake(

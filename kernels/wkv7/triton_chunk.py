@@ -2,8 +2,8 @@
 """What all Triton kernels of WKV7 share: a chunk's tokens, its scores and their inverse.
 
 Axes: M chunks, C tokens of a chunk, H heads, K key channels, V value channels. Names: i_ index,
-p_ pointer, b_ block, o_ offset, m_ mask. Symbols as in README.md: g, centre, hats, A, (I - A)^-1.
-Dots take float32 and multiply in the precision of the constant PRECISION.
+p_ pointer, b_ tile in registers, o_ offset, m_ mask. Symbols as in README.md: g, centre, hats, A,
+(I - A)^-1. Dots take float32 and multiply in the precision of the constant PRECISION.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvx_kernels.triton_device import device_kind
+from rwkvx_kernels.tools.triton_device import device_kind
+from rwkvx_kernels.tools.triton_tiles import dot, load
 
 # Substitution row by row inside blocks of so many tokens; larger ones are merged from them.
 INNER: tl.constexpr = tl.constexpr(16)
@@ -55,14 +56,6 @@ def lay_out(batch: int, tokens: int, cu_seqlens: Tensor | None, chunk: int) -> L
     return Layout(chunks, sequences, tokens, 0, torch.stack([first, count], dim=1), bounds)
 
 
-def precision(dtype: torch.dtype, device: torch.device) -> str:
-    """How dots multiply float32: about exactly, or in 11 bits beside inputs of 8 or 11 bits."""
-    kind = device_kind(device)
-    if kind.backend == "hip":
-        return "tf32" if dtype != torch.float32 and kind.arch == "gfx942" else "ieee"
-    return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
 def launch_options(device: torch.device) -> dict[str, int]:
     """Of kernels that work on one chunk at a time, which need all registers that there are."""
     options = {"num_warps": 4, "num_stages": 1}
@@ -88,11 +81,6 @@ def locate(i_m, p_table, tokens, per_sequence, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def load(p_x, o_x, m_x):
-    return tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def decays(p_log_decay, o_key, m_key, CHUNK: tl.constexpr):
     """log_decay [C, K], g - m [C, K], m [1, K] and the sum g_C [1, K] of some key channels."""
     b_log_decay = load(p_log_decay, o_key, m_key)
@@ -101,11 +89,6 @@ def decays(p_log_decay, o_key, m_key, CHUNK: tl.constexpr):
     b_middle = tl.sum(tl.where(i_row == (CHUNK - 1) // 2, b_g, 0.0), axis=0)[None, :]
     b_end = tl.sum(b_log_decay, axis=0)[None, :]
     return b_log_decay, b_g - b_middle, b_middle, b_end
-
-
-@triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -154,19 +137,11 @@ def inverse(b_a, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def matrices(
-    p_r,
-    p_log_decay,
-    p_k,
-    p_alpha,
-    p_beta,
+    p_r, p_log_decay, p_k, p_alpha, p_beta,
     count,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    TILE_K: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INVERSE: tl.constexpr,
-):
+    H: tl.constexpr, K: tl.constexpr, TILE_K: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
     """I = (I - A_ab)^-1, I A_ak, A_rb I and A_rk + A_rb I A_ak, all [C, C]; pointers to the chunk.
 
     U = I alpha S^T + I A_ak V and Y = (r + A_rb I alpha) S^T + (A_rk + A_rb I A_ak) V.

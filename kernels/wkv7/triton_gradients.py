@@ -11,45 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvx_kernels.wkv7.triton_chunk import (
-    Layout,
-    decays,
-    dot,
-    launch_options,
-    load,
-    locate,
-    matrices,
-    precision,
-    tile,
-)
+from rwkvx_kernels.tools.triton_tiles import dot, load, precision, store
+from rwkvx_kernels.wkv7.triton_chunk import Layout, decays, launch_options, locate, matrices, tile
 
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence"])
 def _values_kernel(
-    p_r,
-    p_log_decay,
-    p_k,
-    p_v,
-    p_alpha,
-    p_beta,
-    p_dy,
-    p_state,
-    p_dstate,
-    p_table,
-    p_u,
-    p_x,
-    p_dv,
-    tokens,
-    per_sequence,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    TILE_K: tl.constexpr,
-    TILE_V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INVERSE: tl.constexpr,
-):
+    p_r, p_log_decay, p_k, p_v, p_alpha, p_beta, p_dy, p_state, p_dstate, p_table, p_u, p_x, p_dv,
+    tokens, per_sequence,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
     i_m, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     first, count = locate(i_m, p_table, tokens, per_sequence, CHUNK)
     if count == 0:
@@ -78,7 +50,7 @@ def _values_kernel(
             b_alpha = load(p_alpha, o_key, m_key) * tl.exp(b_centred + b_middle - b_log_decay)
             b_state = load(p_state, o_state + o_k[:, None], m_state & (o_k[:, None] < K))
             b_u += dot(dot(b_inverse, b_alpha, PRECISION), b_state, PRECISION)
-        tl.store(p_u + o_value, b_u.to(p_u.dtype.element_ty), mask=m_value)
+        store(p_u, o_value, b_u, m_value)
         # X = I^T (beta T^T + A_rb^T dY), with T decayed from the end of the chunk
         b_dy = load(p_dy, o_value, m_value)
         b_x = dot(tl.trans(b_rb), b_dy, PRECISION)
@@ -94,21 +66,17 @@ def _values_kernel(
             b_x += dot(dot(tl.trans(b_inverse), b_beta, PRECISION), b_dstate, PRECISION)
             b_k = load(p_k, o_key, m_key) * b_to_end + dot(tl.trans(b_ak), b_beta, PRECISION)
             b_dv += dot(b_k, b_dstate, PRECISION)
-        tl.store(p_x + o_value, b_x.to(p_x.dtype.element_ty), mask=m_value)
-        tl.store(p_dv + o_value, b_dv.to(p_dv.dtype.element_ty), mask=m_value)
+        store(p_x, o_value, b_x, m_value)
+        store(p_dv, o_value, b_dv, m_value)
 
 
 @triton.jit
 def _outer(
-    p_left,
-    p_right,
+    p_left, p_right,
     count,
-    H: tl.constexpr,
-    V: tl.constexpr,
-    TILE_V: tl.constexpr,
-    CHUNK: tl.constexpr,
+    H: tl.constexpr, V: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """left right^T [C, C] of two [C, V]; pointers to the chunk."""
     i_row = tl.arange(0, CHUNK)[:, None]
     b_product = tl.zeros((CHUNK, CHUNK), tl.float32)
@@ -122,18 +90,11 @@ def _outer(
 
 @triton.jit
 def _through(
-    p_left,
-    p_state,
-    i_k,
-    count,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    TILE_K: tl.constexpr,
-    TILE_V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    p_left, p_state,
+    i_k, count,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """left S [C, K] of [C, V] and [V, K], from key channel i_k on; pointers to the chunk."""
     i_row = tl.arange(0, CHUNK)[:, None]
     o_k = i_k + tl.arange(0, TILE_K)[None, :]
@@ -149,33 +110,12 @@ def _through(
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence"])
 def _keys_kernel(
-    p_r,
-    p_log_decay,
-    p_k,
-    p_v,
-    p_alpha,
-    p_beta,
-    p_dy,
-    p_u,
-    p_x,
-    p_state,
-    p_dstate,
-    p_table,
-    p_dr,
-    p_dlog_decay,
-    p_dk,
-    p_dalpha,
-    p_dbeta,
-    tokens,
-    per_sequence,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    TILE_K: tl.constexpr,
-    TILE_V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    p_r, p_log_decay, p_k, p_v, p_alpha, p_beta, p_dy, p_u, p_x, p_state, p_dstate, p_table, p_dr,
+    p_dlog_decay, p_dk, p_dalpha, p_dbeta,
+    tokens, per_sequence,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     TILES: tl.constexpr = (K + TILE_K - 1) // TILE_K
     i_mh = tl.program_id(0) // TILES
     first, count = locate(i_mh // H, p_table, tokens, per_sequence, CHUNK)
@@ -238,7 +178,7 @@ def _keys_kernel(
         b_key = load(p_k, o_key, m_key) * tl.exp(-b_centred)
         b_dquery += dot(b_da, b_key, PRECISION)
         b_dk += dot(tl.trans(b_da), b_query, PRECISION)
-        tl.store(p_dquery + o_key, (b_dquery * b_grow).to(p_dquery.dtype.element_ty), mask=m_key)
+        store(p_dquery, o_key, b_dquery * b_grow, m_key)
         b_dg = b_dquery * b_query
         b_dlog_decay += tl.sum(b_dg, axis=0)[None, :] - tl.cumsum(b_dg, axis=0)
         if i == 1:  # alpha's exponent stops before its own
@@ -247,9 +187,9 @@ def _keys_kernel(
     b_dbeta, b_dk = b_dbeta * b_shrink, b_dk * b_shrink
     b_dg = b_dbeta * load(p_beta, o_key, m_key) + b_dk * load(p_k, o_key, m_key)
     b_dlog_decay += b_dend - tl.sum(b_dg, axis=0)[None, :] + tl.cumsum(b_dg, axis=0) - b_dg
-    tl.store(p_dlog_decay + o_key, b_dlog_decay.to(p_dlog_decay.dtype.element_ty), mask=m_key)
-    tl.store(p_dbeta + o_key, b_dbeta.to(p_dbeta.dtype.element_ty), mask=m_key)
-    tl.store(p_dk + o_key, b_dk.to(p_dk.dtype.element_ty), mask=m_key)
+    store(p_dlog_decay, o_key, b_dlog_decay, m_key)
+    store(p_dbeta, o_key, b_dbeta, m_key)
+    store(p_dk, o_key, b_dk, m_key)
 
 
 def gradients(

@@ -13,17 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvx_kernels.wkv7.triton_chunk import (
-    Layout,
-    decays,
-    dot,
-    launch_options,
-    load,
-    locate,
-    matrices,
-    precision,
-    tile,
-)
+from rwkvx_kernels.tools.triton_tiles import dot, load, precision, store
+from rwkvx_kernels.wkv7.triton_chunk import Layout, decays, launch_options, locate, matrices, tile
 
 
 class Prepared(NamedTuple):
@@ -41,30 +32,11 @@ class Prepared(NamedTuple):
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence"])
 def _prepare_kernel(
-    p_r,
-    p_log_decay,
-    p_k,
-    p_v,
-    p_alpha,
-    p_beta,
-    p_dy,
-    p_table,
-    p_decay,
-    p_p,
-    p_d,
-    p_r_out,
-    p_y,
-    tokens,
-    per_sequence,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    TILE_K: tl.constexpr,
-    TILE_V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INVERSE: tl.constexpr,
-):
+    p_r, p_log_decay, p_k, p_v, p_alpha, p_beta, p_dy, p_table, p_decay, p_p, p_d, p_r_out, p_y,
+    tokens, per_sequence,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
     i_m, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     first, count = locate(i_m, p_table, tokens, per_sequence, CHUNK)
     if count == 0:
@@ -101,7 +73,7 @@ def _prepare_kernel(
             m_p = (o_k[:, None] < K) & (o_column < K)
             tl.store(p_p + o_k[:, None] * K + o_column, dot(b_w, b_beta, PRECISION), mask=m_p)
         if p_dy is None:
-            tl.store(p_r_out + o_key, b_r.to(p_r_out.dtype.element_ty), mask=m_key)
+            store(p_r_out, o_key, b_r, m_key)
             # D = U^T beta + V^T k with U = I A_ak V
             b_to_end = tl.exp(b_end - b_middle - b_centred)
             b_k = load(p_k, o_key, m_key) * b_to_end
@@ -115,7 +87,7 @@ def _prepare_kernel(
                 b_v = load(p_v, o_value, m_value)
                 if start_k == 0:
                     b_y = dot(b_rk, b_v, PRECISION)
-                    tl.store(p_y + o_value, b_y.to(p_y.dtype.element_ty), mask=m_value)
+                    store(p_y, o_value, b_y, m_value)
                 b_d = dot(tl.trans(b_v), b_k, PRECISION)
             else:
                 b_d = dot(tl.trans(load(p_dy, o_value, m_value)), b_r, PRECISION)
@@ -138,20 +110,8 @@ def prepare(tensors: list[Tensor], layout: Layout, chunk: int, dy: Tensor | None
     )
     if layout.chunks * heads:
         _prepare_kernel[(layout.chunks * heads,)](
-            *tensors,
-            dy,
-            layout.table,
-            *out,
-            layout.tokens,
-            layout.per_sequence,
-            H=heads,
-            K=key,
-            V=value,
-            TILE_K=tile(key),
-            TILE_V=tile(value),
-            CHUNK=chunk,
-            PRECISION=precision(r.dtype, r.device),
-            INVERSE=exact,
-            **launch_options(r.device),
-        )
+            *tensors, dy, layout.table, *out, layout.tokens, layout.per_sequence,
+            H=heads, K=key, V=value, TILE_K=tile(key), TILE_V=tile(value), CHUNK=chunk,
+            PRECISION=precision(r.dtype, r.device), INVERSE=exact, **launch_options(r.device),
+        )  # fmt: skip
     return out

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvx_kernels.triton_device import device_kind
-from rwkvx_kernels.wkv7.triton_chunk import Layout, dot, load, locate, precision
+from rwkvx_kernels.tools.triton_device import device_kind
+from rwkvx_kernels.tools.triton_tiles import dot, load, precision, store
+from rwkvx_kernels.wkv7.triton_chunk import Layout, locate
 from rwkvx_kernels.wkv7.triton_prepare import Prepared
 
 TILE_V = 16
@@ -21,27 +22,11 @@ TILE_V = 16
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence"])
 def _scan_kernel(
-    p_decay,
-    p_p,
-    p_d,
-    p_r,
-    p_y,
-    p_start,
-    p_end,
-    p_table,
-    p_bounds,
-    tokens,
-    per_sequence,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE_V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    REVERSE: tl.constexpr,
-    KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    p_decay, p_p, p_d, p_r, p_y, p_start, p_end, p_table, p_bounds,
+    tokens, per_sequence,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, TILE_V: tl.constexpr,
+    CHUNK: tl.constexpr, REVERSE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     TILES: tl.constexpr = (V + TILE_V - 1) // TILE_V
     i_nh = tl.program_id(0) // TILES
     i_n, i_h = i_nh // H, i_nh % H
@@ -95,7 +80,7 @@ def _scan_kernel(
                 b_r = load(p_rows, o_r + PART, m_r & (o_j < K - PART))
                 b_y += dot(b_r, b_second, PRECISION)
         if p_y is not None:
-            tl.store(p_out + o_y, b_y.to(p_y.dtype.element_ty), mask=m_y)
+            store(p_out, o_y, b_y, m_y)
         b_state = b_d
     tl.store(p_end + o_state, b_state, mask=m_tile)
 
@@ -103,7 +88,7 @@ def _scan_kernel(
 def scan(
     prepared: Prepared, start: Tensor, layout: Layout, chunk: int, like: Tensor, keep: bool
 ) -> Tensor:
-    """Launch over all sequences: the states [N, H, V, K] at the other end.
+    """Launch over all sequences: the states [B, H, V, K] at the other end.
 
     Writes y where `prepared` has one; without y the direction is backward. With `keep` the states
     (before each chunk, backward: after it) replace `prepared.d`. `like` has the dtype of inputs.
@@ -118,27 +103,10 @@ def scan(
     programs = sequences * heads * triton.cdiv(value, TILE_V)
     if programs:
         _scan_kernel[(programs,)](
-            prepared.decay,
-            prepared.p,
-            prepared.d,
-            prepared.r,
-            prepared.y,
-            start,
-            end,
-            layout.table,
-            layout.bounds,
-            layout.tokens,
-            layout.per_sequence,
-            H=heads,
-            K=key,
-            V=value,
-            BLOCK_K=block,
-            TILE_V=TILE_V,
-            CHUNK=chunk,
-            REVERSE=prepared.y is None,
-            KEEP=keep,
-            PRECISION=precision(like.dtype, like.device),
-            num_warps=min(8, block // 16),
-            num_stages=stages,
-        )
+            prepared.decay, prepared.p, prepared.d, prepared.r, prepared.y, start, end,
+            layout.table, layout.bounds, layout.tokens, layout.per_sequence,
+            H=heads, K=key, V=value, BLOCK_K=block, TILE_V=TILE_V, CHUNK=chunk,
+            REVERSE=prepared.y is None, KEEP=keep, PRECISION=precision(like.dtype, like.device),
+            num_warps=min(8, block // 16), num_stages=stages,
+        )  # fmt: skip
     return end

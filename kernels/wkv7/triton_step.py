@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """WKV7 for one or a few new tokens: the recurrence itself, the state in registers.
 
-Axes: N sequences, T time, H heads, K key channels, V value channels. Names: i_ index, p_ pointer,
-b_ block, o_ offset, m_ mask. A program has one head of one sequence and a tile of value channels.
+Axes: B sequences, T time, H heads, K key channels, V value channels. Names: i_ index, p_ pointer,
+b_ tile in registers, o_ offset, m_ mask. A program has one head of one sequence and some value
+channels.
 """
 
 import torch
@@ -10,28 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.tools.triton_tiles import load, store
+
 TILE_V = 16
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _step_kernel(
-    p_r,
-    p_log_decay,
-    p_k,
-    p_v,
-    p_alpha,
-    p_beta,
-    p_state,
-    p_offsets,
-    p_y,
-    p_final,
+    p_r, p_log_decay, p_k, p_v, p_alpha, p_beta, p_state, p_offsets, p_y, p_final,
     tokens,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     tiles: tl.constexpr = (V + TILE - 1) // TILE
     i_nh = tl.program_id(0) // tiles
     i_n, i_h = (i_nh // H).to(tl.int64), i_nh % H
@@ -49,17 +39,14 @@ def _step_kernel(
     for t in range(tokens):
         o_row = (first + t) * H + i_h
         o_key, o_value = o_row * K + o_k, o_row * V + o_v
-        b_r = tl.load(p_r + o_key, mask=m_k, other=0.0).to(tl.float32)
-        b_log_decay = tl.load(p_log_decay + o_key, mask=m_k, other=0.0).to(tl.float32)
-        b_k = tl.load(p_k + o_key, mask=m_k, other=0.0).to(tl.float32)
-        b_alpha = tl.load(p_alpha + o_key, mask=m_k, other=0.0).to(tl.float32)
-        b_beta = tl.load(p_beta + o_key, mask=m_k, other=0.0).to(tl.float32)
-        b_v = tl.load(p_v + o_value, mask=m_v, other=0.0).to(tl.float32)
+        b_r, b_log_decay = load(p_r, o_key, m_k), load(p_log_decay, o_key, m_k)
+        b_k, b_v = load(p_k, o_key, m_k), load(p_v, o_value, m_v)
+        b_alpha, b_beta = load(p_alpha, o_key, m_k), load(p_beta, o_key, m_k)
         b_u = tl.sum(b_state * b_alpha[None, :], axis=1)
         b_state = b_state * tl.exp(b_log_decay)[None, :]
         b_state += b_u[:, None] * b_beta[None, :] + b_v[:, None] * b_k[None, :]
         b_y = tl.sum(b_state * b_r[None, :], axis=1)
-        tl.store(p_y + o_value, b_y.to(p_y.dtype.element_ty), mask=m_v)
+        store(p_y, o_value, b_y, m_v)
     tl.store(p_final + o_state, b_state, mask=m_state)
 
 
@@ -73,7 +60,7 @@ def step(
     state: Tensor,
     offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """y [B, T, H, V] and the final state [N, H, V, K] of contiguous tensors, shaped as for `wkv7`.
+    """y [B, T, H, V] and the final state [B, H, V, K] of contiguous tensors, shaped as for `wkv7`.
 
     Time grows with T, so this is for few tokens; there is no backward pass.
     """
@@ -82,22 +69,8 @@ def step(
     grid = (state.shape[0] * heads * triton.cdiv(width, TILE_V),)
     if grid[0]:
         _step_kernel[grid](
-            r,
-            log_decay,
-            k,
-            v,
-            alpha,
-            beta,
-            state,
-            offsets,
-            y,
-            final,
-            r.shape[1],
-            H=heads,
-            K=r.shape[3],
-            V=width,
-            BLOCK_K=triton.next_power_of_2(r.shape[3]),
-            TILE=TILE_V,
+            r, log_decay, k, v, alpha, beta, state, offsets, y, final, r.shape[1],
+            H=heads, K=r.shape[3], V=width, BLOCK_K=triton.next_power_of_2(r.shape[3]), TILE=TILE_V,
             num_warps=1,
-        )
+        )  # fmt: skip
     return y, final

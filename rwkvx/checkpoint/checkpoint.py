@@ -1,23 +1,16 @@
 """What every format is read into and written from: a config and tensors by our parameter names."""
 
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rwkvx import memory
 from rwkvx.config import TOKENIZER_FILE, TOKENIZERS, ModelConfig
+from rwkvx.dtypes import wider
 from rwkvx.errors import InputError
 from rwkvx.model import Model
-
-# Weights may be of these, and the next one holds whatever overflows in one.
-FLOATS = {
-    torch.float16: "bfloat16 or float32",
-    torch.bfloat16: "float32",
-    torch.float32: "float64",
-    torch.float64: "no other",
-}
 
 
 class Checkpoint(NamedTuple):
@@ -86,7 +79,7 @@ def cast(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     if not is_finite(x):
         raise InputError(f"{what} holds NaN or infinite values")
     name = str(dtype).removeprefix("torch.")
-    raise InputError(f"{what} overflows in {name}: try dtype {FLOATS.get(dtype, 'float32')}")
+    raise InputError(f"{what} overflows in {name}: try dtype {wider(dtype)}")
 
 
 def is_finite(x: Tensor) -> bool:
@@ -127,9 +120,4 @@ def check_room(checkpoint: Checkpoint, dtype: torch.dtype | None, origin: str) -
     """
     tensors = checkpoint.tensors.values()
     needed = sum(x.numel() * dtype.itemsize for x in tensors if dtype and x.dtype != dtype)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise InputError(
-            f"{origin} takes {needed / 1e9:,.0f} GB in {str(dtype).removeprefix('torch.')}, this "
-            f"machine has {there / 1e9:,.0f} GB"
-        )
+    memory.check_room(needed, f"{origin} in {str(dtype).removeprefix('torch.')}")

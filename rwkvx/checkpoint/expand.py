@@ -1,4 +1,4 @@
-"""Turning RWKV-7 into a hybrid: sparse blocks between the blocks that are there."""
+"""Turning a model of one kind of block into a hybrid: blocks of another kind between them."""
 
 from dataclasses import replace
 
@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from rwkvx.checkpoint.checkpoint import Checkpoint
-from rwkvx.config import ModelConfig, hybrid_pattern
+from rwkvx.config import ModelConfig, spread
 from rwkvx.errors import InputError
-from rwkvx.init import init_sparse_block
+from rwkvx.init import init_block
 from rwkvx.model import Block
 
-INITS = ("zero", "copy")
 # What the training code of RWKV-X copies from the RWKV-7 block before a sparse block.
 COPIED = (
     "att.receptance.weight",
@@ -24,38 +23,42 @@ COPIED = (
 CHECK_TOKENS = 64
 
 
-def expand(source: Checkpoint, sparse_blocks: int, init: str = "zero") -> Checkpoint:
-    """L RWKV-7 blocks with M sparse blocks between them: one after every L // M.
+def expand(source: Checkpoint, count: int, init: str = "zero", kind: str = "sparse") -> Checkpoint:
+    """L blocks of one kind with M new ones between them: one after every L // M.
 
     Args:
         init: "zero": new blocks put out nothing until they are trained, so the function stays the
             same, as the paper has it (arXiv 2504.21463). "copy": their projections are those of
-            the RWKV-7 block before, as in the official training code; that changes the function.
+            the block before, as in the official training code; that changes the function.
+        kind: of the new blocks.
 
     Raises:
-        InputError: there are sparse blocks already, or M does not divide L.
+        InputError: the model is a hybrid already, or M does not divide L.
     """
-    rwkv_blocks = len(source.config.pattern)
-    if "sparse" in source.config.pattern:
-        raise InputError("the model has sparse blocks already: only pure RWKV-7 can be expanded")
-    if not 0 < sparse_blocks <= rwkv_blocks or rwkv_blocks % sparse_blocks:
+    (base, *others), depth = dict.fromkeys(source.config.pattern), len(source.config.pattern)
+    if others or base == kind:
         raise InputError(
-            f"{rwkv_blocks} RWKV-7 blocks cannot be spread evenly before {sparse_blocks} sparse "
-            f"blocks: choose a divisor of {rwkv_blocks}"
+            f"the model has {', '.join([base, *others])} blocks already: only a model of one kind "
+            f"can be expanded, by another"
         )
-    config = replace(source.config, pattern=hybrid_pattern(rwkv_blocks, sparse_blocks))
+    if not 0 < count <= depth:
+        raise InputError(f"{count} new blocks between {depth}: choose a divisor of {depth}")
+    config = replace(source.config, pattern=spread(base, depth, kind, count))
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
-    old = 0  # the RWKV-7 block that comes next
-    for position, kind in enumerate(config.pattern):
-        if kind == "rwkv7":
+    old = 0  # the block of the source that comes next
+    for position, own in enumerate(config.pattern):
+        if own == base:
             tensors |= _renamed(_block(source, old), position)
             old += 1
             continue
         before, index = _block(source, old - 1), position - old
-        # The official code counts sparse blocks by themselves here, over the depth of RWKV-7.
-        ratio = 1 - (index / rwkv_blocks if init == "copy" else position / len(config.pattern))
-        tensors |= _renamed(_sparse_block(config, before, init, ratio, generator), position)
+        # The official code counts new blocks by themselves here, over the depth of the others.
+        height = 1 - index / depth if init == "copy" else None
+        tensors |= _renamed(_new_block(config, position, before, height, generator), position)
+        if init == "copy":
+            copied = {name: before[name].clone() for name in COPIED}
+            tensors |= _renamed(copied, position)
     outer = {n: x for n, x in source.tensors.items() if not n.startswith("blocks.")}
     return Checkpoint(config, tensors | outer, source.tokenizer)
 
@@ -87,18 +90,18 @@ def _renamed(block: dict[str, Tensor], position: int) -> dict[str, Tensor]:
     return {f"blocks.{position}.{name}": x for name, x in block.items()}
 
 
-def _sparse_block(
+def _new_block(
     config: ModelConfig,
+    position: int,
     before: dict[str, Tensor],
-    init: str,
-    ratio: float,
+    height: float | None,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """A new sparse block, each tensor with the dtype of its namesake in the block before."""
-    block = Block(config, "sparse", first=False)
-    init_sparse_block(block, ratio, generator)
-    like = {name: before.get(name, before["ln1.weight"]) for name in block.state_dict()}
-    new = {name: x.detach().to(like[name].dtype) for name, x in block.state_dict().items()}
-    if init == "copy":
-        new |= {name: before[name].clone() for name in COPIED}
-    return new
+    """Each tensor with the dtype of its namesake in the block before."""
+    block = Block(config, position)
+    init_block(block, generator, height)
+    like = next(iter(before.values())).dtype
+    return {
+        name: x.detach().to(before[name].dtype if name in before else like)
+        for name, x in block.state_dict().items()
+    }

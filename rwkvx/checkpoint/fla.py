@@ -11,7 +11,7 @@ from torch import Tensor
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.folder import CONFIG, read_json, tokenizer_beside, write_tokenizer
 from rwkvx.checkpoint.hub import special_ids
-from rwkvx.checkpoint.layout import BLOCK, Layout, Pattern, refuse_sparse, without_prefix
+from rwkvx.checkpoint.layout import BLOCK, Layout, Pattern, without_prefix
 from rwkvx.checkpoint.manifest import verify_manifest, write_manifest
 from rwkvx.checkpoint.shards import SHARD_BYTES, read_weights, remove_other_weights, write_weights
 from rwkvx.checkpoint.sidecar import keep_lost, with_sidecar
@@ -57,8 +57,8 @@ def fla_name(name: str, pattern: Pattern) -> str:
 
 
 FLA = Layout(
+    name="fla",
     rename=fla_name,
-    blocks={"rwkv7": re.compile(r"(model\.layers\.)(\d+)\.")},
     deep=re.compile(r"\.att\.x_[rwkvag]$"),
     transposed=True,
     unused=re.compile(r"model\.layers\.0\.attn\.v_lora\..*"),
@@ -109,7 +109,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> str | None:
         InputError: sparse blocks.
         WriteError: the disk refuses; then nothing has changed.
     """
-    refuse_sparse(checkpoint.config, "the layout of flash-linear-attention")
+    FLA.check_place(checkpoint.config, "the layout of flash-linear-attention")
     with replacing_folder(folder) as temporary:
         written = write_weights(temporary, FLA.write(checkpoint), SHARD_BYTES)
         dtype = str(checkpoint.tensors["head.weight"].dtype).removeprefix("torch.")

@@ -27,7 +27,7 @@ TITLE = "folder of rwkvx"
 SUFFIXES: tuple[str, ...] = ()  # whatever no other format claims
 CONFIG = "config.json"
 CONFIG_BYTES = 1_000_000
-OWN = Layout(lambda name, _: name, {}, deep=NOTHING, transposed=False, unused=NOTHING)
+OWN = Layout("rwkvx", lambda name, _: name, deep=NOTHING, transposed=False, unused=NOTHING)
 
 
 def matches(path: Path) -> bool:

@@ -90,8 +90,9 @@ def by_folder(folder: Path) -> str | None:
         inner = [path for path in islice(folder.iterdir(), _LISTED) if not path.is_symlink()]
     except OSError as error:
         return f"a folder that cannot be read ({error.strerror})"
-    if models := sorted(path.name for path in inner if (path / "config.json").is_file()):
-        return f"a folder around models: name {folder / models[0]}"
+    places = [*inner, *islice((folder / "snapshots").glob("*"), _LISTED)]  # of a cache of the hub
+    if models := sorted(str(path) for path in places if (path / "config.json").is_file()):
+        return f"a folder around models: name {models[0]}"
     for suffix in (".pth", ".pt", ".safetensors", ".bin"):
         if files := sorted(path.name for path in inner if path.suffix == suffix):
             return f"a folder without config.json: name the file {folder / files[0]}"

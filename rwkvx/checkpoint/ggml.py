@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rwkvx.checkpoint.checkpoint import Checkpoint
-from rwkvx.checkpoint.layout import Layout, refuse_sparse
+from rwkvx.checkpoint.layout import Layout
 from rwkvx.checkpoint.pth import BLINKDL, blinkdl_name
 from rwkvx.checkpoint.sidecar import keep_lost, with_sidecar
 from rwkvx.checkpoint.stored import MOST_TENSORS, Stored, read_stored, start_of
@@ -34,8 +34,8 @@ _LONGEST = 256  # bytes of a name
 _PACKED, _MIXES = "x_rwkvag", "rwkvag"
 
 GGML = Layout(
+    name="ggml",
     rename=blinkdl_name,
-    blocks=BLINKDL.blocks,
     deep=BLINKDL.deep,
     transposed=True,
     unused=BLINKDL.unused,
@@ -90,7 +90,7 @@ def write(checkpoint: Checkpoint, path: Path) -> str | None:
         WriteError: the disk refuses.
     """
     config = checkpoint.config
-    refuse_sparse(config, "the file of rwkv.cpp")
+    GGML.check_place(config, "the file of rwkv.cpp")
     for name, x in checkpoint.tensors.items():
         if x.dtype not in DTYPES.values():
             kind = str(x.dtype).removeprefix("torch.")

@@ -1,11 +1,10 @@
 """What a folder needs beside config and weights for Hugging Face's Auto classes to load it."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rwkvx.config import ModelConfig
+from rwkvx.config import field_names
 from rwkvx.files import write_json, write_text
 
 MODEL_TYPE = "rwkvx"
@@ -28,8 +27,9 @@ CONFIG_KEYS: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": 0,
-    # Nothing in the model ends anywhere; tools that ask for a limit get the length it is made for.
-    "max_position_embeddings": 1 << 20,
+    # Nothing in the model ends anywhere. lm-eval's `hf` cuts prompts to this length, with a
+    # warning, and tries batches of 64 times as much to find the batch size by itself.
+    "max_position_embeddings": 8192,
 }
 
 
@@ -42,7 +42,7 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
 
 def own_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a config.json is for `ModelConfig`: all, unless Hugging Face put its own beside."""
-    own = {f.name for f in fields(ModelConfig)}
+    own = field_names()
     return {k: v for k, v in config.items() if k in own or config.get("model_type") != MODEL_TYPE}
 
 

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkvx.checkpoint.checkpoint import FLOATS, Checkpoint, merge_config, parameter_shapes
+from rwkvx.checkpoint.checkpoint import Checkpoint, merge_config, parameter_shapes
 from rwkvx.checkpoint.foreign import by_names
-from rwkvx.config import TOKENIZERS, ModelConfig, hybrid_pattern
+from rwkvx.config import TOKENIZERS, ModelConfig, spread
+from rwkvx.dtypes import FLOATS
 from rwkvx.errors import InputError
+from rwkvx.kinds import KINDS
+from rwkvx.kinds.contract import ShapeOf, positions
 
 Pattern = tuple[str, ...]
 Tensors = Mapping[str, Tensor]
@@ -33,15 +36,15 @@ class Layout:
     """One way of storing a model.
 
     Attributes:
+        name: by which kinds of block say where theirs are (`Mixer.prefixes`).
         rename: our name, and the pattern of blocks, to the name in the file.
-        blocks: kind of block to the pattern that finds its number in a name of the file.
         deep: finds our names of the vectors that are stored as [1, 1, C].
         transposed: the low-rank matrices are stored transposed with respect to BlinkDL's and ours.
         unused: finds names of the file that no model uses.
     """
 
+    name: str
     rename: Callable[[str, Pattern], str]
-    blocks: Mapping[str, re.Pattern[str]]
     deep: re.Pattern[str]
     transposed: bool
     unused: re.Pattern[str]
@@ -77,7 +80,7 @@ class Layout:
                 raise InputError(
                     f"{origin}: {theirs} is {list(raw[theirs].shape)}, expected {list(stored)}"
                 )
-            if x.dtype not in FLOATS:
+            if str(x.dtype).removeprefix("torch.") not in FLOATS:
                 raise InputError(
                     f"{origin}: {theirs} is of {x.dtype}, expected floating point of 16, 32 or 64 "
                     "bits: take the model before it was quantised"
@@ -99,6 +102,27 @@ class Layout:
             for name, x in checkpoint.tensors.items()
         }
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The kinds of block that the layout has a place for, and what stands before a number."""
+        found = {kind: KINDS[kind].prefixes.get(self.name) for kind in KINDS}
+        return {kind: prefix for kind, prefix in found.items() if prefix is not None}
+
+    def no_place(self, config: ModelConfig) -> str | None:
+        """Tensors of a model that the layout has no names for, in words; None if there are none."""
+        kinds = self.kinds
+        beyond = [KINDS[kind].beyond_layouts(config) for kind in config.pattern if kind in kinds]
+        missing = [f"{kind} blocks" for kind in config.pattern if kind not in kinds]
+        missing += [words for words in beyond if words]
+        if (first := next(iter(kinds))) not in config.pattern:
+            missing = [f"a model without {first} blocks"]
+        return missing[0] if missing else None
+
+    def check_place(self, config: ModelConfig, what: str) -> None:
+        """Raise InputError for a model that the layout cannot hold; `what` names the layout."""
+        if words := self.no_place(config):
+            raise InputError(f"{what} has no place for {words}")
+
     def _ours(self, name: str, x: Tensor) -> Tensor:
         if self.transposed and LOW_RANK.fullmatch(name) and x.dim() == 2:
             return x.t().contiguous()
@@ -111,67 +135,76 @@ class Layout:
 
     def _pattern(self, raw: Tensors, origin: str, wanted: Any) -> Pattern:
         """The pattern that the caller wants, if it fits the number of blocks, else the usual."""
-        depth = {kind: _depth(finder, raw, origin) for kind, finder in self.blocks.items()}
-        rwkv, sparse = depth["rwkv7"], depth.get("sparse", 0)
-        if not rwkv:
-            raise InputError(f"{origin} holds no block of RWKV-7")
+        counts = {kind: _depth(prefix, raw, origin) for kind, prefix in self.kinds.items()}
+        first = next(iter(counts))
+        if not counts[first]:
+            raise InputError(f"{origin} holds {by_names(raw) or f'no {first} block'}")
         if wanted is None:
             try:
-                return hybrid_pattern(rwkv, sparse)
+                return usual_pattern(counts)
             except InputError as error:
                 raise InputError(f"{origin}: {error}") from error
         pattern = tuple(wanted)
-        if (pattern.count("rwkv7"), pattern.count("sparse")) != (rwkv, sparse):
-            raise InputError(
-                f"{origin} holds {rwkv} RWKV-7 and {sparse} sparse blocks, the pattern "
-                f"{pattern.count('rwkv7')} and {pattern.count('sparse')}"
-            )
+        asked = {kind: pattern.count(kind) for kind in counts}
+        if asked != counts or len(pattern) != sum(counts.values()):
+            raise InputError(f"{origin} holds {_words(counts)} blocks, the pattern {_words(asked)}")
         return pattern
 
     def _sizes(self, raw: Tensors, origin: str, pattern: Pattern) -> dict[str, Any]:
         """What the shapes of tensors tell of the config."""
-        positions = [i for i, kind in enumerate(pattern) if kind == "rwkv7"]
-        block = f"blocks.{positions[0]}"
 
-        def shape(ours: str) -> torch.Size:
+        def matrix(ours: str) -> torch.Size:
             theirs = self.rename(ours, pattern)
             x = self._ours(ours, _get(raw, theirs, origin))
             if x.dim() != 2 or 0 in x.shape:
                 raise InputError(f"{origin}: {theirs} is {list(x.shape)}, expected a matrix")
             return x.shape
 
-        vocab, width = shape("emb.weight")
-        # The first block has no value residual.
-        value = f"blocks.{positions[1]}.att.v1" if len(positions) > 1 else None
-        inner = shape(f"{block}.ffn.key.weight")[0]
+        def shape_of(kind: str) -> ShapeOf:
+            places = positions(pattern, kind)
+
+            def shape(name: str, nth: int) -> torch.Size | None:
+                return matrix(f"blocks.{places[nth]}.{name}") if nth < len(places) else None
+
+            return shape
+
+        vocab, width = matrix("emb.weight")
+        first = "blocks.0.ffn.key.weight"
+        inner = matrix(first)[0]
         if inner % width:
             raise InputError(
-                f"{origin}: {self.rename(f'{block}.ffn.key.weight', pattern)} has {inner} rows, "
-                f"which is no multiple of the width {width}"
+                f"{origin}: {self.rename(first, pattern)} has {inner} rows, which is no multiple "
+                f"of the width {width}"
             )
-        return {
+        sizes = {
             "vocab_size": vocab,
             "width": width,
             "pattern": pattern,
-            "head_size": shape(f"{block}.att.r_k")[1],
             "ffn_mult": inner // width,
-            "decay_rank": shape(f"{block}.att.w1")[1],
-            "iclr_rank": shape(f"{block}.att.a1")[1],
-            "value_rank": shape(value)[1] if value else None,
-            "gate_rank": shape(f"{block}.att.g1")[1],
             "tokenizer": _TOKENIZER_OF.get(vocab),
         }
+        for kind in dict.fromkeys(pattern):
+            sizes |= KINDS[kind].sizes(shape_of(kind))
+        return sizes
+
+
+def usual_pattern(counts: Mapping[str, int]) -> Pattern:
+    """So many blocks of each kind in the usual order: the others spread between those of the first.
+
+    Raises:
+        InputError: they cannot be spread evenly.
+    """
+    (base, many), *others = counts.items()
+    found = [(kind, count) for kind, count in others if count]
+    if len(found) > 1:
+        raise InputError("blocks of three kinds have no usual order: give a pattern")
+    other, few = found[0] if found else (base, 0)
+    return spread(base, many, other, few)
 
 
 def index_in_kind(position: int, pattern: Pattern) -> int:
     """How many blocks of the same kind stand before the block at `position`."""
     return pattern[:position].count(pattern[position])
-
-
-def refuse_sparse(config: ModelConfig, what: str) -> None:
-    """Raise InputError where a layout for pure RWKV-7 is to hold a hybrid."""
-    if "sparse" in config.pattern:
-        raise InputError(f"{what} has no place for sparse blocks")
 
 
 def without_prefix(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,10 +230,14 @@ def _get(raw: Tensors, name: str, origin: str) -> Tensor:
     return raw[name]
 
 
-def _depth(finder: re.Pattern[str], raw: Tensors, origin: str) -> int:
+def _depth(prefix: str, raw: Tensors, origin: str) -> int:
     """Number of blocks; InputError where one between others is missing."""
-    found = {int(m[2]): m[1] for name in raw if (m := finder.match(name))}
-    prefix = next(iter(found.values()), "")
-    for missing in sorted(set(range(len(found))) - set(found)):
+    finder = re.compile(rf"{re.escape(prefix)}(\d+)\.")
+    found = {int(m[1]) for name in raw if (m := finder.match(name))}
+    for missing in sorted(set(range(len(found))) - found):
         raise InputError(f"{origin} lacks the block {prefix}{missing}")
     return len(found)
+
+
+def _words(counts: Mapping[str, int]) -> str:
+    return " and ".join(f"{count} {kind}" for kind, count in counts.items())

@@ -1,7 +1,8 @@
 """`rwkvx.load`: a model from a shipped name, or from a file or folder of any known format."""
 
+import re
+import warnings
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,12 @@ from rwkvx.checkpoint.checkpoint import Checkpoint, cast, check_room, check_voca
 from rwkvx.checkpoint.folder import CONFIG
 from rwkvx.checkpoint.formats import detect
 from rwkvx.checkpoint.shards import INDEX, OLD_INDEX
-from rwkvx.errors import InputError, shown
+from rwkvx.dtypes import DTYPES
+from rwkvx.errors import InputError, one_line, shown
 from rwkvx.files import is_there, open_regular, user_path
 from rwkvx.model import Model
 from rwkvx.quantize import quantize
-
-DTYPES = ("float32", "bfloat16", "float16", "float64", "int8")
-
-
-def shipped_models() -> list[str]:
-    """Names of the models inside the package."""
-    folder = Path(str(files("rwkvx"))) / "models"
-    return sorted(p.parent.name for p in folder.glob("*/config.json"))
+from rwkvx.shipped import MODELS, shipped_models
 
 
 def find_model(path: str | Path) -> Path:
@@ -35,12 +30,14 @@ def find_model(path: str | Path) -> Path:
     """
     found = user_path(path)
     if not is_there(found):
-        shipped = Path(str(files("rwkvx"))) / "models" / str(path)
+        shipped = MODELS / str(path)
         if "/" not in str(path) and (shipped / CONFIG).exists():
             return shipped
         known = ", ".join(shipped_models()) or "none"
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+        way = f"; from the hub: `hf download {path} --local-dir DIR`, then name DIR" if hub else ""
         raise InputError(
-            f"no model {shown(str(path))}: not a file or folder, nor shipped ({known})"
+            f"no model {shown(str(path))}: not a file or folder, nor shipped ({known}){way}"
         )
     if found.is_dir():
         return found
@@ -55,6 +52,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
     *,
+    impl: str = "auto",
     verify: bool = False,
     **overrides: Any,
 ) -> Model:
@@ -71,6 +69,8 @@ def load(
         dtype: "float32", "bfloat16", "float16", "float64", or "int8": projections and head in
             int8 with a scale for each row, the rest in bfloat16: for decoding; such a model
             can be neither trained nor saved. torch's own, such as torch.float32, will do too.
+        impl: which implementations run: "auto", "reference" (the equations, slowly), "torch",
+            "compiled" (Numba; a CPU, no gradients) or "triton" (a GPU). See `rwkvx.explain`.
         verify: check the file's checksums first: SHA-256 in folders, CRC-32 in `.pth`.
         overrides: fields of `ModelConfig` that leave the parameters as they are, such as
             chunk_size=..., topk=..., tokenizer=....
@@ -85,6 +85,7 @@ def load(
     where = usable_device(str(device))
     wide = torch.bfloat16 if name == "int8" else getattr(torch, name)
     model = read_checkpoint(find_model(path), overrides, verify, wide).model().to(where)
+    model.impl = impl
     return quantize(model) if name == "int8" else model
 
 
@@ -117,8 +118,11 @@ def usable_device(name: str) -> torch.device:
         InputError: there is none, or this torch cannot compute on it.
     """
     try:
-        device = torch.device(name)
-        torch.ones(1, device=device).add(1).item()
+        with warnings.catch_warnings():  # about devices of the past
+            warnings.simplefilter("ignore")
+            device = torch.device(name)
+            torch.ones(1, device=device).add(1).item()
     except Exception as error:  # each back end has errors of its own
-        raise InputError(f"device {shown(name)} cannot be used: {error}") from error
+        reason = one_line(str(error).partition("\n")[0], 120)
+        raise InputError(f"device {shown(name)} cannot be used: {reason}") from error
     return device

@@ -7,9 +7,11 @@ import io
 import os
 import struct
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
-from zipfile import BadZipFile
 
 from rwkvx.checkpoint.stored import Stored
 from rwkvx.checkpoint.unpickle import OTHER_TENSORS, CodeError, Described, Other, Unpickler
@@ -19,6 +21,8 @@ from rwkvx.files import open_regular
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # first bytes: as torch writes since 1.6, and before
 PICKLE_BYTES = 16_000_000  # of names and shapes: 130 bytes a tensor
 DIRECTORY_BYTES = 16_000_000
+_PLAIN_FLAGS = 0x0808  # sizes that stand behind the data, names in UTF-8; others mean ciphers
+_BLOCK = 1 << 20
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 # Where training frameworks put the weights of a checkpoint.
 _PLACES = ("state_dict", "model_state_dict", "model", "module", "weights", "params", "net", "ema")
@@ -47,21 +51,27 @@ def read_pickled(path: Path) -> Pickled:
     Raises:
         InputError: code, a damaged or truncated file, another format.
     """
-    with open_regular(path) as file:
-        try:
-            return _read_archive(file, path) if file.read(4) == ZIP else _read_plain(file)
-        except InputError:
-            raise
-        except CodeError as error:
-            raise InputError(
-                f"{path} holds code ({error}), not only tensors; nothing of it was executed. Save "
-                "the model's state_dict() alone"
-            ) from error
-        # Whatever the standard library's readers of archives and operations meet in a damaged file.
-        except Exception as error:
-            spoken = isinstance(error, ValueError | OSError | BadZipFile)
-            reason = error if spoken else "it does not hold together"
-            raise InputError(f"{path} is truncated or damaged: {reason}") from error
+    with open_regular(path) as file, _in_one_line(path):
+        return _read_archive(file, path) if file.read(4) == ZIP else _read_plain(file)
+
+
+@contextmanager
+def _in_one_line(path: Path) -> Iterator[None]:
+    """Whatever is met in a damaged file is an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except CodeError as error:
+        raise InputError(
+            f"{path} holds code ({error}), not only tensors; nothing of it was executed. Save the "
+            "model's state_dict() alone"
+        ) from error
+    # The standard library's readers of archives and operations raise anything.
+    except Exception as error:
+        spoken = isinstance(error, ValueError | OSError | zipfile.BadZipFile)
+        reason = error if spoken else "it does not hold together"
+        raise InputError(f"{path} is truncated or damaged: {reason}") from error
 
 
 def stored_in_pickle(path: Path) -> dict[str, Stored]:
@@ -85,20 +95,30 @@ def stored_in_pickle(path: Path) -> dict[str, Stored]:
     return stored
 
 
-def archive_records(file: IO[bytes], path: Path) -> dict[str, tuple[int, int]]:
-    """First byte and size by name of what an archive holds: as it is, one after the other.
+class Part(NamedTuple):
+    """Where a part of an archive lies, and its CRC-32."""
+
+    start: int
+    size: int
+    crc: int
+
+
+def archive_parts(file: IO[bytes], path: Path) -> dict[str, Part]:
+    """What an archive holds by name: as it is, one after the other.
 
     Raises:
         InputError: something is compressed, encrypted, overlaps or lies outside.
         zipfile.BadZipFile: and others, for a damaged directory.
     """
     size = os.fstat(file.fileno()).st_size
-    records: dict[str, tuple[int, int]] = {}
+    parts: dict[str, Part] = {}
     with zipfile.ZipFile(_Sparing(file)) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise InputError(f"{path} is a TorchScript program: save the model's state_dict() instead")
     free = 0
     for entry in entries:
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ~_PLAIN_FLAGS:
             raise InputError(
                 f"{path} is compressed inside, which torch.save never does: load it with torch and "
                 "save it again"
@@ -108,20 +128,39 @@ def archive_records(file: IO[bytes], path: Path) -> dict[str, tuple[int, int]]:
         start = entry.header_offset + 30 + sum(struct.unpack("<2H", header[26:30]))
         if header[:4] != ZIP or start < free or start + entry.file_size > size:
             raise ValueError(f"its part {shown(entry.filename)} does not lie where it should")
-        if entry.filename in records:
+        if entry.filename in parts:
             raise ValueError(f"it holds {shown(entry.filename)} twice")
-        records[entry.filename] = (start, entry.file_size)
+        parts[entry.filename] = Part(start, entry.file_size, entry.CRC)
         free = start + entry.file_size
-    return records
+    return parts
+
+
+def damaged_part(path: Path) -> tuple[str | None, int]:
+    """The name of a part of an archive whose CRC-32 does not hold, and how many parts there are.
+
+    Raises:
+        InputError: as `read_pickled`.
+    """
+    with open_regular(path) as file, _in_one_line(path):
+        parts = archive_parts(file, path)
+        for name, part in parts.items():
+            file.seek(part.start)
+            found = 0
+            for start in range(0, part.size, _BLOCK):
+                found = zlib.crc32(file.read(min(_BLOCK, part.size - start)), found)
+            if found != part.crc:
+                return name, len(parts)
+    return None, len(parts)
 
 
 def _state_dict(value: Any, depth: int = 3) -> dict[str, Any]:
     """Tensors by name: `value` itself, or the first of the usual places in it that has any."""
     if not isinstance(value, dict):
         return {}
-    found = {n: x for n, x in value.items() if isinstance(n, str) and _is_tensor(x)}
-    places = (value.get(name) for name in _PLACES if depth and not found)
-    return found or next(filter(None, (_state_dict(x, depth - 1) for x in places)), {})
+    for name in _PLACES if depth else ():
+        if found := _state_dict(value.get(name), depth - 1):
+            return found
+    return {n: x for n, x in value.items() if isinstance(n, str) and _is_tensor(x)}
 
 
 def _is_tensor(x: Any) -> bool:
@@ -129,19 +168,18 @@ def _is_tensor(x: Any) -> bool:
 
 
 def _read_archive(file: IO[bytes], path: Path) -> Pickled:
-    records = archive_records(file, path)
-    roots = [name[: -len("data.pkl")] for name in records if name.endswith("data.pkl")]
-    if any(name.endswith("/constants.pkl") for name in records):
-        raise InputError(f"{path} is a TorchScript program: save the model's state_dict() instead")
+    parts = archive_parts(file, path)
+    roots = [name[: -len("data.pkl")] for name in parts if name.endswith("data.pkl")]
     if len(roots) != 1:
         raise InputError(f"{path} is a zip archive, but none that torch.save has written")
     root = roots[0]
-    order = _content(file, records.get(f"{root}byteorder", (0, 0)), 16)
+    order = _content(file, parts.get(f"{root}byteorder", Part(0, 0, 0)), 16)
     if order not in (b"", b"little"):
         raise InputError(f"{path} has the byte order {shown(order)}, this machine's is little")
-    machine = Unpickler(io.BytesIO(_content(file, records[f"{root}data.pkl"], PICKLE_BYTES)))
+    machine = Unpickler(io.BytesIO(_content(file, parts[f"{root}data.pkl"], PICKLE_BYTES)))
     prefix = f"{root}data/"
-    spans = {n.removeprefix(prefix): span for n, span in records.items() if n.startswith(prefix)}
+    named = {n.removeprefix(prefix): part for n, part in parts.items() if n.startswith(prefix)}
+    spans = {name: (part.start, part.size) for name, part in named.items()}
     return Pickled(machine.run(), spans)
 
 
@@ -167,12 +205,11 @@ def _read_plain(file: IO[bytes]) -> Pickled:
     return Pickled(value, spans)
 
 
-def _content(file: IO[bytes], span: tuple[int, int], most: int) -> bytes:
-    start, size = span
-    if size > most:
-        raise ValueError(f"{size:,} bytes where there should be a few")
-    file.seek(start)
-    return file.read(size)
+def _content(file: IO[bytes], part: Part, most: int) -> bytes:
+    if part.size > most:
+        raise ValueError(f"{part.size:,} bytes where there should be a few")
+    file.seek(part.start)
+    return file.read(part.size)
 
 
 def _unless_contiguous(x: Described) -> tuple[int, ...] | None:

@@ -4,7 +4,6 @@ Sources: BlinkDL/RWKV-LM, RWKV-v7; howard-hou/RWKV-X.
 """
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.fla import FLA
 from rwkvx.checkpoint.foreign import by_names
 from rwkvx.checkpoint.layout import BLOCK, Layout, Pattern, index_in_kind, without_prefix
-from rwkvx.checkpoint.pickled import PICKLE, ZIP, archive_records, stored_in_pickle
+from rwkvx.checkpoint.pickled import PICKLE, ZIP, damaged_part, stored_in_pickle
 from rwkvx.checkpoint.safetensors import is_safetensors, stored_in_safetensors
 from rwkvx.checkpoint.sidecar import keep_lost, with_sidecar
 from rwkvx.checkpoint.stored import read_stored, start_of
 from rwkvx.config import ModelConfig
 from rwkvx.errors import InputError
-from rwkvx.files import open_regular, replacing
+from rwkvx.files import replacing
+from rwkvx.kinds import KINDS
 
 TITLE = ".pth of RWKV-7 (BlinkDL) or RWKV-X"
 SUFFIXES: tuple[str, ...] = (".pth",)
@@ -38,24 +38,21 @@ def rwkvx_name(name: str, pattern: Pattern) -> str:
     if not (m := BLOCK.fullmatch(name)):
         return f"rwkv.{blinkdl_name(name, pattern)}"
     position = int(m[1])
-    place = "rwkv.blocks" if pattern[position] == "rwkv7" else "moba"
-    return f"{place}.{index_in_kind(position, pattern)}.{m[2]}"
+    prefix = KINDS[pattern[position]].prefixes["rwkv-x"]
+    return f"{prefix}{index_in_kind(position, pattern)}.{m[2]}"
 
 
 _DEEP = re.compile(r"\.(x_[rwkvag]|[wav]0|k_k|k_a)$")
 BLINKDL = Layout(
+    name="blinkdl",
     rename=blinkdl_name,
-    blocks={"rwkv7": re.compile(r"(blocks\.)(\d+)\.")},
     deep=_DEEP,
     transposed=False,
     unused=re.compile(r"blocks\.0\.att\.v[012]"),
 )
 RWKVX = Layout(
+    name="rwkv-x",
     rename=rwkvx_name,
-    blocks={
-        "rwkv7": re.compile(r"(rwkv\.blocks\.)(\d+)\."),
-        "sparse": re.compile(r"(moba\.)(\d+)\."),
-    },
     deep=_DEEP,
     transposed=False,
     unused=re.compile(r"rwkv\.blocks\.0\.att\.v[012]"),
@@ -113,9 +110,8 @@ def write(checkpoint: Checkpoint, path: Path) -> str | None:
         InputError: the model has tensors that the layout has no names for.
         WriteError: the disk refuses; then there is no file, or the old one.
     """
-    if reason := no_place_in_pth(checkpoint.config):
-        raise InputError(f"the .pth layout has no place for {reason}")
-    layout = RWKVX if "sparse" in checkpoint.config.pattern else BLINKDL
+    layout = layout_of(checkpoint.config)
+    layout.check_place(checkpoint.config, "the .pth layout")
     raw = layout.write(checkpoint)
     with replacing(path) as temporary, temporary.open("wb") as file:
         # A view would bring the whole mapping it belongs to.
@@ -135,27 +131,15 @@ def verify(path: Path) -> str:
     """
     if start_of(path)[:4] != ZIP:
         raise InputError(f"{path} carries no checksums")
-    try:
-        with open_regular(path) as file:
-            archive_records(file, path)
-            with zipfile.ZipFile(file) as archive:
-                damaged, count = archive.testzip(), len(archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise InputError(f"{path} is truncated or damaged: {_first_line(error)}") from error
+    damaged, count = damaged_part(path)
     if damaged:
         raise InputError(f"{path} is damaged: the CRC-32 of its part {damaged} does not hold")
     return f"CRC-32 of {count} parts"
 
 
-def no_place_in_pth(config: ModelConfig) -> str | None:
-    """Tensors of a model that the layout has no names for, None if there are none."""
-    if "rwkv7" not in config.pattern:
-        return "a model without RWKV-7 blocks"
-    if "sparse" in config.pattern and config.key_conv:
-        return "a key convolution"
-    if "sparse" in config.pattern and config.kv_heads != config.heads:
-        return "grouped-query heads"
-    return None
+def layout_of(config: ModelConfig) -> Layout:
+    """BlinkDL's where it has all kinds of block, else that of RWKV-X."""
+    return BLINKDL if set(config.pattern) <= set(BLINKDL.kinds) else RWKVX
 
 
 def _owns_storage(x: Tensor) -> bool:

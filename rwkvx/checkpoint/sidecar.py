@@ -8,23 +8,22 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.shards import weight_files
-from rwkvx.config import ModelConfig
+from rwkvx.config import ModelConfig, field_names
 from rwkvx.errors import InputError, WriteError, shown
 from rwkvx.files import is_there, open_regular, read_json, write_json
+from rwkvx.kinds import KINDS
 
 Reader = Callable[[Path, Mapping[str, Any], bool], Checkpoint]
 
 _IN_FOLDER = "rwkvx.json"
 _MOST_BYTES = 100_000
 _SAMPLE = 1 << 20  # bytes at the beginning, in the middle and at the end of a file
-# Fields that change nothing in a model without sparse blocks.
-_OF_SPARSE = {"chunk_size", "topk", "selection", "sparse_kv_heads", "key_conv"}
 _RANKS = {"decay_rank": "w", "iclr_rank": "a", "value_rank": "v", "gate_rank": "g"}
 
 
@@ -36,9 +35,8 @@ def sidecar_of(path: Path) -> Path:
 def lost_fields(config: ModelConfig, found: ModelConfig) -> dict[str, Any]:
     """Fields of `config` that reading the file gives another value, as plain data."""
     whole, read = _explicit(config), _explicit(found)
-    without_effect = set() if "sparse" in config.pattern else _OF_SPARSE
-    if config.pattern.count("rwkv7") < 2:
-        without_effect |= {"value_rank"}
+    of_kinds = {field for kind in KINDS.values() for field in kind.fields}
+    without_effect = of_kinds - {x for kind in config.pattern for x in KINDS[kind].used(config)}
     return {n: x for n, x in whole.items() if x != read[n] and n not in without_effect}
 
 
@@ -56,7 +54,7 @@ def keep_lost(config: ModelConfig, path: Path, title: str, read: Reader) -> str 
         InputError
     ):  # an order of blocks that is not the usual one, and cannot be read from names
         found = read(path, {"pattern": config.pattern}, True).config
-        found = replace(found, pattern=("rwkv7",))
+        found = replace(found, pattern=config.pattern[:1])
     lost = lost_fields(config, found)
     if not lost:
         return None
@@ -85,9 +83,8 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     data = read_json(sidecar, _MOST_BYTES)
     if not isinstance(data, dict) or set(data) != {"config", "belongs_to"}:
         return {}  # somebody else's file of that name
-    known = {field.name for field in fields(ModelConfig)}
     kept = data["config"]
-    if not isinstance(kept, dict) or not set(kept) <= known:
+    if not isinstance(kept, dict) or not set(kept) <= field_names():
         raise InputError(f"{sidecar} is damaged: it holds no fields of a model")
     if data["belongs_to"] != _identity(path):
         raise InputError(

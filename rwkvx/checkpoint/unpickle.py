@@ -6,6 +6,7 @@ those of torch's tensors. No object of the file's choosing is ever made, and not
 
 import io
 import pickletools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -89,7 +90,8 @@ class Unpickler:
 
     def run(self) -> Any:
         """The value of the pickle; the source stands behind it then."""
-        with collector_paused():
+        with collector_paused(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in strings of damaged files
             return self._run()
 
     def _run(self) -> Any:

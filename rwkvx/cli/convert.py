@@ -4,6 +4,11 @@ from pathlib import Path
 
 import click
 
+from rwkvx.cli.options import Within
+from rwkvx.config import ModelConfig
+from rwkvx.dtypes import FLOATS
+from rwkvx.ranges import COUNT, range_of
+
 __all__ = ["convert_command"]
 
 
@@ -17,12 +22,16 @@ __all__ = ["convert_command"]
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+    type=click.Choice(FLOATS),
     help="Default: every tensor keeps its own.",
 )
 @click.option(
-    "--expand", type=int, metavar="M", help="Add M sparse blocks to RWKV-7, one after every L/M."
+    "--expand",
+    type=Within(COUNT),
+    metavar="M",
+    help="Add M blocks to RWKV-7, one after every L/M.",
 )
+@click.option("--kind", default="sparse", show_default=True, help="Of the blocks that are added.")
 @click.option(
     "--init",
     type=click.Choice(["zero", "copy"]),
@@ -31,8 +40,16 @@ __all__ = ["convert_command"]
     help="New blocks: zero puts out nothing, so that the function stays the same (checked); copy "
     "takes the projections of the block before, as the training code of RWKV-X does.",
 )
-@click.option("--chunk-size", type=int, help="Of sparse blocks. Default: SOURCE's, else 2048.")
-@click.option("--topk", type=int, help="Of sparse blocks. Default: SOURCE's, else 3.")
+@click.option(
+    "--chunk-size",
+    type=Within(range_of(ModelConfig, "chunk_size")),
+    help="Of sparse blocks. Default: SOURCE's, else 2048.",
+)
+@click.option(
+    "--topk",
+    type=Within(range_of(ModelConfig, "topk")),
+    help="Of sparse blocks. Default: SOURCE's, else 3.",
+)
 @click.option("--verify", is_flag=True, help="Check the checksums of SOURCE first.")
 def convert_command(
     source: str,
@@ -40,6 +57,7 @@ def convert_command(
     to: str | None,
     dtype: str | None,
     expand: int | None,
+    kind: str,
     init: str,
     chunk_size: int | None,
     topk: int | None,
@@ -60,7 +78,7 @@ def convert_command(
     import torch
 
     from rwkvx.checkpoint.expand import assert_same_function
-    from rwkvx.checkpoint.expand import expand as add_sparse_blocks
+    from rwkvx.checkpoint.expand import expand as add_blocks
     from rwkvx.checkpoint.formats import format_of_target
     from rwkvx.checkpoint.load import find_model, read_checkpoint
     from rwkvx.errors import InputError, one_line
@@ -75,7 +93,7 @@ def convert_command(
     checkpoint = read_checkpoint(find_model(source), overrides, verify)
     if expand is not None:
         before = checkpoint
-        checkpoint = add_sparse_blocks(before, expand, init)
+        checkpoint = add_blocks(before, expand, init, kind)
         if init == "zero":
             assert_same_function(before, checkpoint)
             click.echo("checked: the function is that of SOURCE, logit for logit")

@@ -40,7 +40,8 @@ def demo_command(out: Path, data: str | None, quick: bool, model: str) -> None:
     loaded = rwkvx.load(model)
     name = Path(model).name
     wrong = run_passkey(loaded, name, out / "passkey", quick)
-    wrong += run_tasks(loaded, name, out / "lm", folder, quick)
+    # Results of all items and of the first few belong into folders of their own.
+    wrong += run_tasks(loaded, name, out / ("lm-quick" if quick else "lm"), folder, quick)
     click.echo(f"\ndone in {minutes(time.perf_counter() - began)}")
     if wrong:
         raise InputError(f"{wrong} samples have no answer: see the reports")
@@ -70,13 +71,14 @@ def run_tasks(model: Any, name: str, out: Path, folder: Path | None, quick: bool
     """
     from rwkvx_evals.lm.command import summary
     from rwkvx_evals.lm.evaluate import evaluate
+    from rwkvx_evals.lm.settings import Settings
     from rwkvx_evals.lm.tasks import MissingDataError
 
     items = f"the first {QUICK_ITEMS} items" if quick else "all items"
     click.echo(f"\nlm-eval: {name} on {', '.join(TASKS)}, {items}")
-    limit = QUICK_ITEMS if quick else None
+    settings = Settings(TASKS, limit=QUICK_ITEMS if quick else None)
     try:
-        results = evaluate(model, name, TASKS, out, folder=folder, limit=limit)
+        results = evaluate(model, name, settings, out, folder=folder)
     except MissingDataError as error:
         click.echo(f"left out: {error}")
         return 0

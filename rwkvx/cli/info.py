@@ -1,37 +1,23 @@
 """``rwkvx info``: what a model is made of, from its config and tensor headers alone."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
 from rwkvx.checkpoint.checkpoint import check_vocabulary
 from rwkvx.checkpoint.formats import detect
-from rwkvx.checkpoint.load import find_model, shipped_models
+from rwkvx.checkpoint.load import find_model
 from rwkvx.checkpoint.sidecar import read_sidecar, sidecar_of
+from rwkvx.cli.options import Within
 from rwkvx.config import ModelConfig
+from rwkvx.costs import state_memory
 from rwkvx.errors import InputError
+from rwkvx.kinds import kind_of
+from rwkvx.ranges import COUNT
+from rwkvx.shipped import shipped_models
 
-__all__ = ["Memory", "info_command", "memory"]
-
-
-class Memory(NamedTuple):
-    """Bytes of one sequence's state: what it always takes, and what each token read adds."""
-
-    constant: int
-    per_token: float
-
-
-def memory(config: ModelConfig, element: int = 4) -> Memory:
-    """State of one sequence. `element`: bytes of a number of the model's dtype."""
-    kv_width = config.kv_heads * config.head_size
-    wkv = config.heads * config.head_size**2 * 4  # the matrix state is float32 always
-    rwkv = 2 * config.width * element + wkv
-    sparse = (config.width + max(config.key_conv - 1, 0) * kv_width) * element
-    # Keys and values, and one float32 mean of the keys for each chunk.
-    per_token = kv_width * (2 * element + 4 / config.chunk_size)
-    counts = {kind: config.pattern.count(kind) for kind in ("rwkv7", "sparse")}
-    return Memory(counts["rwkv7"] * rwkv + counts["sparse"] * sparse, counts["sparse"] * per_token)
+__all__ = ["info_command"]
 
 
 def size(number: float) -> str:
@@ -65,19 +51,15 @@ def describe(path: Path) -> list[tuple[str, str]]:
     """Rows of the table that ``rwkvx info`` prints; no weight is read."""
     found = detect(path)
     config, tensors, tokenizer = found.read(path, {}, True)
-    state = memory(config)
-    conv = f", key convolution of {config.key_conv}" if config.key_conv else ""
     rows = [
         ("model", str(path)),
         ("format", found.TITLE),
         ("blocks", f"{len(config.pattern)}: {shape_of_pattern(config.pattern)}"),
         ("width", f"{config.width}, {config.heads} heads of {config.head_size}"),
-        ("low ranks", ", ".join(f"{name} {rank}" for name, rank in config.ranks.items())),
         ("vocabulary", vocabulary(config, tokenizer)),
     ]
-    if "sparse" in config.pattern:
-        text = f"chunks of {config.chunk_size}, top {config.topk}, {config.kv_heads} kv heads{conv}"
-        rows.append(("sparse blocks", text))
+    for kind in dict.fromkeys(config.pattern):
+        rows.append((f"{kind} blocks", kind_of(kind).describe(config)))
     if kept := read_sidecar(path):
         rows.append(("told by", f"{sidecar_of(path)}: {', '.join(kept)}"))
     kinds = sorted({str(x.dtype).removeprefix("torch.") for x in tensors.values()})
@@ -85,10 +67,13 @@ def describe(path: Path) -> list[tuple[str, str]]:
     rows += [
         ("parameters", f"{sum(x.numel() for x in tensors.values()):,}"),
         ("weights", f"{size(stored)}, {', '.join(kinds)}"),
-        ("state", f"{size(state.constant)} + {state.per_token:,.0f} B per token (float32)"),
     ]
-    totals = ((name, state.constant + state.per_token * n) for name, n in _LENGTHS)
-    rows.append(("state at", ", ".join(f"{name}: {size(total)}" for name, total in totals)))
+    memory = state_memory(config)
+    constant = sum(block.constant for block in memory)
+    growing = sum(block.per_token for block in memory if block.most is None)
+    rows.append(("state", f"{size(constant)} + {growing:,.0f} B per token (float32)"))
+    at = ((name, sum(block.at(n) for block in memory)) for name, n in _LENGTHS)
+    rows.append(("state at", ", ".join(f"{name}: {size(total)}" for name, total in at)))
     return rows
 
 
@@ -98,7 +83,22 @@ _LENGTHS = (("16K", 2**14), ("64K", 2**16), ("1M", 2**20))
 @click.command("info")
 @click.argument("model", required=False)
 @click.option("--verify", is_flag=True, help="Check the checksums too, which reads everything.")
-def info_command(model: str | None, verify: bool) -> None:
+@click.option("--route", is_flag=True, help="Show which implementations run, and why.")
+@click.option("--batch", type=Within(COUNT), default=1, show_default=True, help="For --route.")
+@click.option("--tokens", type=Within(COUNT), default=1, show_default=True, help="For --route.")
+@click.option("--device", default="cpu", show_default=True, help="For --route.")
+@click.option("--dtype", default="float32", show_default=True, help="For --route.")
+@click.option("--impl", default="auto", show_default=True, help="For --route.")
+def info_command(
+    model: str | None,
+    verify: bool,
+    route: bool,
+    batch: int,
+    tokens: int,
+    device: str,
+    dtype: str,
+    impl: str,
+) -> None:
     """Show architecture, parameters and memory of MODEL: a file, a folder or a shipped name.
 
     Knows every format that `rwkvx convert` knows. Reads headers, not weights. Without MODEL, names
@@ -110,11 +110,21 @@ def info_command(model: str | None, verify: bool) -> None:
       rwkvx info passkey-tiny
       rwkvx info RWKV-X-0.2B-64k-Base.pth
       rwkvx info --verify runs/my-model
+      rwkvx info passkey-tiny --route --tokens 4096
     """
     if model is None:
         click.echo("\n".join(shipped_models()) or "no model ships with this installation")
         return
     path = find_model(model)
+    if route:
+        import rwkvx
+
+        steps = rwkvx.explain(rwkvx.load(path, device, dtype, impl=impl), batch, tokens)
+        columns = [max(map(len, column)) for column in list(zip(*steps, strict=True))[:3]]
+        for step in steps:
+            parts = [f"{text:<{width}}" for text, width in zip(step, columns, strict=False)]
+            click.echo("  ".join([*parts, step.why]))
+        return
     rows = describe(path)
     if verify:
         rows.append(("verified", detect(path).verify(path)))

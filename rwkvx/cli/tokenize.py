@@ -3,11 +3,12 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 
+from rwkvx.cli.options import Within
 from rwkvx.errors import InputError
+from rwkvx.ranges import COUNT, Whole
 
 __all__ = ["tokenize_command"]
 
@@ -24,7 +25,7 @@ __all__ = ["tokenize_command"]
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
 @click.option(
     "--train-bpe",
-    type=int,
+    type=Within(Whole(257, 1 << 20)),
     metavar="SIZE",
     help="Train a byte-level BPE of SIZE ids on the text first and write it into the folder T.",
 )
@@ -37,7 +38,7 @@ __all__ = ["tokenize_command"]
 )
 @click.option("--unwrap", is_flag=True, help="Join the lines of paragraphs wrapped by a width.")
 @click.option("--data", help="Folder of text data (default: the variable RWKVX_DATA).")
-@click.option("--processes", type=click.IntRange(1), help="Default: one for each core.")
+@click.option("--processes", type=Within(COUNT), help="Default: one for each core.")
 def tokenize_command(
     sources: tuple[str, ...],
     name: str,
@@ -89,10 +90,9 @@ def tokenize_command(
 def _progress(
     documents: Iterator[tuple[str, bool]], sizes: list[int], title: str
 ) -> Iterator[tuple[str, bool]]:
-    from tqdm import tqdm
+    from rwkvx.progress import progress
 
-    settings: dict[str, Any] = {"unit": "char", "unit_scale": True, "mininterval": 0.5}
-    with tqdm(total=sum(sizes), desc=title, disable=None, **settings) as bar:
+    with progress(sum(sizes), title, "char") as bar:
         for text, held in documents:
             yield text, held
             bar.update(len(text))

@@ -37,10 +37,12 @@ def user_path(name: str | os.PathLike[str]) -> Path:
         InputError: an empty name, one with a NUL character, the home of nobody.
     """
     text = os.fspath(name)
-    if not text or "\0" in text:
-        raise InputError(f"{shown(text)} is no name of a file or folder")
     try:
+        if not text or b"\0" in os.fsencode(text):
+            raise InputError(f"{shown(text)} is no name of a file or folder")
         return Path(text).expanduser()
+    except UnicodeEncodeError:
+        raise InputError(f"{shown(text)} is no name of a file or folder") from None
     except RuntimeError:
         raise InputError(f"{shown(text)}: there is no such home folder") from None
 

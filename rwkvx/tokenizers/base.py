@@ -1,18 +1,20 @@
 """What the tokenizers share: Hugging Face's interface over an exact map of bytes to ids."""
 
+import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 
-from rwkvx.errors import InputError
+from rwkvx.errors import InputError, shown
 
 __all__ = ["ExactTokenizer"]
 
 
 class ExactTokenizer(PreTrainedTokenizer):
-    """A Hugging Face tokenizer with a fixed vocabulary of byte strings.
+    """A Hugging Face tokenizer over a vocabulary of byte strings, to which tokens can be added.
 
     A subclass gives the ids of a text, the ids of a byte string, and the bytes behind each id;
     padding, truncation, batches, ``save_pretrained`` and ``from_pretrained`` come from Hugging
@@ -36,17 +38,21 @@ class ExactTokenizer(PreTrainedTokenizer):
 
     # ------------------------------------------------------------- what a subclass provides
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of a text; InputError where it holds a lone surrogate (not a character)."""
+    def match_text(self, text: str) -> list[int]:
+        """Ids of a text that holds no added token, in the vocabulary that there was at first."""
         raise NotImplementedError
 
-    def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of any byte string, valid UTF-8 or not; the inverse of `decode_bytes`."""
+    def match_bytes(self, data: bytes) -> list[int]:
+        """The same for any byte string, valid UTF-8 or not."""
         raise NotImplementedError
 
     def token_bytes(self) -> Sequence[bytes]:
         """The bytes behind each id, ``vocab_size`` of them; empty where an id stands for none."""
         raise NotImplementedError
+
+    def token_names(self) -> Sequence[bytes]:
+        """As `token_bytes`, special tokens by their names."""
+        return self.token_bytes()
 
     # ------------------------------------------------------------- decoding
 
@@ -54,18 +60,28 @@ class ExactTokenizer(PreTrainedTokenizer):
         """Bytes of a sequence of ids (ints, or a 1-D tensor or array).
 
         Raises InputError for an id outside the vocabulary. Ids that stand for no bytes (the end
-        of a document and unused slots, in the World vocabulary) add nothing.
+        of a document and unused slots, in the World vocabulary; special tokens that were added)
+        add nothing.
         """
-        return b"".join(map(self.token_bytes().__getitem__, self._checked(ids)))
+        return self._joined(self._checked(ids), self.token_bytes(), named=False)
+
+    def _joined(self, ids: list[int], table: Sequence[bytes], named: bool) -> bytes:
+        """Bytes of checked ids; special tokens that were added by their names, or as nothing."""
+        size = self.vocab_size
+        if len(self) == size:
+            return b"".join(map(table.__getitem__, ids))
+        added = {i: t for i, t in self._added_tokens_decoder.items() if i >= size}
+        grown = {i: utf8(t.content) if named or not t.special else b"" for i, t in added.items()}
+        return b"".join(table[i] if i < size else grown[i] for i in ids)
 
     def _checked(self, ids: Any) -> list[int]:
         """`ids` as a list of ints inside the vocabulary."""
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         checked: list[int] = [ids] if isinstance(ids, int) else list(ids)
         # A negative id would silently count from the end of the table.
-        if checked and (min(checked) < 0 or max(checked) >= self.vocab_size):
-            bad = next(i for i in checked if not 0 <= i < self.vocab_size)
-            raise InputError(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
+        if checked and (min(checked) < 0 or max(checked) >= len(self)):
+            bad = next(i for i in checked if not 0 <= i < len(self))
+            raise InputError(f"token id {bad} is outside the vocabulary of {len(self)}")
         return checked
 
     def _decode(
@@ -81,14 +97,44 @@ class ExactTokenizer(PreTrainedTokenizer):
             special = set(self.all_special_ids)
             data = self.decode_bytes([i for i in ids if i not in special])
         else:
-            data = self._bytes_with_names(ids)
+            data = self._joined(ids, self.token_names(), named=True)
         return data.decode("utf-8", errors="replace")
 
-    def _bytes_with_names(self, ids: list[int]) -> bytes:
-        """Bytes of checked ids, special tokens written as their names."""
-        return self.decode_bytes(ids)
-
     # ------------------------------------------------------------- encoding
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text; InputError where it holds a lone surrogate (not a character)."""
+        utf8(text)
+        tokens = self._plain_added()
+        if not tokens:
+            return self.match_text(text)
+        ids, at = [], 0
+        for found in _splitter(tokens).finditer(text):
+            ids += self.match_text(text[at : found.start()]) if found.start() > at else []
+            ids.append(self._added_tokens_encoder[tokens[cast(int, found.lastindex) - 1][0]])
+            at = found.end()
+        return ids + self.match_text(text[at:])
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of any byte string, valid UTF-8 or not; the inverse of `decode_bytes`."""
+        try:
+            return self.encode_text(data.decode("utf-8"))
+        except UnicodeDecodeError:
+            pass
+        if not (tokens := self._plain_added()):
+            return self.match_bytes(data)
+        names = b"|".join(re.escape(utf8(content)) for content, *_ in tokens)
+        ids: list[int] = []
+        for i, part in enumerate(re.split(b"(" + names + b")", data)):
+            added = i % 2 == 1
+            ids += [self._added_tokens_encoder[part.decode()]] if added else self.match_bytes(part)
+        return ids
+
+    def _plain_added(self) -> tuple[tuple[str, bool, bool, bool], ...]:
+        """Added tokens that are not special, which every text is cut at; the longest first."""
+        added = (t for t in self._added_tokens_decoder.values() if not t.special)
+        found = ((t.content, t.lstrip, t.rstrip, t.single_word) for t in added)
+        return tuple(sorted(found, key=lambda token: -len(token[0])))
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
         """Replace every text by its ids first; Hugging Face's own code takes ids as they are."""
@@ -112,26 +158,76 @@ class ExactTokenizer(PreTrainedTokenizer):
 
     # ------------------------------------------------------------- vocabulary
 
+    def __len__(self) -> int:
+        """Ids of the vocabulary and of added tokens: rows that a model's embedding must have."""
+        return self.vocab_size + sum(i >= self.vocab_size for i in self._added_tokens_decoder)
+
     def get_vocab(self) -> dict[str, int]:
-        """Token string (bytes as Latin-1) to id, for every slot."""
-        return {self._convert_id_to_token(i): i for i in range(self.vocab_size)}
+        """Token string (bytes as Latin-1) to id for every slot; added tokens as they are."""
+        own = {self._name_of(i): i for i in range(self.vocab_size)}
+        return {**own, **{t: i for t, i in self._added_tokens_encoder.items() if t not in own}}
+
+    def _name_of(self, index: int) -> str:
+        """Token string of an id of the vocabulary that there was at first."""
+        return self.token_bytes()[index].decode("latin-1") or f"<|unused_{index}|>"
 
     def _convert_id_to_token(self, index: int) -> str:
         (index,) = self._checked(index)
-        return self.token_bytes()[index].decode("latin-1") or f"<|unused_{index}|>"
+        if index >= self.vocab_size:
+            return str(self._added_tokens_decoder[index].content)
+        return self._name_of(index)
 
     def _convert_token_to_id(self, token: str) -> int | None:
         return self.get_vocab().get(token)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Join token strings (bytes as Latin-1) into the text they spell."""
-        return "".join(tokens).encode("latin-1").decode("utf-8", errors="replace")
+        """Join token strings (bytes as Latin-1, added tokens as written) into the text of them."""
+        added = self._added_tokens_encoder
+        data = (
+            utf8(t) if added.get(t, 0) >= self.vocab_size else t.encode("latin-1") for t in tokens
+        )
+        return b"".join(data).decode("utf-8", errors="replace")
+
+    def add_special_tokens(self, special_tokens_dict: Any, *args: Any, **kwargs: Any) -> int:
+        """As Hugging Face's; what is refused (InputError) changes nothing."""
+        lists = ("extra_special_tokens", "additional_special_tokens")
+        for name, value in (special_tokens_dict or {}).items():
+            if name not in (*self.SPECIAL_TOKENS_ATTRIBUTES, *lists):
+                raise InputError(f"there is no special token {shown(name)}")
+            for token in value if isinstance(value, list | tuple) else [value]:
+                _check_new(token)
+        return int(super().add_special_tokens(special_tokens_dict, *args, **kwargs))
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        for token in new_tokens or []:
-            if str(token) not in self.get_vocab():
-                raise InputError(f"token {str(token)!r} cannot be added: the vocabulary is fixed")
-        return int(super()._add_tokens(new_tokens, special_tokens=special_tokens))
+        """Add what has no id yet, at the end; what has one keeps it, and texts are cut at it.
+
+        A token that is added to the vocabulary needs a row of the model's embedding:
+        ``model.resize_token_embeddings(len(tokenizer))``.
+        """
+        new, before = list(new_tokens or []), len(self)
+        for token in new:
+            _check_new(token)
+        for token in new:
+            special = special_tokens or getattr(token, "special", False)
+            special = special or str(token) in self.all_special_tokens
+            if isinstance(token, str):
+                token = AddedToken(token, normalized=False, special=special)
+            elif special_tokens:
+                token.special = True
+            if not token.content or token.content in self._added_tokens_encoder:
+                continue
+            index = self._convert_token_to_id(utf8(token.content).decode("latin-1"))
+            index = len(self) if index is None or index >= self.vocab_size else index
+            self._added_tokens_decoder[index] = token
+            self._added_tokens_encoder[token.content] = index
+            if token.special and token.content not in self.all_special_tokens:
+                self._extra_special_tokens.append(token)
+        self._update_trie()
+        self._update_total_vocab_size()
+        return len(self) - before
+
+    def _update_total_vocab_size(self) -> None:
+        self.total_vocab_size = len(self)
 
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
@@ -150,6 +246,24 @@ class ExactTokenizer(PreTrainedTokenizer):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
         """Nothing: a saved folder imports this package, no code is copied into it."""
+
+
+@lru_cache(maxsize=16)
+def _splitter(tokens: tuple[tuple[str, bool, bool, bool], ...]) -> re.Pattern[str]:
+    """Finds added tokens (content, lstrip, rstrip, single_word), each in a group of its own."""
+    parts = []
+    for content, left, right, alone in tokens:
+        word = rf"(?<!\w){re.escape(content)}(?!\w)" if alone else re.escape(content)
+        before, after = (r"\s*" if strip else "" for strip in (left, right))
+        parts.append(f"{before}({word}){after}")
+    return re.compile("|".join(parts))
+
+
+def _check_new(token: Any) -> None:
+    """Refuse what cannot be a token."""
+    if not isinstance(token, str | AddedToken):
+        raise InputError(f"a token must be a text, got {shown(token)}")
+    utf8(str(token))
 
 
 def utf8(text: str) -> bytes:

@@ -1,9 +1,8 @@
 """The byte tokenizer: 256 ids, each the byte itself."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from rwkvx.tokenizers.base import ExactTokenizer, utf8
+from rwkvx.tokenizers.base import ExactTokenizer
 
 __all__ = ["ByteTokenizer"]
 
@@ -22,14 +21,11 @@ class ByteTokenizer(ExactTokenizer):
     def vocab_size(self) -> int:
         return 256
 
-    def encode_text(self, text: str) -> list[int]:
-        return list(utf8(text))
+    def match_text(self, text: str) -> list[int]:
+        return list(text.encode())
 
-    def encode_bytes(self, data: bytes) -> list[int]:
+    def match_bytes(self, data: bytes) -> list[int]:
         return list(data)
 
     def token_bytes(self) -> tuple[bytes, ...]:
         return _TABLE
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return bytes(self._checked(ids))

@@ -12,7 +12,7 @@ from typing import Any
 from pyrwkv_tokenizer import RWKVTokenizer
 
 from rwkvx.errors import InputError
-from rwkvx.tokenizers.base import ExactTokenizer, utf8
+from rwkvx.tokenizers.base import ExactTokenizer
 
 __all__ = ["END_OF_TEXT", "WorldTokenizer"]
 
@@ -97,28 +97,25 @@ class WorldTokenizer(ExactTokenizer):
     def vocab_size(self) -> int:
         return _SLOTS
 
-    def encode_text(self, text: str) -> list[int]:
-        utf8(text)
+    def match_text(self, text: str) -> list[int]:
         ids: list[int] = _vocabulary().rust.encode(text)
         return ids
 
-    def encode_bytes(self, data: bytes) -> list[int]:
-        try:
-            return self.encode_text(data.decode("utf-8"))
-        except UnicodeDecodeError:
-            return _vocabulary().match(data)
+    def match_bytes(self, data: bytes) -> list[int]:
+        return _vocabulary().match(data)
 
     def token_bytes(self) -> tuple[bytes, ...]:
         return _vocabulary().table
 
+    def token_names(self) -> tuple[bytes, ...]:
+        return _vocabulary().named
+
     def get_vocab(self) -> dict[str, int]:
-        return dict(_token_ids())
+        own = _token_ids()
+        return {**own, **{t: i for t, i in self._added_tokens_encoder.items() if t not in own}}
 
     def _convert_token_to_id(self, token: str) -> int | None:
         return _token_ids().get(token)
 
-    def _convert_id_to_token(self, index: int) -> str:
-        return END_OF_TEXT if index == 0 else super()._convert_id_to_token(index)
-
-    def _bytes_with_names(self, ids: list[int]) -> bytes:
-        return b"".join(map(_vocabulary().named.__getitem__, ids))
+    def _name_of(self, index: int) -> str:
+        return END_OF_TEXT if index == 0 else super()._name_of(index)

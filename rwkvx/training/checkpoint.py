@@ -20,6 +20,7 @@ from rwkvx.checkpoint.safetensors import write_tensors
 from rwkvx.checkpoint.shards import read_file, read_weights
 from rwkvx.errors import InputError
 from rwkvx.files import read_json, write_json
+from rwkvx.kinds.contract import tensors_of
 from rwkvx.model import Model
 from rwkvx.settings import from_plain
 from rwkvx.state import ModelState
@@ -183,18 +184,16 @@ def _flatten(state: ModelState) -> Tensors:
     return {
         f"{i}.{name}": x
         for i, block in enumerate(state.blocks)
-        for name, x in block._asdict().items()
-        if isinstance(x, Tensor)
+        for name, x in tensors_of(block).items()
     }
 
 
 def _unflatten(model: Model, tensors: Tensors, origin: Path) -> ModelState:
     blocks = []
     for i, empty in enumerate(model.fresh_state(1).blocks):
-        names = [name for name, x in empty._asdict().items() if isinstance(x, Tensor)]
-        for name in names:
+        for name in tensors_of(empty):
             if f"{i}.{name}" not in tensors:
                 raise InputError(f"{origin} lacks {i}.{name}")
-        found = {name: tensors[f"{i}.{name}"].to(model.device) for name in names}
-        blocks.append(empty._replace(**found))  # type: ignore[arg-type]
+        found = {name: tensors[f"{i}.{name}"].to(model.device) for name in tensors_of(empty)}
+        blocks.append(empty._replace(**found))
     return ModelState(tuple(blocks), 0)

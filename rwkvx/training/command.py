@@ -1,12 +1,13 @@
 """`rwkvx train`."""
 
 import sys
-from pathlib import Path
-from typing import Any
 
 import click
 
+from rwkvx.data.folder import data_folder
 from rwkvx.errors import InputError, shown
+from rwkvx.shipped import find_config, shipped_configs
+from rwkvx.training.config import TrainConfig, field_names, read_config
 
 EPILOG = """Examples:
 
@@ -48,9 +49,11 @@ def train_command(
     """Train a model as the YAML file CONFIG says (a path, or the name of a shipped config)."""
     if config.startswith("--"):
         raise click.UsageError(f"CONFIG comes before the fields, got {config}")
-    from rwkvx.training.config import field_names, read_config
-
-    settings = read_config(find_config(config), _overrides(context.args, set(field_names())))
+    if (path := find_config(config)) is None:
+        known = ", ".join(shipped_configs())
+        raise InputError(f"no config {shown(config)}: neither a .yaml file nor shipped ({known})")
+    settings = read_config(path, _overrides(context.args))
+    data_folder(data)  # one that is not there is said even where nothing of it is read
     if show_config:
         import yaml
 
@@ -75,7 +78,7 @@ def train_command(
             click.echo(f"saved {trainer.folder.model(settings.name, trainer.step)}")
 
 
-def _show_plan(config: Any) -> None:
+def _show_plan(config: TrainConfig) -> None:
     from rwkvx.training.plan import fits, make_plan, measure, report
 
     plan = make_plan(config)
@@ -86,31 +89,13 @@ def _show_plan(config: Any) -> None:
         click.echo(f"{name:<{width}}  {text}")
 
 
-def find_config(name: str) -> str:
-    """A path as it is; a bare name is looked up among the shipped configs.
-
-    Raises:
-        InputError: neither is there.
-    """
-    from importlib.resources import files
-
-    if "/" in name or Path(name).exists():
-        return name
-    folder = files("rwkvx_configs")
-    shipped = folder / f"{name.removesuffix('.yaml')}.yaml"
-    if not shipped.is_file():
-        known = sorted(x.name.removesuffix(".yaml") for x in folder.iterdir() if ".yaml" in x.name)
-        raise InputError(f"no config {shown(name)}: not a file, nor shipped ({', '.join(known)})")
-    return str(shipped)
-
-
-def _overrides(arguments: list[str], known: set[str]) -> dict[str, str]:
+def _overrides(arguments: list[str]) -> dict[str, str]:
     """["--steps", "10", "--optimizer.lr=1e-3"] as a mapping.
 
     Raises:
         click.UsageError: no such field, or a field without a value.
     """
-    found, rest = {}, list(arguments)
+    known, found, rest = set(field_names()), {}, list(arguments)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")

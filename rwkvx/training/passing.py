@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkvx.state import ModelState, Rwkv7State, map_tensors, select_state
+from rwkvx.model import Model
+from rwkvx.state import ModelState, select_state
 from rwkvx.training.batches import Batch
 from rwkvx.training.config import StageConfig
 
@@ -15,7 +16,11 @@ PASSING = 2  # number in a seed, beside those of training and evaluation
 
 
 def initial_state(
-    carried: ModelState | None, stage: StageConfig, batch: Batch, seed: tuple[int, ...]
+    model: Model,
+    carried: ModelState | None,
+    stage: StageConfig,
+    batch: Batch,
+    seed: tuple[int, ...],
 ) -> ModelState | None:
     """What the sequences of a batch start from: rows of `carried`, others zero; None for all zero.
 
@@ -32,18 +37,18 @@ def initial_state(
     draw_BP = torch.rand(count, stage.pieces, generator=generator)
     offsets = batch.offsets
     blocks = []
-    for block in carried.blocks:
-        pieces = stage.pieces if isinstance(block, Rwkv7State) else 1
-        rows = (draw_BP[:, :pieces].flatten() * len(block.ffn_shift)).long()
+    for block, old in zip(model.blocks, carried.blocks, strict=True):
+        pieces = stage.pieces if block.att.recurrent else 1
+        rows = (draw_BP[:, :pieces].flatten() * len(old.ffn_shift)).long()
         kept = keep_BP[:, :pieces].flatten()
         if offsets is not None:
             rows, kept = (_at_first(x, batch, offsets) for x in (rows, kept))
-        rows, kept = rows.to(block.ffn_shift.device), kept.to(block.ffn_shift.device)
+        rows, kept = rows.to(old.ffn_shift.device), kept.to(old.ffn_shift.device)
 
         def passed(x: Tensor, rows: Tensor = rows, kept: Tensor = kept) -> Tensor:
             return x[rows] * kept.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
 
-        blocks.append(map_tensors(block, passed))
+        blocks.append(old.map(passed))
     return ModelState(tuple(blocks), 0)
 
 

@@ -6,6 +6,7 @@ Axes: C width, N head size, T time.
 import os
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rwkvx.checkpoint.checkpoint import parameter_shapes
 from rwkvx.config import ModelConfig
+from rwkvx.costs import mixing_flops
 from rwkvx.errors import InputError
 from rwkvx.init import init_weights
 from rwkvx.model import Model
@@ -199,15 +201,8 @@ def flops_per_token(config: ModelConfig, stage: StageConfig) -> float:
     for name, shape in parameter_shapes(config).items():
         if len(shape) == 2 and not name.startswith("emb"):
             total += 2 * shape.numel()
-    width, size = config.width, config.head_size
-    # Recurrence of RWKV-7: decay, removal, addition and reading of [N, N] in each head.
-    total += config.pattern.count("rwkv7") * 8 * width * size
-    # Scores and values of the keys that are read (half of the own chunk), and of every chunk.
-    budget = (stage.topk or config.topk) * config.chunk_size
-    keys = min(stage.length / 2, budget - config.chunk_size / 2)
-    chunks = stage.length / 2 / config.chunk_size
-    total += config.pattern.count("sparse") * (4 * width * keys + 2 * width * chunks)
-    return 3 * total
+    own = replace(config, topk=stage.topk or config.topk)
+    return 3 * (total + sum(mixing_flops(own, 0, stage.length).values()) / stage.length)
 
 
 def _tokens(config: TrainConfig) -> list[tuple[StageConfig, int]]:

@@ -5,11 +5,11 @@ import sys
 import time
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
-from tqdm import tqdm
 
+from rwkvx.progress import progress
 from rwkvx.training.config import TrainConfig
 from rwkvx.training.plan import flops_per_token, product_speed
 
@@ -54,8 +54,7 @@ class ProgressLine:
         self.began, self.first = time.monotonic(), done
         self.last_line = self.began
         self.shown, terminal = shown, shown and sys.stderr.isatty()
-        bar: dict[str, Any] = {"unit": "tok", "unit_scale": True, "file": sys.stderr}
-        self.bar = tqdm(total=total, initial=done, **bar) if terminal else None
+        self.bar = progress(total, done=done) if terminal else None
 
     def __enter__(self) -> Self:
         return self

@@ -330,7 +330,7 @@ class Trainer:
         """Add the gradient of a micro-batch; its loss, and the state to carry on."""
         batch = batch.to(self.device)
         seed = (self.config.seed, PASSING, self.step, number)
-        state = initial_state(self.carried, stage, batch, seed)
+        state = initial_state(self.model, self.carried, stage, batch, seed)
         long = LongContext(stage.long_ce_window, stage.long_ce) if stage.long_ce else None
         with self._autocast():
             loss, final = self.called(batch, state, long)

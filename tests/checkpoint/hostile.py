@@ -68,12 +68,11 @@ def pickle_of(folder: Path, data: bytes, method: int = 0) -> Path:
 
 
 def bomb(folder: Path) -> Path:
-    """8 MB that unpack to 8 GB."""
+    """Half a megabyte that unpacks to half a gigabyte: as much as one likes."""
     path = folder / "bomb.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open("bomb/data.pkl", "w", force_zip64=True) as part:
-            for _ in range(4):
-                part.write(bytes(1 << 28))
+            part.write(bytes(1 << 29))
         archive.writestr("bomb/version", "3")
     return path
 
@@ -108,7 +107,7 @@ def strides_of_zero(folder: Path) -> Path:
 def one_storage(folder: Path) -> Path:
     """Thousands of tensors over the same numbers."""
     numbers = torch.zeros(1 << 20)
-    tensors = {f"blocks.{i}.att.x": numbers for i in range(60_000)}
+    tensors = {f"blocks.{i}.att.x": numbers for i in range(20_000)}
     return saved({**state_dict(), **tensors}, folder / "aliased.pth")
 
 
@@ -218,7 +217,7 @@ def ggml_of_holes(folder: Path) -> Path:
 def ggml_of_scalars(folder: Path) -> Path:
     head = struct.pack("<6i", 0x67676D66, 101, 30, 64, 2, 0)
     one = struct.pack("<4i", 1, 8, 0, 1)
-    parts = (one + f"{i:08}".encode() + bytes(4) for i in range(500_000))
+    parts = (one + f"{i:08}".encode() + bytes(4) for i in range(100_000))
     return written(folder / "scalars.bin", head + b"".join(parts))
 
 

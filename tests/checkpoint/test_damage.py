@@ -1,52 +1,101 @@
 """Bytes changed at random: a model comes out, or one line that names the file; nothing else."""
 
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from hostile import SHAPE, small, state_dict
+from mutation import mutated
 from weights import config, random_checkpoint
 
 import rwkvx
 from rwkvx import InputError
+from rwkvx.checkpoint.folder import write as write_folder
 from rwkvx.checkpoint.formats import FORMATS
 from rwkvx.cli.info import describe
 
-SHAPE = config(
-    vocab_size=30, width=64, pattern=["rwkv7"] * 2, ffn_mult=1,
-    decay_rank=2, iclr_rank=2, value_rank=2, gate_rank=2,
-)  # fmt: skip
-HEADERS = 3000  # bytes at either end that hold more than numbers
-TRIALS = 40
+SECONDS = 10  # of the processor, for one input
 
 
-def damaged(content: bytes, draw: random.Random) -> bytes:
-    """Shorter, or with up to four bytes changed, mostly where the structure is."""
-    if draw.random() < 0.1:
-        return content[: draw.randrange(len(content))]
-    changed, near = bytearray(content), min(HEADERS, len(content))
-    for _ in range(draw.choice([1, 1, 4])):
-        places = (draw.randrange(near), -1 - draw.randrange(near), draw.randrange(len(content)))
-        changed[draw.choice(places)] ^= draw.randrange(1, 256)
-    return bytes(changed)
+def checked(path: Path) -> None:
+    rwkvx.load(path, verify=True)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_damage_never_ends_in_a_crash(name: str, tmp_path: Path) -> None:
+def written(name: str) -> Callable[[Path], object]:
+    return lambda path: FORMATS[name].write(small(), path)
+
+
+def legacy(path: Path) -> None:
+    torch.save(state_dict(), path, _use_new_zipfile_serialization=False)
+
+
+def inside(path: Path) -> None:
+    torch.save({"state_dict": state_dict(), "epoch": 3, "args": {"lr": [1e-3, None]}}, path)
+
+
+def sharded(path: Path) -> None:
+    write_folder(small(), path, shard_bytes=40_000)
+
+
+def with_sidecar(path: Path) -> None:
+    shape = config(width=64, chunk_size=8, ffn_mult=1, vocab_size=30, decay_rank=2, iclr_rank=2)
+    FORMATS["pth"].write(random_checkpoint(shape), path / "m.pth")
+
+
+def torch_folder(path: Path) -> None:
+    FORMATS["fla"].write(small(), path)
+    tensors = FORMATS["fla"].FLA.write(small())  # type: ignore[attr-defined]
+    (path / "model.safetensors").unlink()
+    torch.save(tensors, path / "pytorch_model.bin")
+
+
+# What is written, the files in it that are changed, and what is read.
+KINDS: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "safetensors": (written("folder"), "model.safetensors", ""),
+    "config": (written("folder"), "config.json", ""),
+    "sums": (written("folder"), "SHA256SUMS", ""),
+    "index": (sharded, "*.index.json", ""),
+    "shards": (sharded, "*.safetensors", ""),
+    "fla": (written("fla"), "[cm]*", ""),
+    "torch in a folder": (torch_folder, "pytorch_model.bin", ""),
+    "pth": (written("pth"), "", ""),
+    "pth of before": (legacy, "", ""),
+    "checkpoint": (inside, "", ""),
+    "sidecar": (with_sidecar, "m.pth.json", "m.pth"),
+    "hybrid": (with_sidecar, "m.pth", "m.pth"),
+    "ggml": (written("ggml"), "", ""),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_never_ends_in_a_crash(kind: str, tmp_path: Path, trials: int) -> None:
+    write, changed, read = KINDS[kind]
     whole = tmp_path / "model"
-    FORMATS[name].write(random_checkpoint(SHAPE), whole)
-    parts = [p for p in sorted(whole.iterdir()) if p.name != "SHA256SUMS"] if whole.is_dir() else []
-    draw, said = random.Random(name), []
-    for _ in range(TRIALS):
-        part = draw.choice(parts or [whole])
+    if read:
+        whole.mkdir()
+    write(whole)
+    parts = sorted(whole.glob(changed)) if changed else [whole]
+    target, draw, said = whole / read, random.Random(kind), []
+    for _ in range(trials):
+        part = draw.choice(parts)
         content = part.read_bytes()
-        part.write_bytes(damaged(content, draw))
-        for read in (rwkvx.load, describe):
+        part.unlink()  # what is mapped stays as it is
+        part.write_bytes(mutated(content, draw))
+        for attempt in (rwkvx.load, describe, checked):
+            began = time.process_time()
             try:
-                read(whole)
+                attempt(target)
             except InputError as error:
                 said.append(str(error))
-        part.unlink()  # what is mapped stays as it is
+            assert time.process_time() - began < SECONDS
+        part.unlink()
         part.write_bytes(content)
-    assert 4 < len(said) < 2 * TRIALS
-    assert not [line for line in said if str(tmp_path) not in line or "\n" in line]
-    assert rwkvx.load(whole).config.width == SHAPE.width
+    assert len(said) > trials / 4
+    for line in said:
+        assert str(tmp_path) in line
+        assert len(line) <= 300
+        assert line.isprintable()
+    assert rwkvx.load(target).config.width == SHAPE.width

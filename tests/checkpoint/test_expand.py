@@ -73,12 +73,24 @@ def test_dtypes_may_differ_within_the_model() -> None:
     assert after.tensors["blocks.6.att.key.weight"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("sparse_blocks", [-1, 0, 5, 24])
-def test_depths_that_do_not_divide(sparse_blocks: int) -> None:
-    with pytest.raises(InputError, match=f"12 RWKV-7 blocks .* before {sparse_blocks} sparse"):
-        expand(random_checkpoint(SHAPE), sparse_blocks)
+@pytest.mark.parametrize("count", [-1, 0, 5, 24])
+def test_depths_that_do_not_divide(count: int) -> None:
+    with pytest.raises(InputError, match=rf"{count} (sparse|new) blocks.*a divisor"):
+        expand(random_checkpoint(SHAPE), count)
 
 
 def test_hybrids_are_not_expanded() -> None:
-    with pytest.raises(InputError, match="has sparse blocks already"):
+    with pytest.raises(InputError, match="has rwkv7, sparse blocks already"):
         expand(random_checkpoint(config(width=64)), 2)
+    with pytest.raises(InputError, match=r"has rwkv7 blocks already: .* by another"):
+        expand(random_checkpoint(SHAPE), 2, kind="rwkv7")
+
+
+@pytest.mark.parametrize("init", ["zero", "copy"])
+def test_blocks_of_another_kind(init: str) -> None:
+    before = random_checkpoint(SHAPE)
+    after = expand(before, 3, init, "window")
+    assert after.config.pattern == (("rwkv7",) * 4 + ("window",)) * 3
+    after.model()
+    if init == "zero":
+        assert_same_function(before, after)

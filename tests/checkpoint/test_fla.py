@@ -87,7 +87,7 @@ def test_older_files_pack_the_mixes(folder: Path) -> None:
 
     change_tensors(folder, pack)
     assert rwkvx.load(folder).fingerprint() == before
-    assert dict(describe(folder))["low ranks"] == "w 24, a 40, v 16, g 48"
+    assert dict(describe(folder))["rwkv7 blocks"] == "low ranks w 24, a 40, v 16, g 48"
 
 
 def test_block_0_may_carry_a_value_residual(folder: Path) -> None:
@@ -145,7 +145,7 @@ def test_configs_that_are_no_plain_rwkv7(
             lambda t: [t.pop(n) for n in list(t) if ".layers.0." in n],
             r"lacks the block model\.layers\.0",
         ),
-        (lambda t: [t.pop(n) for n in list(t) if "layers" in n], r"holds no block of RWKV-7"),
+        (lambda t: [t.pop(n) for n in list(t) if "layers" in n], r"holds no rwkv7 block"),
         (lambda t: t["lm_head.weight"][0].fill_(torch.nan), r"head\.weight holds NaN"),
     ],
 )
@@ -203,4 +203,4 @@ def test_folders_with_the_weights_of_torch(folder: Path) -> None:
     index = folder / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": names}))
     assert rwkvx.load(folder).fingerprint() == rwkvx.load(index).fingerprint() == before
-    assert dict(describe(folder))["low ranks"] == "w 24, a 40, v 16, g 48"
+    assert dict(describe(folder))["rwkv7 blocks"] == "low ranks w 24, a 40, v 16, g 48"

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rwkvx
-from rwkvx import InputError, Model, ModelConfig, files
+from rwkvx import InputError, Model, ModelConfig, files, shipped
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.folder import save_folder, write
-from rwkvx.checkpoint.load import shipped_models
 from rwkvx.cli.info import describe
 from rwkvx.config import TOKENIZERS
+from rwkvx.shipped import shipped_models
 from rwkvx.tokenizers import get_tokenizer
 
 
@@ -83,8 +83,9 @@ def test_overrides(folder: Path) -> None:
 def test_shipped_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in shipped_models():
         assert rwkvx.load(name).config.vocab_size >= 256
-    monkeypatch.setattr(import_module("rwkvx.checkpoint.load"), "files", lambda _: tmp_path)
-    save_folder(small_model(), tmp_path / "models" / "mine")
+    for module in (import_module("rwkvx.checkpoint.load"), shipped):
+        monkeypatch.setattr(module, "MODELS", tmp_path)
+    save_folder(small_model(), tmp_path / "mine")
     assert shipped_models() == ["mine"]
     assert rwkvx.load("mine").config == small_model().config
     with pytest.raises(InputError, match=r"no model 'other': .* nor shipped \(mine\)"):

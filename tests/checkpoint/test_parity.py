@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from equations import Equations
 from torch import Tensor
 from weights import RWKV7, config, error, random_checkpoint, random_ids, random_model
 
 import rwkvx
 from rwkvx.checkpoint import fla, pth
 from rwkvx.checkpoint.checkpoint import Checkpoint
+from rwkvx.equations import Equations
 
 TOLERANCE = 1e-5  # of the norm of the logits, float32
 TOKENS, DECODED = 60, 6

@@ -142,14 +142,16 @@ def test_tokenizer_by_vocabulary(tmp_path: Path) -> None:
 def test_an_explicit_pattern(tmp_path: Path) -> None:
     pattern = ["rwkv7", "sparse", "rwkv7", "rwkv7", "sparse"]
     path = write(tmp_path / "m.pth", published(3, 2))
-    with pytest.raises(InputError, match=r"m\.pth: 3 RWKV-7 blocks cannot be spread evenly"):
+    with pytest.raises(InputError, match=r"m\.pth: 3 rwkv7 blocks cannot be spread evenly"):
         rwkvx.load(path)
     model = rwkvx.load(path, pattern=pattern)
     assert model.config.pattern == tuple(pattern)
     raw = torch.load(path, weights_only=True)
     assert torch.equal(model.blocks[4].att.key.weight, raw["moba.1.att.key.weight"])
     assert torch.equal(model.blocks[3].att.key.weight, raw["rwkv.blocks.2.att.key.weight"])
-    with pytest.raises(InputError, match="holds 3 RWKV-7 and 2 sparse blocks, the pattern 2 and 2"):
+    with pytest.raises(
+        InputError, match="holds 3 rwkv7 and 2 sparse blocks, the pattern 2 rwkv7 and 2"
+    ):
         rwkvx.load(path, pattern=pattern[:3] + pattern[4:])
 
 
@@ -205,7 +207,7 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     ),
     "uneven": (
         lambda r: [r.pop(n) for n in list(r) if n.startswith("rwkv.blocks.3.")],
-        "3 RWKV-7 blocks cannot be spread evenly before 2",
+        "3 rwkv7 blocks cannot be spread evenly before 2",
     ),
     "a hole": (
         lambda r: [r.pop(n) for n in list(r) if n.startswith(("rwkv.blocks.1.", "moba.0."))],

@@ -1,6 +1,10 @@
 """``rwkvx convert`` from the command line."""
 
 import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import rwkvx
 from rwkvx.checkpoint import pth
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.cli import main
+from rwkvx.errors import WriteError
 
 CONFIG = rwkvx.ModelConfig(
     256, 64, ("rwkv7",) * 4, 64, decay_rank=8, iclr_rank=8, value_rank=8, gate_rank=8,
@@ -75,11 +80,19 @@ def test_expand(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("source.pth", "out", "--expand", "3"), "4 RWKV-7 blocks cannot be spread evenly"),
+        (("source.pth", "out", "--expand", "3"), "4 rwkv7 blocks cannot be spread evenly"),
         (("source.pth", "source.pth"), "source.pth exists already"),
         (("nothing", "out"), "no model 'nothing'"),
         (("source.pth", "out.safetensors"), "files of .safetensors are not written"),
         (("source.pth", "out", "--to", "gguf"), "'gguf' is not one of"),
+        (
+            ("source.pth", "out", "--topk", "1" + "0" * 18),
+            "must be a whole number from 1 to 1048576",
+        ),
+        (("source.pth", "out", "--expand", "0"), "must be a whole number from 1"),
+        (("source.pth", ""), "exists already"),
+        (("", "out"), "'' is no name of a file or folder"),
+        (("~nobody-here/x", "out"), "there is no such home folder"),
     ],
 )
 def test_mistakes(
@@ -99,6 +112,74 @@ def test_mistakes(
     assert err.count("\n") == 1
     assert [p.name for p in source.parent.iterdir()] == ["source.pth"]
     assert source.read_bytes() == content
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [100, 10_000])
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("a", ()),
+        ("a.pth", ()),
+        ("a.bin", ("--dtype", "float32")),
+        ("a", ("--to", "fla")),
+        ("new/a", ()),
+        ("a.pth", ("--expand", "2", "--chunk-size", "8")),
+    ],
+)
+def test_a_full_disk(
+    target: str,
+    options: tuple[str, ...],
+    size: int,
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line that names the file, nothing left over, and the same command works afterwards."""
+    with full_disk(size):
+        assert convert(source, tmp_path / target, *options) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: cannot write {tmp_path / target}")
+    assert err.count("\n") == 1
+    assert [p.name for p in tmp_path.rglob("*") if p.name != "new"] == ["source.pth"]
+    assert convert(source, tmp_path / target, *options) == 0
+    assert rwkvx.load(tmp_path / target).config.width == 64
+
+
+def test_a_sidecar_that_does_not_fit_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it the file would be read as another model."""
+
+    def refuse(path: Path, value: object) -> None:
+        raise WriteError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("rwkvx.checkpoint.sidecar.write_json", refuse)
+    options = ("--expand", "2", "--chunk-size", "8")
+    assert convert(source, tmp_path / "a.pth", *options) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["source.pth"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_says(source: Path, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        convert(source, tmp_path / "a")
+        convert(source, tmp_path / "b.pth")
+    finally:
+        os.umask(before)
+    for path in (*(tmp_path / "a").iterdir(), tmp_path / "b.pth"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
 
 
 def test_verify(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,12 @@ def test_both_parts_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     results = json.loads((out / "passkey/results.json").read_text())
     assert results["total"]["asked"] == 2 * 2 * 2
     assert results["model"] == "tiny-model"
-    files = ("passkey/heatmap.png", "passkey/report.md", "lm/scores.png", "lm/report.md")
+    files = (
+        "passkey/heatmap.png",
+        "passkey/report.md",
+        "lm-quick/scores.png",
+        "lm-quick/report.md",
+    )
     for name in files:
         assert (out / name).stat().st_size > 0
         assert str(out / name) in printed

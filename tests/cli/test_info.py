@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from rwkvx import Model, ModelConfig
 from rwkvx.checkpoint.safetensors import stored_in_safetensors
 from rwkvx.cli import main
-from rwkvx.cli.info import memory
+from rwkvx.costs import state_memory
 from rwkvx.errors import InputError
 from rwkvx.state import state_bytes
 
@@ -55,7 +55,7 @@ def test_info_tells_the_truth(
     assert f"{sum(p.numel() for p in model.parameters()):,}" in out
     assert "2 rwkv7, 1 sparse, 1 rwkv7, 1 sparse" in out
     assert "64, 4 heads of 16" in out
-    assert "chunks of 8, top 2, 2 kv heads, key convolution of 4" in out
+    assert "chunks of 8, top 2, flat selection, 2 kv heads, key convolution of 4" in out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,8 +64,8 @@ def test_memory_is_what_a_state_takes(model: Model, tokens: int, dtype: torch.dt
     model = copy.deepcopy(model).to(dtype)
     with torch.no_grad():
         _, state = model(torch.ones(1, tokens, dtype=torch.int64), logits="none")
-    constant, per_token = memory(CONFIG, element=dtype.itemsize)
-    assert constant + per_token * tokens == state_bytes(state)
+    memory = state_memory(CONFIG, element=dtype.itemsize)
+    assert sum(block.at(tokens) for block in memory) == state_bytes(state)
 
 
 @pytest.mark.parametrize("cut", [-1, 4, 20])

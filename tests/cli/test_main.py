@@ -1,16 +1,23 @@
 """The command group: quick help, and errors as one line with a non-zero exit status."""
 
 import errno
+import io
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
+import rwkvx
 from rwkvx.cli import cli, main
 from rwkvx.cli.lazy import LazyGroup, explain_missing_module
 from rwkvx.errors import InputError
+from rwkvx.files import replacing
 
 
 def every_command(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[list[str]]:
@@ -109,6 +116,117 @@ def test_errors_are_one_line(
     code, out, err = run(["fails"], capsys, monkeypatch)
     # click first ends the line that ^C on a terminal may have left open.
     assert (code, out, err.lstrip("\n")) == (status, "", f"error: {line}\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM"),
+        (signal.SIGHUP, 129, "stopped by SIGHUP"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train", "eval", "demo", "generate"])
+def test_signals_end_in_a_line_that_says_how_to_go_on(
+    name: str,
+    number: int,
+    status: int,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And what was half written is removed; the handlers of before are back."""
+
+    @click.command()
+    def command() -> None:
+        with replacing(tmp_path / "a"):
+            signal.raise_signal(number)
+
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    outer = signal.signal(number, before)  # it is ignored by what runs in the background of a shell
+    monkeypatch.setitem(cli.lazy, name, (command, ""))
+    code, _, err = run([name], capsys, monkeypatch)
+    advice = "" if name == "generate" else ": give the same command again to go on from there"
+    assert (code, err.lstrip("\n")) == (status, f"error: {words}{advice}\n")
+    assert not list(tmp_path.iterdir())
+    assert signal.signal(number, outer) is before
+
+
+def started(*args: str, **options: Any) -> tuple[int, str]:
+    """Status and standard error of the command line in a process of its own."""
+    code = "import sys; from rwkvx.cli import main; main(sys.argv[1:])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", code, *args]
+    done = subprocess.run(command, env=environment, text=True, stderr=subprocess.PIPE, **options)
+    return done.returncode, done.stderr
+
+
+def test_the_package_runs_as_a_module() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", "rwkvx", "--version"]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == f"rwkvx, version {rwkvx.__version__}"
+
+
+def test_where_nobody_reads_what_is_printed() -> None:
+    """As with `| head`: silence."""
+    read, write = os.pipe()
+    os.close(read)
+    assert started("--help", stdout=write) == (1, "")
+    os.close(write)
+
+
+def test_where_standard_output_is_full_or_closed() -> None:
+    with open("/dev/full", "w") as full:
+        assert started("--help", stdout=full) == (1, "error: No space left on device\n")
+    assert started("--help", preexec_fn=lambda: os.close(1)) == (0, "")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_what_standard_output_cannot_show(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def command() -> None:
+        click.echo(os.fsdecode(b"m\xff\xe9") + " é 今")
+
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setitem(cli.lazy, "says", (command, ""))
+    with pytest.raises(SystemExit) as status:
+        main(["says"])
+    assert status.value.code == 0
+    assert stream.buffer.getvalue().startswith(b"m\\udcff\\udce9 ")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce] not enough memory: you tried to allocate 9 EB")],
+)
+def test_memory_that_runs_out_is_one_line(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cli.lazy, "fails", (failing(error), "fails"))
+    status, _, err = run(["fails"], capsys, monkeypatch)
+    assert status == 1
+    assert err.startswith("error: out of memory")
+    assert err.count("\n") == 1
+
+
+def test_no_line_is_long_or_odd(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in ("x" * 9999, "\x1b[31mred\x07", "a\ud800b", "\u202eabc"):
+        for error in (InputError(text), OSError(5, text), click.UsageError(text)):
+            monkeypatch.setitem(cli.lazy, "fails", (failing(error), "fails"))
+            _, _, err = run(["fails"], capsys, monkeypatch)
+            assert len(err) <= 301
+            assert err[:-1].isprintable()
+
+
+def test_what_the_package_offers_is_listed() -> None:
+    assert {"load", "Model", "InputError", "__version__"} <= set(dir(rwkvx))
+    assert set(rwkvx.__all__) <= set(dir(rwkvx))
+    assert all(getattr(rwkvx, name) for name in rwkvx.__all__)
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,16 +15,16 @@ from tqdm import tqdm
 
 import rwkvx
 from rwkvx.cli import main
+from rwkvx.costs import mixing_flops
+from rwkvx.shipped import shipped_configs
 from rwkvx_evals.bench import measure
 from rwkvx_evals.bench.floor import (
     Products,
-    attention_flops,
     bytes_per_token,
     plain_buffer,
     segments,
-    selection_flops,
 )
-from rwkvx_evals.bench.subjects import open_model, random_model, shipped_shapes
+from rwkvx_evals.bench.subjects import open_model, random_model
 from rwkvx_evals.bench.timing import Run, by_turns, ratio, spread
 
 HAS_PEER = find_spec("rwkv_x") is not None
@@ -170,8 +170,11 @@ def test_bytes_of_a_decoded_token() -> None:
 def test_flops_of_selection_and_attention() -> None:
     shape = config(pattern=["rwkv7", "sparse", "sparse"], chunk_size=4, topk=2)
     # Positions 6, 7, 8 have 1, 1, 2 past chunks and attend to 3 + 4, 4 + 4, 1 + 4 keys.
-    assert selection_flops(shape, 6, 9) == 2 * 2 * 64 * (1 + 1 + 2)
-    assert attention_flops(shape, 6, 9) == 2 * 4 * 64 * (7 + 8 + 5)
+    assert mixing_flops(shape, 6, 9) == {
+        "recurrence": 9 * 64 * 64 * 3,
+        "selection": 2 * 2 * 64 * (1 + 1 + 2),
+        "attention": 2 * 4 * 64 * (7 + 8 + 5),
+    }
 
 
 @pytest.mark.parametrize(
@@ -257,17 +260,17 @@ def test_random_weights_leave_nothing_out(shape_file: Path) -> None:
     model, origin = open_model(str(shape_file), "float32")
     assert "random" in origin
     assert all(x.count_nonzero() == x.numel() for x in model.parameters())
-    assert "rwkvx_0b2" in shipped_shapes()
+    assert "rwkvx_0b2" in shipped_configs()
 
 
 ERRORS = [
     (["--model", "no-such-model"], "nor a shape (passkey_tiny"),
-    (["--model", "missing.yaml"], "cannot read missing.yaml"),
+    (["--model", "./missing.yaml"], "cannot read missing.yaml"),
     (["--model", "SHAPE", "--lengths", "1"], "2 tokens or more"),
     (["--model", "SHAPE", "--lengths", "none"], "nothing to measure"),
     (["--model", "SHAPE", "--lengths", "4,x"], "length 'x' is not a positive number"),
     (["--model", "SHAPE", "--long", "8k"], "leaves nothing before its last 8192 tokens"),
-    (["--model", "SHAPE", "--repeats", "0"], "at least one is needed"),
+    (["--model", "SHAPE", "--repeats", "0"], "must be a whole number from 1"),
     (["--model", "SHAPE", "--out", "/dev/null/x"], "cannot write"),
 ]
 
@@ -281,7 +284,7 @@ def test_errors_are_one_line(
 ) -> None:
     arguments = [str(shape_file) if x == "SHAPE" else x for x in arguments]
     status, out, err = bench(arguments, capsys)
-    assert (status, out) == (1, "")
+    assert (status, out) == (2 if "whole number" in message else 1, "")
     assert message in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1

@@ -16,7 +16,7 @@ from rwkvx_evals.bench.kernels import chunk_attention, energy, models, wkv7
 from rwkvx_evals.bench.kernels.case import OURS, Case
 from rwkvx_evals.bench.kernels.energy import open_meter
 from rwkvx_evals.bench.kernels.run import check
-from rwkvx_kernels.chunk_attention.reference import select_chunks
+from rwkvx_kernels.chunk_select import chunk_means, select_chunks
 
 SHAPE = {
     "vocab_size": 70,
@@ -26,7 +26,7 @@ SHAPE = {
     "topk": 3,
     "tokenizer": "bytes",
 }
-DESCENT = "rwkvx_kernels.chunk_attention.triton_descent"
+DESCENT = "rwkvx_kernels.chunk_select.triton_descent"
 CACHED = [
     *(wkv7._error, wkv7._exact, chunk_attention._error, chunk_attention._exact),
     *(chunk_attention._part_error, models._prefill_error, models._decode_error, models._exact),
@@ -108,7 +108,7 @@ def test_a_wrong_choice_and_wrong_attention_are_seen(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("tokens", [1, 15, 16, 70, 130])
 def test_pairs_are_counted(tokens: int) -> None:
     x = torch.randn(1, tokens, 1, 2, dtype=torch.float64)
-    chosen = select_chunks(x, x, 16, 3)
+    chosen = select_chunks(x, chunk_means(x.transpose(1, 2), 16), 16, 3, impl="reference") >= 0
     every = torch.arange(tokens)
     own = int((every % 16 + 1).sum())
     assert chunk_attention.keys_attended(tokens) == own + 16 * int(chosen.sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from rwkvx.errors import InputError
 from rwkvx_evals.files import write_text
-from rwkvx_evals.journal import Journal
+from rwkvx_evals.journal import Journal, Row
 
 
 def test_rows_survive(tmp_path: Path) -> None:
@@ -41,6 +42,42 @@ def test_a_damaged_line_in_the_middle_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b'{"key":"a"}\nrubbish\n{"key":"b"}\n')
     with pytest.raises(InputError, match="line 2 is damaged"):
         Journal(path)
+
+
+def test_rows_without_what_is_read_are_refused(tmp_path: Path) -> None:
+    """Also as the last line: no crash leaves a whole row with other fields."""
+    path = tmp_path / "rows.jsonl"
+
+    def check(row: Row) -> None:
+        if "status" not in row:
+            raise ValueError("it has no status")
+
+    path.write_bytes(b'{"key":"a","status":"ok"}\n{"key":"b"}\n')
+    with pytest.raises(InputError, match="line 2 is damaged: it has no status; move the file away"):
+        Journal(path, check)
+    for row in (b"3", b"[]", b'"key"', b'{"key": 3}', b'{"key": ["a"]}', b"{}", b"null"):
+        path.write_bytes(b'{"key":"a"}\n' + row + b"\n")
+        with pytest.raises(InputError, match="line 2 is damaged: it has no key"):
+            Journal(path)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    """Reading a pipe would wait forever."""
+
+    def waited(*_: object) -> None:
+        raise TimeoutError("a pipe was read")
+
+    os.mkfifo(tmp_path / "pipe")
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(20)
+    try:
+        with pytest.raises(InputError, match="not a regular file"):
+            Journal(tmp_path / "pipe")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(InputError, match="cannot open"):
+        Journal(tmp_path)
 
 
 def test_two_runs_do_not_share_a_journal(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import tiny_model
 
 from rwkvx.checkpoint.folder import save_folder
@@ -16,6 +19,7 @@ pytest.importorskip("lm_eval")
 import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from rwkvx_evals.lm.model import RwkvxLM
 from rwkvx_evals.lm.tasks import load_tasks
@@ -36,7 +40,7 @@ def evaluate(model: Any, **more: Any) -> dict[str, Any]:
     assert data is not None
     found = lm_eval.simple_evaluate(
         model, tasks=load_tasks(TASKS, data).tasks, limit=ITEMS, bootstrap_iters=0,
-        log_samples=True, **more,
+        log_samples=True, task_manager=TaskManager(include_defaults=False), **more,
     )  # fmt: skip
     assert found is not None
     return dict(found)
@@ -73,18 +77,54 @@ def test_generation_and_the_maximum_length(folder: Path) -> None:
     theirs = HFLM(
         pretrained=str(folder), trust_remote_code=True, dtype="float32", batch_size=4, device="cpu"
     )
-    assert theirs.max_length == 1 << 20
     ours = RwkvxLM(str(folder), quiet=True).generate_until(requests)
     assert theirs.generate_until(requests, disable_tqdm=True) == ours
 
 
-def test_automatic_batches(folder: Path) -> None:
-    """With `max_length`, which is what lm-eval tries them with where it generates."""
-    probe = HFLM(
+def probed(folder: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> list[tuple[int, ...]]:
+    """Shapes that lm-eval tries when it is to find the batch size of a generating task."""
+    model = HFLM(
         pretrained=str(folder), trust_remote_code=True, dtype="float32", batch_size="auto",
-        max_batch_size=2, max_length=64, device="cpu",
+        device="cpu", **more,
     )  # fmt: skip
-    options = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
-    request = Instance("generate_until", {}, ("The cat", options), 0, ("task", 0, 1))  # type: ignore[arg-type]
-    found = probe.generate_until([request], disable_tqdm=True)
+    shapes: list[tuple[int, ...]] = []
+
+    def record(inputs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        shapes.append(tuple(inputs.shape))
+        return torch.zeros(1, 1, 256)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_model_call", record)
+        options = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
+        request = Instance("generate_until", {}, ("The cat", options), 0, ("task", 0, 1))  # type: ignore[arg-type]
+        found = model.generate_until([request], disable_tqdm=True)
     assert found == RwkvxLM(str(folder), quiet=True).generate_until([request])
+    return shapes
+
+
+def test_automatic_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval tries 64 rows of the maximum length, or of `max_length`, five times over."""
+    assert probed(folder, monkeypatch) == [(64, 8192)] * 5
+    assert probed(folder, monkeypatch, max_length=64, max_batch_size=2) == [(2, 64)] * 5
+    config = json.loads((folder / "config.json").read_text())
+    other = folder.with_name("longer")
+    shutil.copytree(folder, other)
+    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 65536}))
+    assert HFLM(pretrained=str(other), trust_remote_code=True, device="cpu").max_length == 65536
+
+
+def test_longer_prompts_are_cut_with_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What lm-eval's `hf` does beyond its maximum length; `--model rwkvx` reads all of it."""
+    short = HFLM(
+        pretrained=str(folder), trust_remote_code=True, dtype="float32", max_length=24, device="cpu"
+    )
+    options = {"until": [], "max_gen_toks": 4, "do_sample": False}
+    request = Instance("generate_until", {}, ("x" * 40 + " The cat", options), 0, ("task", 0, 1))  # type: ignore[arg-type]
+    with caplog.at_level("WARNING", logger="lm_eval"):
+        cut = short.generate_until([request], disable_tqdm=True)
+    assert "Left truncation applied" in caplog.text
+    own = RwkvxLM(str(folder), quiet=True, max_length=24, truncate="left")
+    assert own.generate_until([request]) == cut
+    assert own.counts["truncated"] == 1

@@ -17,6 +17,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
+from rwkvx_evals.lm.encoding import Pair
 from rwkvx_evals.lm.model import RwkvxLM
 from rwkvx_evals.lm.requests import Request, make_batches, make_units, truncate
 
@@ -80,7 +81,7 @@ def test_a_greedy_continuation_is_recognised(model: CountingModel) -> None:
         token = int(model(torch.tensor([context]), logits="last")[0].argmax())
     lm = make(model)
     best, other = lm._score(
-        [Request(tuple(context), (token,)), Request(tuple(context), ((token + 1) % 256,))], ()
+        [Pair(tuple(context), (token,)), Pair(tuple(context), ((token + 1) % 256,))], ("a", "b")
     )
     assert best.greedy
     assert not other.greedy
@@ -126,35 +127,10 @@ def test_rolling_scores_every_token_after_one_document_start(
     monkeypatch.setattr("rwkvx_evals.lm.scoring.LOGITS_BYTES", 4 * 256 * 7)
     assert make(model).loglikelihood_rolling(texts)[0] == pytest.approx(expected, abs=1e-3)
     monkeypatch.undo()
-    windows = make(model, max_length=50)._windows(list(text.encode()))
-    assert [t for _, part in windows for t in part] == list(text.encode())
-
-
-def test_a_document_that_starts_itself_gets_no_second_start(model: CountingModel) -> None:
-    assert make(model)._windows([0, 65, 66]) == [((0,), (65, 66))]
-    with pytest.raises(AssertionError):
-        make(model)._check_start("", [0, 0])
-    with pytest.raises(AssertionError):
-        make(model)._check_start("text", [0, 116])
-
-
-def test_generation_stops_and_ignores_its_neighbours(model: CountingModel) -> None:
-    prompts = ["abc", "xyz", "The cat sat", "abd"]
-    options = {"until": ["\n"], "max_gen_toks": 9}
-    asked = [(p, options) for p in prompts]
-    many = make(model).generate_until(instances(asked, "generate_until"))  # type: ignore[arg-type]
-    single = [
-        make(model, batch_size=1).generate_until(instances([a], "generate_until"))[0]  # type: ignore[list-item]
-        for a in asked
-    ]
-    assert many == single
-    stop = many[0][2]
-    options = {"until": stop, "max_gen_toks": 9}
-    (cut,) = make(model).generate_until(instances([("abc", options)], "generate_until"))  # type: ignore[list-item]
-    assert cut == many[0].split(stop)[0]
-    sampling = {"do_sample": True, "temperature": 0.7}
-    with pytest.raises(InputError, match="only greedy"):
-        make(model).generate_until(instances([("abc", sampling)], "generate_until"))  # type: ignore[list-item]
+    for limit, start in ((50, []), (7, [0])):
+        windows = make(model, max_length=limit)._windows(start + list(text.encode()))
+        assert [t for pair in windows for t in pair.continuation] == list(text.encode())
+        assert max(len(pair.context) + len(pair.continuation) - 1 for pair in windows) <= limit
 
 
 def test_long_requests_are_refused_or_cut_and_counted(model: CountingModel) -> None:
@@ -162,7 +138,7 @@ def test_long_requests_are_refused_or_cut_and_counted(model: CountingModel) -> N
         make(model, max_length=60).loglikelihood(instances(PAIRS))
     lm = make(model, max_length=60, truncate="left")
     found = lm.loglikelihood(instances(PAIRS))
-    assert lm.truncated == 3
+    assert lm.counts["truncated"] == 3
     context = list(PAIRS[9][0].encode())
     continuation = list(b" tail")
     expected, _ = direct(model, context[len(context) + len(continuation) - 1 - 60 :], continuation)
@@ -183,12 +159,19 @@ def test_not_a_number_is_invalid_for_its_request_alone() -> None:
     model = tiny_model()
     with torch.no_grad():
         model.emb.weight[ord("Z")] = float("nan")
-    lm = make(model)
+    lm = make(model, strict=False)
     good, bad = lm.loglikelihood(instances([("abc", " def"), ("aZc", " def")]))
     assert good[0] == pytest.approx(direct(model, list(b"abc"), list(b" def"))[0], abs=2e-4)
     assert math.isnan(bad[0])
     assert lm.failures == {"task1": {"oom": 0, "invalid": 1}}
     assert lm.asked == {"task0": 1, "task1": 1}
+    with pytest.raises(InputError, match=r"1 of 2 requests have no answer \(1 with not-a-number"):
+        make(model).loglikelihood(instances([("abc", " def"), ("aZc", " def")]))
+    assert make(model, strict=False).generate_until(
+        instances([("aZ", {"max_gen_toks": 2})], "generate_until")  # type: ignore[list-item]
+    ) == [""]
+    with pytest.raises(InputError, match="no score would be right"):
+        make(model).generate_until(instances([("aZ", {})], "generate_until"))  # type: ignore[list-item]
 
 
 def test_memory_that_runs_out_halves_the_batch(
@@ -205,7 +188,7 @@ def test_memory_that_runs_out_halves_the_batch(
         return original(self, ids, *args, **kwargs)
 
     monkeypatch.setattr(CountingModel, "forward", limited)
-    lm = make(model, batch_size=8)
+    lm = make(model, batch_size=8, strict=False)
     found = lm.loglikelihood(instances([PAIRS[5], PAIRS[4], PAIRS[9]]))
     assert found[0][0] == pytest.approx(expected[5][0], abs=2e-4)
     assert found[2][0] == pytest.approx(expected[9][0], abs=2e-4)
@@ -234,18 +217,7 @@ def test_the_name_is_registered(model: CountingModel) -> None:
         RwkvxLM()
     with pytest.raises(InputError, match="left, middle"):
         make(model, truncate="right")
-    with pytest.raises(InputError, match="at least one"):
-        make(model, batch_size=0)
-
-
-def test_the_world_tokenizer_splits_by_lm_evals_rule() -> None:
-    model = tiny_model("world", 65536)
-    lm = make(model)
-    pairs = [("The cat sat on the ", "mat."), ("1 + 1 =", " 2"), ("", "你好")]
-    for (context, continuation), (logprob, _) in zip(
-        pairs, lm.loglikelihood(instances(pairs)), strict=True
-    ):
-        whole = lm.tok_encode(context + continuation)
-        head = lm.tok_encode(context.rstrip()) if context else []
-        expected, _ = direct(model, head or [0], whole[len(head) :])
-        assert logprob == pytest.approx(expected, abs=2e-4)
+    for size in (0, "many", "-1"):
+        with pytest.raises(InputError, match="from 1 on nor auto"):
+            make(model, batch_size=size)
+    assert make(model, batch_size="auto:4", max_batch_size=3)._scorer.batch == 3

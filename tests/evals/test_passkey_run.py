@@ -71,9 +71,9 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path) -> None:
 
 def test_no_memory_for_one_sample_is_recorded_and_tried_again(tmp_path: Path) -> None:
     results = ask(Oracle(oom_at=1500), tmp_path)
-    assert results["total"] | {"stderr": 0} == {
+    assert results["total"] | {"stderr": 0, "interval": 0} == {
         "asked": 45, "scored": 30, "failed": 15, "oom": 15, "invalid": 0, "correct": 30,
-        "accuracy": 0.666667, "stderr": 0,
+        "accuracy": 0.666667, "stderr": 0, "interval": 0,
     }  # fmt: skip
     assert results["effective_length"] == 1024
     assert ask(Oracle(), tmp_path)["total"]["correct"] == 45
@@ -84,6 +84,20 @@ def test_not_a_number_is_invalid_and_not_wrong(tmp_path: Path) -> None:
     assert results["total"]["invalid"] == 30
     assert results["total"]["scored"] == 15
     assert "| 1,024 | 15 | 0 | 15 |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["key", "length", "depth", "seed", "passkey", "status", "correct", "answer"]
+)
+def test_a_journal_without_what_is_read_is_refused(tmp_path: Path, name: str) -> None:
+    ask(Oracle(), tmp_path)
+    path = tmp_path / "samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for change in ({}, {name: [1]}, {name: None}):
+        rows[3] = {k: v for k, v in rows[3].items() if k != name} | change
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(InputError, match="line 4 is damaged"):
+            ask(Oracle(), tmp_path)
 
 
 def test_a_journal_answers_only_for_the_same_model_and_settings(tmp_path: Path) -> None:
@@ -170,7 +184,7 @@ def test_bad_input(tmp_path: Path) -> None:
     for text in ("", "4x", "-1", "0", "1.5k"):
         with pytest.raises(InputError, match="is not a positive number"):
             parse_length(text)
-    with pytest.raises(InputError, match="at least one"):
+    with pytest.raises(InputError, match="must be a whole number"):
         depth_values(0)
     with pytest.raises(InputError, match="batch 0"):
         ask(Oracle(), tmp_path, batch=0)

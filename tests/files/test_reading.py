@@ -58,7 +58,7 @@ def test_only_regular_files_are_opened(
         assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["", "a\0b", "~nobody-of-that-name/x"])
+@pytest.mark.parametrize("name", ["", "a\0b", "a\ud800", "~nobody-of-that-name/x"])
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(InputError):
         user_path(name)
@@ -220,11 +220,11 @@ def bomb(levels: int = 9) -> str:
     ],
 )
 def test_yaml_traps(text: str, message: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(InputError, match=message) as caught:
         parse_yaml(text, "x")
     assert len(str(caught.value)) <= 300
-    assert time.monotonic() - began < 60  # a bomb would take hours
+    assert time.process_time() - began < 30  # a bomb would take hours
 
 
 def test_yaml_that_is_meant() -> None:

@@ -50,7 +50,7 @@ def test_long_padded_batches_are_read_in_segments(
     hf: RwkvxForCausalLM, side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of at most so many tokens, with the logits, hidden states and cache of one reading."""
-    monkeypatch.setattr("rwkvx.model.SEGMENT_TOKENS", 4 * 64)
+    monkeypatch.setattr("rwkvx.model.SEGMENT_TOKENS", {"cpu": 4 * 64})
     rows = prompts(lengths=[190, 3, 70, 100])
     batch, seen = padded(rows, side), []
     handle = core(hf).blocks[0].register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[:2]))
@@ -195,7 +195,7 @@ def test_bad_arguments(hf: RwkvxForCausalLM) -> None:
             "two names of one thing",
         ),
         ({"input_ids": ids, "output_attentions": True}, "attention matrices are never formed"),
-        ({"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 3])}, "must rise from 0 to 70"),
+        ({"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 3])}, "must rise from 0 to T = 70"),
         ({"inputs_embeds": torch.zeros(1, 70, 31)}, "ids must be int64"),
     ):
         with pytest.raises(InputError, match=message):

@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from rwkvx_kernels.triton_device import GFX942, SM_80, SM_90, SM_100, Device, pretend
+from rwkvx_kernels.tools.triton_device import GFX942, SM_80, SM_90, SM_100, Device, pretend
 
 sys.path.insert(0, str(Path(__file__).parent))
 

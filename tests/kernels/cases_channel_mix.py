@@ -3,7 +3,7 @@
 import torch
 from ahead_of_time import Case
 
-from rwkvx_kernels.channel_mix.triton_ops import backward, forward
+from rwkvx_kernels.channel_mix.triton_relu import backward, forward
 
 
 def case(dtype: torch.dtype, rows: int) -> Case:

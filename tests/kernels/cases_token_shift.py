@@ -3,7 +3,7 @@
 import torch
 from ahead_of_time import Case
 
-from rwkvx_kernels.token_shift.triton_ops import backward, forward
+from rwkvx_kernels.token_shift.triton_mixes import backward, forward
 
 
 def case(

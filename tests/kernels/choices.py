@@ -6,8 +6,9 @@ Axes: B batch, T time, H query heads, G key/value heads, D head size, C chunks.
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.chunk_attention import forest, reference
-from rwkvx_kernels.chunk_attention.triton_descent import descend
+from rwkvx_kernels.chunk_attention import attend_chunks
+from rwkvx_kernels.chunk_select import chunk_means, forest, select_chunks
+from rwkvx_kernels.chunk_select.triton_descent import descend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -40,6 +41,25 @@ def wide_forest(means_BGCD: Tensor, chunks: int) -> list[Tensor]:
     return [order, *(x.float() for x in nodes)]
 
 
+def reference_sets(
+    q: Tensor, k: Tensor, chunk: int, topk: int, coarse: bool = False, offset: int = 0
+) -> Tensor:
+    """What the reference chooses of chunks of keys k [B, S, G, D], in float64, as `sets_of`."""
+    means = chunk_means(k.double().transpose(1, 2), chunk)
+    selection = "coarse_to_fine" if coarse else "flat"
+    chosen = select_chunks(q.double(), means, chunk, topk, offset, selection, "reference")
+    return sets_of(chosen, means.shape[2])
+
+
+def exactly(
+    q: Tensor, k: Tensor, v: Tensor, chunk: int, topk: int, selection: str = "flat"
+) -> Tensor:
+    """The reference of both halves, of queries that are the last of the tokens."""
+    means, offset = chunk_means(k.transpose(1, 2), chunk), k.shape[1] - q.shape[1]
+    chosen = select_chunks(q, means, chunk, topk, offset, selection, "reference")
+    return attend_chunks(q, k, v, chosen, chunk, "reference")
+
+
 def check_choice(tokens: int, queries: int, topk: int, **sizes: int) -> None:
     """Chunks of one token each: their means are the keys."""
     q, k, _ = inputs(tokens, **sizes)
@@ -48,8 +68,7 @@ def check_choice(tokens: int, queries: int, topk: int, **sizes: int) -> None:
     chosen = descend(part, means, wide_forest(means, tokens), tokens - queries, 1, topk)
     got = sets_of(chosen, tokens)
     flat, expected = (
-        reference.select_chunks(part.double(), k.double(), 1, topk, coarse)
-        for coarse in (False, True)
+        reference_sets(part, k, 1, topk, coarse, tokens - queries) for coarse in (False, True)
     )
     assert torch.equal(got, expected)
     assert not torch.equal(got, flat)

@@ -1,4 +1,4 @@
-"""The key/value cache and cached attention, and the streamed selection of chunks.
+"""The key/value cache and cached attention, and the flat selection of chunks.
 
 Axes: B batch, T time, H query heads, G key/value heads, D head size, C chunks.
 """
@@ -16,7 +16,7 @@ from rwkvx_kernels.chunk_attention import (
     cached_chunk_attention,
     chunk_attention,
 )
-from rwkvx_kernels.chunk_attention.cpu_select import select_chunks
+from rwkvx_kernels.chunk_select import select_chunks
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -33,7 +33,7 @@ def empty(batch: int, chunk: int) -> KeyValueCache:
 
 
 def read(
-    args: tuple[Tensor, ...], cuts: list[int], chunk: int, topk: int, impl: str = "cpu"
+    args: tuple[Tensor, ...], cuts: list[int], chunk: int, topk: int, impl: str = "torch"
 ) -> tuple[Tensor, KeyValueCache]:
     """Read in the pieces that `cuts` = [0, ..., T] bounds."""
     q, k, v = args
@@ -45,7 +45,7 @@ def read(
 
 
 @pytest.mark.parametrize(("chunk", "topk"), [(1, 3), (8, 1), (8, 3), (16, 4), (256, 2), (300, 2)])
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_any_split_equals_the_whole(chunk: int, topk: int, impl: str) -> None:
     """700 tokens: the cache, of 512 at first, grows on the way."""
     args = inputs(700)
@@ -177,23 +177,25 @@ def brute_force(q: Tensor, means: Tensor, offset: int, chunk: int, slots: int) -
 @pytest.mark.parametrize(
     ("chunks", "slots"), [(5, 7), (9, 1), (131, 1), (1297, 5), (5095, 3), (8193, 8)]
 )
-def test_selection_is_the_exact_top(chunks: int, slots: int) -> None:
+@pytest.mark.parametrize("impl", ["torch", "compiled"])
+def test_selection_is_the_exact_top(impl: str, chunks: int, slots: int) -> None:
     """Streamed over tiles of chunks, with the top of group maxima first: the same as sorting."""
     torch.manual_seed(chunks)
     q, means = torch.randn(2, 6, 2, 2).double(), torch.randn(2, chunks, 2).double()
     chunk = 2
     offset = 2 * chunks - 5  # the last queries stand at the end; earlier ones lack the last chunks
-    chosen = select_chunks(q, means, offset, chunk, slots + 1).flatten(1, 2)
+    chosen = select_chunks(q, means.unsqueeze(1), chunk, slots + 1, offset, impl=impl).flatten(1, 2)
     expected = brute_force(q, means, offset, chunk, slots)
     for n in range(2):
         for row in range(12):
             assert set(chosen[n, row].tolist()) - {-1} == expected[n][row]
 
 
-def test_selection_with_tied_scores() -> None:
+@pytest.mark.parametrize("impl", ["torch", "compiled"])
+def test_selection_with_tied_scores(impl: str) -> None:
     """Equal scores: as many distinct chunks as wanted, none of them twice, none to come."""
-    q, means = torch.ones(1, 40, 1, 2), torch.ones(1, 5000, 2)
-    chosen = select_chunks(q, means, 9000, 2, 9)
+    q, means = torch.ones(1, 40, 1, 2), torch.ones(1, 1, 5000, 2)
+    chosen = select_chunks(q, means, 2, 9, 9000, impl=impl)
     for row, picked in enumerate(chosen[0, :, 0].tolist()):
         assert len(set(picked)) == 8
         assert all(0 <= c < (9000 + row) // 2 for c in picked)

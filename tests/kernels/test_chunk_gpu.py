@@ -10,16 +10,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton (the extra gpu)")
 
-from choices import attention_given, sets_of, wide_forest
+from choices import attention_given, reference_sets, sets_of, wide_forest
 
-from rwkvx_kernels.chunk_attention import (
-    KeyValueCache,
-    cached_chunk_attention,
-    forest,
-    reference,
-    triton_ops,
-)
-from rwkvx_kernels.chunk_attention.triton_descent import descend
+from rwkvx_kernels.chunk_attention import KeyValueCache, cached_chunk_attention, triton_ops
+from rwkvx_kernels.chunk_select.trees import Trees
+from rwkvx_kernels.chunk_select.triton_descent import descend
+from rwkvx_kernels.chunk_select.triton_ops import select_whole
 
 pytestmark = pytest.mark.gpu
 SELECTIONS = ["flat", "coarse_to_fine"]
@@ -37,8 +33,8 @@ def inputs(tokens: int, heads: int, groups: int, dim: int = 64) -> list[Tensor]:
 
 def choose(args: list[Tensor], chunk: int, topk: int, selection: str) -> tuple[Tensor, ...]:
     coarse = selection == "coarse_to_fine"
-    o, _, chosen = triton_ops.chunk_attention(*args, chunk, topk, coarse)
-    return o, chosen
+    chosen = select_whole(args[0].detach(), args[1].detach(), None, coarse, chunk, topk)
+    return triton_ops.attend_triton(*args, chosen, None, chunk)[0], chosen
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -95,7 +91,7 @@ def test_choice_of_a_descent(chunks: int) -> None:
     q, k, _ = (x.float() for x in inputs(chunks, 4, 2))
     means, part = k.transpose(1, 2).contiguous(), q[:, -100:].contiguous()
     chosen = descend(part, means, wide_forest(means, chunks), chunks - 100, 1, 8)
-    expected = reference.select_chunks(part.double(), k.double(), 1, 8, coarse=True)
+    expected = reference_sets(part, k, 1, 8, True, chunks - 100)
     got = sets_of(chosen, chunks)
     assert int((got & expected).sum()) >= 0.999 * int(expected.sum())
 
@@ -106,13 +102,13 @@ def test_decoding_sequences_of_unequal_length() -> None:
     one = inputs(max(lengths), 2, 1)
     q, k, v = (x.expand(len(lengths), -1, -1, -1) for x in one)
     cache = KeyValueCache(len(lengths), 1, 64, chunk, k, max(lengths)).append(0, k, v)
-    trees = cache.forest(max(lengths) // chunk).tensors()
+    trees = cache.trees.forest(max(lengths) // chunk)
     part = torch.cat([q[:1, n - 2 : n] for n in lengths])
     cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
     device_lengths = torch.tensor(lengths, device="cuda")
-    got = triton_ops.chunk_attention_decode(part, *cached, trees, device_lengths, chunk, 8)
+    got = triton_ops.decode_triton(part, *cached, trees, device_lengths, chunk, 8)
     means = cache.means_BGCD[:1].contiguous()
-    alone = forest.forest_of(means.flatten(0, 1), 8)
+    alone = Trees(means.flatten(0, 1)).forest(means.shape[2])
     for i, n in enumerate(lengths):
         chosen = descend(part[i : i + 1], means, alone, n - 2, chunk, 8)
         rows = torch.full((1, n, 2, 7), -1, dtype=torch.int32, device="cuda")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from choices import reference_sets, sets_of
 from measure import assert_as_good, relative_error
 from torch import Tensor
 
@@ -16,12 +17,10 @@ from rwkvx_kernels.chunk_attention import (
     KeyValueCache,
     cached_chunk_attention,
     chunk_attention,
-    reference,
     triton_backward,
-    triton_decode,
     triton_ops,
 )
-from rwkvx_kernels.chunk_attention.triton_select import select
+from rwkvx_kernels.chunk_select import chunk_means, select_chunks, triton_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter does no arithmetic in bfloat16.
@@ -120,13 +119,8 @@ def test_selection(topk: int) -> None:
     """Every query's choice in one go, against sorting all scores."""
     case = Case(150, 16, topk, heads=2)
     q, k, _ = case.inputs()
-    means = reference.chunk_means(k, 16).transpose(1, 2).contiguous()
-    chosen = select(q, means, 0, 16, topk)
-    expected = reference.select_chunks(q.double(), k.double(), 16, topk)
-    got = torch.zeros((*expected.shape[:-1], expected.shape[-1] + 1), dtype=torch.bool)
-    places = chosen.long().masked_fill(chosen < 0, expected.shape[-1]).transpose(1, 2)
-    got = got.to(DEVICE).scatter(-1, places, True)[..., :-1]
-    assert torch.equal(got, expected)
+    chosen = select_chunks(q, chunk_means(k.transpose(1, 2), 16), 16, topk, impl="triton")
+    assert torch.equal(sets_of(chosen, 9), reference_sets(q, k, 16, topk))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 20])
@@ -150,9 +144,7 @@ def test_decoding_sequences_of_unequal_length() -> None:
     cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD, [])
     lengths = [100, 7, 49]
     part = torch.cat([q[i : i + 1, n - 2 : n] for i, n in enumerate(lengths)])
-    got = triton_ops.chunk_attention_decode(
-        part, *cached, torch.tensor(lengths, device=DEVICE), 16, 3
-    )
+    got = triton_ops.decode_triton(part, *cached, torch.tensor(lengths, device=DEVICE), 16, 3)
     for i, n in enumerate(lengths):
         wide = [x[i : i + 1, :n].double() for x in (q, k, v)]
         exact = chunk_attention(*wide, 16, 3, impl="reference")[:, -2:]

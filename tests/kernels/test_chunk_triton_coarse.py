@@ -7,25 +7,23 @@ from itertools import pairwise
 
 import pytest
 import torch
-from choices import check_choice, inputs, wide_forest
+from choices import check_choice, exactly, inputs, wide_forest
 from measure import LargestTensor, assert_as_good, relative_error
 
 pytest.importorskip("triton", reason="needs triton (the extra gpu)")
 
+from rwkvx_kernels import dispatch
 from rwkvx_kernels.chunk_attention import (
     KeyValueCache,
     api,
     cached_chunk_attention,
     chunk_attention,
-    cpu_coarse,
-    forest,
-    reference,
-    tree,
-    triton_decode,
-    triton_descent,
     triton_ops,
 )
-from rwkvx_kernels.chunk_attention.triton_descent import descend
+from rwkvx_kernels.chunk_select import common, forest, tree, triton_decode, triton_descent
+from rwkvx_kernels.chunk_select.trees import Trees
+from rwkvx_kernels.chunk_select.triton_descent import descend
+from rwkvx_kernels.chunk_select.triton_ops import select_triton, select_whole
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COARSE = "coarse_to_fine"
@@ -34,17 +32,15 @@ COARSE = "coarse_to_fine"
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few nodes are kept and two levels descended, so that small trees are pruned at each."""
-    for module in (cpu_coarse, reference, tree):
-        monkeypatch.setattr(module, "beam_widths", lambda topk: (4, 2))
-    monkeypatch.setattr(tree, "DENSE_NODES", 8)
+    monkeypatch.setattr(common, "beam_widths", lambda topk: (4, 2))
+    monkeypatch.setattr(common, "DENSE_NODES", 8)
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of 32 chunks, of which a query keeps one node: pruned after 64 chunks."""
-    for module in (cpu_coarse, reference, tree):
-        monkeypatch.setattr(module, "beam_widths", lambda topk: (1, 1))
-        monkeypatch.setattr(module, "RUN", 32)
+    monkeypatch.setattr(common, "beam_widths", lambda topk: (1, 1))
+    monkeypatch.setattr(common, "RUN", 32)
 
 
 @pytest.mark.usefixtures("narrow")
@@ -72,10 +68,10 @@ def test_tiles_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     check_choice(560, 66, 3, heads=1, groups=1, dim=4)
     q, k, _ = inputs(1100, heads=1, groups=1, dim=4)
     means = k.transpose(1, 2).contiguous()
-    trees = forest.forest_of(means[0], 3)
+    trees = Trees(means[0]).forest(1100)
     with LargestTensor() as largest:
         descend(q[:, -70:].contiguous(), means, trees, 1030, 1, 3)
-    assert largest.elements <= 64 * 4 * tree.FANOUT * 4 < 70 * 1100  # at times counted in bytes
+    assert largest.elements <= 64 * 4 * common.FANOUT * 4 < 70 * 1100  # at times counted in bytes
 
 
 @pytest.mark.usefixtures("narrow")
@@ -100,7 +96,7 @@ def test_growing_is_building(cuts: list[int]) -> None:
                 assert torch.equal(kept.order_SNC[i, :, start:stop], built.order_NP[:, start:stop])
                 for level in range(1, len(built.nodes) + 1):
                     nodes = built.level(level)
-                    part = slice(start // tree.FANOUT**level, stop // tree.FANOUT**level)
+                    part = slice(start // common.FANOUT**level, stop // common.FANOUT**level)
                     got = kept.nodes[level - 1][i][:, part, : nodes.shape[2]]
                     assert torch.allclose(got, nodes[:, part])
                 start = stop
@@ -153,15 +149,10 @@ def test_decoding_sequences_of_unequal_length(split: int, monkeypatch: pytest.Mo
     cached = (cache.k_BGSD, cache.v_BGSD, means, wide_forest(means, 1400))
     lengths = [4 * 1400, 4 * 1027 + 1, 4 * 600 - 1, 4 * 256 + 1, 9]
     part = torch.cat([q[i : i + 1, n - 2 : n] for i, n in enumerate(lengths)])
-    got = triton_ops.chunk_attention_decode(
-        part, *cached, torch.tensor(lengths, device=DEVICE), 4, 3
-    )
+    got = triton_ops.decode_triton(part, *cached, torch.tensor(lengths, device=DEVICE), 4, 3)
     for i, n in enumerate(lengths):
         wide = [q[i : i + 1, n - 2 : n], k[i : i + 1, :n], v[i : i + 1, :n]]
-        exact, flat = (
-            reference.chunk_attention_reference(*(x.double() for x in wide), 4, 3, coarse)
-            for coarse in (True, False)
-        )
+        exact, flat = (exactly(*(x.double() for x in wide), 4, 3, s) for s in (COARSE, "flat"))
         assert relative_error(got[i : i + 1], exact) < 1e-6
         assert i > 2 or relative_error(exact, flat) > 1e-3
 
@@ -171,7 +162,7 @@ def test_choice_repeats_and_ignores_neighbours() -> None:
     """Queries alone choose what they choose among others, and again."""
     q, k, _ = inputs(600, heads=2, groups=1)
     means = k.transpose(1, 2).contiguous()
-    trees = forest.forest_of(means[0], 4)
+    trees = Trees(means[0]).forest(600)
     whole, again = (descend(q[:, -9:].contiguous(), means, trees, 591, 1, 4) for _ in range(2))
     assert torch.equal(whole, again)
     part = descend(q[:, -6:-4].contiguous(), means, trees, 594, 1, 4)
@@ -183,7 +174,7 @@ def test_not_a_number_chooses_something() -> None:
     q, k, _ = inputs(600, heads=1, groups=1)
     q[0, -3] = torch.nan
     means = k.transpose(1, 2).contiguous()
-    trees = forest.forest_of(means[0], 4)
+    trees = Trees(means[0]).forest(600)
     chosen = descend(q[:, -5:].contiguous(), means, trees, 595, 1, 4)
     assert bool(((chosen >= 0) & (chosen < 600)).all())
 
@@ -192,19 +183,19 @@ def test_not_a_number_chooses_something() -> None:
 def test_operators() -> None:
     q, k, v = inputs(16 * 65 + 3, 1, 1, 16)
     few = [x[:, :20].contiguous().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(triton_ops.chunk_attention, (*few, 16, 2, True))
+    torch.library.opcheck(select_whole, (*few[:2], None, True, 16, 2))
     cache = KeyValueCache(1, 1, 16, 16, k).append(0, k, v)
-    trees = cache.forest(65).tensors()
+    trees = cache.trees.forest(65)
     cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD, trees)
     part, length = q[:, -2:].contiguous(), q.shape[1]
-    torch.library.opcheck(triton_ops.chunk_attention_cached, (part, *cached, length, 16, 2))
+    torch.library.opcheck(select_triton, (part, *cached[2:], length - 2, 16, 2))
     lengths = torch.tensor([length], device=DEVICE)
-    torch.library.opcheck(triton_ops.chunk_attention_decode, (part, *cached, lengths, 16, 2))
+    torch.library.opcheck(triton_ops.decode_triton, (part, *cached, lengths, 16, 2))
 
 
 def test_auto_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "chosen_impl", lambda device, impl="auto": "triton")
+    monkeypatch.setattr(dispatch, "on_gpu", lambda device: True)
     called = []
     monkeypatch.setattr(api, "_triton", lambda q, *args: called.append(args[-1]) or q)
     chunk_attention(*inputs(40), 16, 2, selection=COARSE)
-    assert called == [True]
+    assert called == [COARSE]

@@ -1,42 +1,154 @@
-"""The cache of compiled loops on disk: never older than any source that a loop was made of."""
+"""The cache of compiled loops on disk: never older than any source that a loop was made of, and
+whole or not there, whatever was killed or damaged."""
 
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
-import rwkvx_kernels.compiled
+import pytest
+
+from rwkvx_kernels.tools import numba_loops
 
 CALLED = """
-from rwkvx_kernels.compiled import loop
+from rwkvx_kernels.tools.numba_loops import loop
 @loop
 def called(x):
     return x + {}
 """
 CALLING = """
 from rwkvx_kernels.called import called
-from rwkvx_kernels.compiled import loop
+from rwkvx_kernels.tools.numba_loops import loop
 @loop
 def calling(x):
     return called(x)
 print(calling(1), sum(calling.stats.cache_hits.values()))
 """
+THREADS = """
+import numba
+import numpy as np
+from rwkvx_kernels.tools.numba_loops import loop, parallel_loop
+@parallel_loop
+def doubled(x, y):
+    for i in numba.prange(len(x)):
+        y[i] = 2 * x[i]
+@loop
+def summed(x):
+    y = np.empty_like(x)
+    doubled(x, y)
+    return y.sum()
+"""
+NUMBERS = "import numpy as np\nfrom rwkvx_kernels.threads import {0}\nx = np.arange(1000.0)\n"
+INNER, OUTER = NUMBERS + "doubled(x, x.copy())", NUMBERS + "print(summed(x))"
+RIGHT = "999000.0\n"
 
 
-def test_a_change_in_what_a_loop_calls_is_noticed(tmp_path: Path) -> None:
-    package = tmp_path / "rwkvx_kernels"
-    package.mkdir()
-    shutil.copy(rwkvx_kernels.compiled.__file__, package)
-    (package / "calling.py").write_text(CALLING)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment.pop("NUMBA_CACHE_DIR", None)
+class Package(NamedTuple):
+    """A package of that name with this cache, and its own sources."""
+
+    folder: Path
+
+    def write(self, name: str, source: str) -> None:
+        (self.folder / f"{name}.py").write_text(source)
+
+    def start(self, source: str) -> subprocess.Popen[str]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(self.folder.parent),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        environment.pop("NUMBA_CACHE_DIR", None)
+        return subprocess.Popen(
+            [sys.executable, "-c", source],
+            env=environment,
+            cwd=self.folder.parent,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, source: str) -> str:
+        """What is printed; the process ends well."""
+        process = self.start(source)
+        out, _ = process.communicate()
+        assert process.returncode == 0
+        return out
+
+    def cached(self, name: str = "") -> list[Path]:
+        return sorted(self.folder.rglob(f"{name}*.nbc"))
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Package:
+    folder = tmp_path / "rwkvx_kernels"
+    (folder / "tools").mkdir(parents=True)
+    shutil.copy(numba_loops.__file__, folder / "tools")
+    return Package(folder)
+
+
+def test_a_change_in_what_a_loop_calls_is_noticed(package: Package) -> None:
+    package.write("calling", CALLING)
 
     def run(added: int) -> str:
-        (package / "called.py").write_text(CALLED.format(added))
-        command = [sys.executable, "-c", "import rwkvx_kernels.calling"]
-        return subprocess.check_output(command, env=environment, cwd=tmp_path, text=True)
+        package.write("called", CALLED.format(added))
+        return package.run("import rwkvx_kernels.calling")
 
     assert run(1) == "2 0\n"
     assert run(1) == "2 1\n"
+    files = package.cached()
     assert run(5) == "6 0\n"
+    assert len(package.cached()) == len(files)  # the old ones are gone
+    assert not set(package.cached()) & set(files)
+
+
+def test_threads_run_where_a_loaded_loop_calls_a_parallel_one(package: Package) -> None:
+    """The first process is killed between the two loops; then the second loads one of them."""
+    package.write("threads", THREADS)
+    package.run(INNER.format("doubled"))
+    for _ in range(2):
+        assert package.run(OUTER.format("summed")) == RIGHT
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "another's"])
+def test_damaged_code_is_compiled_again(package: Package, damage: str) -> None:
+    package.write("threads", THREADS)
+    package.run(OUTER.format("summed"))
+    inner, outer = package.cached("threads.doubled")[0], package.cached("threads.summed")[0]
+    whole = outer.read_bytes()
+    changed = {
+        "cut": whole[: len(whole) // 2],
+        "changed": whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
+        "another's": inner.read_bytes(),
+    }
+    outer.write_bytes(changed[damage])
+    assert package.run(OUTER.format("summed")) == RIGHT
+    assert outer.read_bytes() != changed[damage]
+
+
+def test_a_kill_at_any_moment_of_a_first_run(package: Package, trials: int) -> None:
+    package.write("threads", THREADS)
+    began = time.monotonic()
+    package.run(OUTER.format("summed"))
+    longest = time.monotonic() - began
+    draw = random.Random(0)
+    for _ in range(trials // 20):
+        for path in package.cached():
+            path.unlink()
+        process = package.start(OUTER.format("summed"))
+        time.sleep(draw.uniform(0.2, 1) * longest)
+        process.kill()
+        process.communicate()
+        for _ in range(2):
+            assert package.run(OUTER.format("summed")) == RIGHT
+
+
+def test_no_place_for_the_code_is_no_error(package: Package) -> None:
+    package.write("threads", THREADS)
+    full = f"import numba\nnumba.config.CACHE_DIR = '{package.folder}/kept'\n"
+    gone = f"import shutil\nshutil.rmtree('{package.folder}/kept')\n"
+    source = full + "import rwkvx_kernels.threads as t\n" + gone + OUTER.format("summed")
+    package.folder.joinpath("kept").mkdir()
+    assert package.run(source) == RIGHT

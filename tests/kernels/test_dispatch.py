@@ -5,50 +5,135 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from rwkvx_kernels import chunk_attention, wkv7
-from rwkvx_kernels.dispatch import check_cu_seqlens, resolve_impl
+from rwkvx_kernels import chunk_attention, dispatch, wkv7
+from rwkvx_kernels.channel_mix import api as channel_mix
+from rwkvx_kernels.chunk_attention import api as chunk_attention_api
+from rwkvx_kernels.chunk_select import api as chunk_select
+from rwkvx_kernels.dispatch import (
+    Facts,
+    UnsupportedError,
+    check_cu_seqlens,
+    compiled_lacks,
+    decide,
+    triton_lacks,
+)
+from rwkvx_kernels.linear import api as linear
+from rwkvx_kernels.time_mix import api as time_mix
+from rwkvx_kernels.token_shift import api as token_shift
+from rwkvx_kernels.wkv7 import api as wkv7_api
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+TRAINED, READ, GPU = Facts(CPU, gradients=True), Facts(CPU), Facts(CUDA)
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (extra gpu)")
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (the extra gpu)")
+def resolve(facts: Facts, impl: str = "auto", *without: str) -> str:
+    """What a family with all implementations `without` some takes."""
+    lacks = {"triton": triton_lacks(facts), "compiled": compiled_lacks(facts), "torch": ""}
+    return decide(impl, facts, {x: y for x, y in lacks.items() if x not in without}).impl
+
+
+@needs_triton
 def test_auto_takes_what_there_is() -> None:
-    assert resolve_impl("auto", CPU, ("reference", "cpu")) == "cpu"
-    assert resolve_impl("auto", CPU, ("reference", "cpu", "triton")) == "cpu"
-    assert resolve_impl("auto", CUDA, ("reference", "cpu", "triton")) == "triton"
-    assert resolve_impl("auto", CUDA, ("reference", "cpu")) == "cpu"
+    assert resolve(READ) == "compiled"
+    assert resolve(TRAINED) == "torch"
+    assert resolve(READ, "auto", "compiled") == "torch"
+    assert resolve(GPU) == "triton"
+    assert resolve(GPU, "auto", "triton") == "torch"
+    assert resolve(Facts(torch.device("meta"))) == "torch"
 
 
-@pytest.mark.parametrize("family", [wkv7, chunk_attention], ids=["wkv7", "chunk_attention"])
-def test_every_family_says_what_it_chose(family) -> None:  # type: ignore[no-untyped-def]
-    assert family.chosen_impl("cpu") == "cpu"
-    assert family.chosen_impl("cpu", "reference") == "reference"
-    with pytest.raises(ValueError, match="unknown impl 'fast'"):
-        family.chosen_impl("cpu", "fast")
+ROUTES = [
+    (linear.choose, (READ, 1), "compiled", "on a CPU, no gradient wanted"),
+    (linear.choose, (READ, 5), "torch", "compiled reads the weights for every row"),
+    (linear.choose, (TRAINED, 1), "torch", "compiled has no gradients"),
+    (linear.choose, (READ._replace(dtype=torch.float16), 1), "torch", "has no torch.float16"),
+    (linear.choose, (GPU, 1), "torch", "on a GPU"),
+    (channel_mix.choose, (READ,), "torch", "on a CPU"),
+    (token_shift.choose, (READ,), "torch", "on a CPU"),
+    (wkv7_api.choose, (READ, (64, 32)), "compiled", "on a CPU, no gradient wanted"),
+    (wkv7_api.choose, (TRAINED, (64, 32)), "torch", "on a CPU, gradients wanted; compiled has no"),
+    (time_mix.choose, (READ, 64), "compiled", "on a CPU"),
+    (time_mix.choose, (TRAINED, 64), "torch", "compiled has no gradients"),
+    (chunk_select.choose, (READ, "flat"), "torch", "compiled scores every chunk slower"),
+    (chunk_select.choose, (TRAINED, "coarse_to_fine"), "compiled", "on a CPU"),
+    (chunk_attention_api.choose, (READ, 2048, 3, 1), "compiled", "on a CPU"),
+    (chunk_attention_api.choose, (READ, 2048, 3, 5), "torch", "query by query"),
+    (chunk_attention_api.choose, (READ, 16, 6, 5000), "compiled", "on a CPU"),
+    (chunk_attention_api.choose, (TRAINED, 16, 6, 5000), "torch", "has no gradients"),
+]
+ON_GPU = [
+    (channel_mix.choose, (GPU,), "triton", "on a GPU, no gradient wanted"),
+    (wkv7_api.choose, (GPU, (64, 200)), "torch", "triton has heads of 16 to 128 channels"),
+    (wkv7_api.choose, (GPU._replace(dtype=torch.float64),), "torch", "triton has no float64"),
+    (chunk_attention_api.choose, (GPU, 24, 3, 9), "torch", "chunks of a multiple of 16 tokens"),
+    (chunk_attention_api.choose, (GPU, 32, 3, 9, 256), "torch", "heads of at most 128 channels"),
+    (chunk_attention_api.choose, (GPU, 32, 3, 9), "triton", "on a GPU"),
+    (chunk_select.choose, (GPU, "flat"), "triton", "on a GPU"),
+]
 
 
-def test_an_explicit_request_is_never_replaced() -> None:
-    assert resolve_impl("reference", CUDA, ("reference", "cpu", "triton")) == "reference"
-    with pytest.raises(NotImplementedError, match="not there yet"):
-        resolve_impl("triton", CUDA, ("reference", "cpu"))
+@pytest.mark.parametrize(
+    ("choose", "facts", "impl", "why"),
+    [*ROUTES, *(pytest.param(*route, marks=needs_triton) for route in ON_GPU)],
+)
+def test_every_family_says_what_it_chooses_and_why(choose, facts, impl: str, why: str) -> None:  # type: ignore[no-untyped-def]
+    choice = choose(*facts)
+    assert choice.impl == impl
+    assert why in choice.why
+    assert choose(*facts, impl="reference") == ("reference", "asked for")
+    with pytest.raises(ValueError, match="unknown impl 'cpu': choose one of auto, reference"):
+        choose(*facts, impl="cpu")
+
+
+def test_what_is_chosen_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public function asks `choose`: there is no second rule."""
+    x = torch.randn(1, 4, 2, 8)
+    args = (x, -x.sigmoid(), x, x, x, x)
+    with pytest.raises(UnsupportedError, match='impl="compiled" has no gradients: choose one of'):
+        wkv7.wkv7(*(t.clone().requires_grad_() for t in args), impl="compiled")
+    monkeypatch.setattr(wkv7_api, "choose", lambda *_: dispatch.Choice("torch", ""))
+    monkeypatch.setattr(wkv7_api, "wkv7_torch", None)
+    with pytest.raises(TypeError):
+        wkv7.wkv7(*args)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, ValueError])
+def test_an_explicit_request_is_never_replaced(error: type[Exception]) -> None:
+    assert resolve(GPU, "torch") == "torch"
+    with pytest.raises(error, match='impl="triton" is not there for this operation: choose one of'):
+        resolve(GPU, "triton", "triton")
+    with pytest.raises(error, match='impl="compiled" needs tensors on a CPU: choose one of "auto"'):
+        resolve(GPU, "compiled")
+    with pytest.raises(error, match=r'choose one of "auto", "torch"$'):
+        resolve(TRAINED, "compiled", "triton")
 
 
 def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    available = ("reference", "cpu", "triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert resolve_impl("triton", CPU, available) == "triton"
-    assert resolve_impl("auto", CPU, available) == "cpu"
-    monkeypatch.delenv("TRITON_INTERPRET")
-    assert resolve_impl("triton", CUDA, available) == "triton"
-    with pytest.raises(ValueError, match=r'impl="triton" needs tensors on a GPU, these are on cpu'):
-        resolve_impl("triton", CPU, available)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)
+    assert resolve(READ, "triton") == "triton"
+    assert resolve(READ) == "compiled"
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    assert resolve(GPU, "triton") == "triton"
+    with pytest.raises(
+        UnsupportedError, match=r'impl="triton" needs tensors on a GPU .* not on cpu'
+    ):
+        resolve(READ, "triton")
 
 
 def test_triton_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rwkvx_kernels.dispatch.HAS_TRITON", False)
-    assert resolve_impl("auto", CUDA, ("reference", "cpu", "triton")) == "cpu"
-    with pytest.raises(ModuleNotFoundError, match=r"pip install .rwkvx\[gpu\]"):
-        resolve_impl("triton", CUDA, ("reference", "cpu", "triton"))
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    assert resolve(GPU) == "torch"
+    with pytest.raises(UnsupportedError, match=r"pip install .rwkvx\[gpu\]"):
+        resolve(GPU, "triton")
+
+
+def test_the_old_name_of_a_choice() -> None:
+    assert wkv7.chosen_impl("cpu") == "compiled"
+    assert wkv7.chosen_impl("cpu", "reference") == "reference"
+    with pytest.raises(ValueError, match="unknown impl 'fast'"):
+        wkv7.chosen_impl("cpu", "fast")
 
 
 @pytest.mark.parametrize("offsets", [[0, 5], [0, 0, 2, 2, 5, 5], [0, 1, 2, 3, 4, 5]])

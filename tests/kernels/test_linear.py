@@ -4,7 +4,7 @@ import pytest
 import torch
 from measure import relative_error
 
-from rwkvx_kernels.linear import api, linear, low_rank
+from rwkvx_kernels.linear import linear, low_rank, torch_form
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 48), (48,), (1, 2, 48), (3, 7, 48), (1, 0, 48)])
@@ -23,7 +23,7 @@ def test_equals_float64(shape: tuple[int, ...], outputs: int, dtype: torch.dtype
 
 @pytest.mark.parametrize("tokens", [2, 600])
 def test_bfloat16_without_instructions_for_it(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(torch_form, "_multiplies_bfloat16", lambda: False)
     torch.manual_seed(0)
     x, weight = torch.randn(1, tokens, 48).bfloat16(), torch.randn(64, 48).bfloat16()
     expected = x.double() @ weight.double().T

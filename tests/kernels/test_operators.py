@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="needs triton (the extra gpu)")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS, DIM, CHUNK, TOPK = 18, 16, 16, 2
+COMPILED = "torch" if DEVICE == "cuda" else "compiled"
 KERNELS = Path(__file__).parents[2] / "kernels"
 for path in sorted(KERNELS.rglob("*.py")):
     parts = path.relative_to(KERNELS).with_suffix("").parts
@@ -43,8 +44,8 @@ def wkv7(tokens: int = TOKENS, sequences: int = 1, grad: bool = False) -> list[T
 
 
 def states(keep: bool) -> Tensor:
-    """Before each chunk, as `wkv7_forward` keeps them."""
-    return torch.ops.rwkvx.wkv7_forward(*wkv7(), None, keep)[2]
+    """Before each chunk, as `wkv7` keeps them."""
+    return torch.ops.rwkvx.wkv7(*wkv7(), None, keep)[2]
 
 
 def cache() -> list[Tensor]:
@@ -52,13 +53,19 @@ def cache() -> list[Tensor]:
     return [normal(1, 1, 2 * CHUNK, DIM), normal(1, 1, 2 * CHUNK, DIM), normal(1, 1, 2, DIM)]
 
 
-def attended(cu_seqlens: Tensor | None = None) -> tuple[Any, ...]:
-    """do, q, k, v, o, log-sum-exp, chosen chunks."""
-    args = rows(3)
+def choice(grad: bool = False, cu_seqlens: Tensor | None = None) -> tuple[Any, ...]:
+    """q, k, v, the chunks chosen, offsets and the size of a chunk."""
+    args = rows(3, grad=grad)
+    chosen = torch.full((1, TOKENS, 1, TOPK - 1), -1, device=DEVICE)
     if cu_seqlens is None:
-        return (*rows(1), *args, *torch.ops.rwkvx.chunk_attention(*args, CHUNK, TOPK, False))
-    made = torch.ops.rwkvx.chunk_attention_packed(*args, cu_seqlens, CHUNK, TOPK, False)
-    return (*rows(1), *args, *made, cu_seqlens)
+        chosen[:, CHUNK:] = 0
+    return (*args, chosen, cu_seqlens, CHUNK)
+
+
+def attended(cu_seqlens: Tensor | None = None) -> tuple[Any, ...]:
+    """The output's gradient, what is kept, and the arguments."""
+    args = choice(cu_seqlens=cu_seqlens)
+    return (rows(1), list(torch.ops.rwkvx.attend_chunks(*args)), *args)
 
 
 def mixed(grad: bool = False) -> tuple[Any, ...]:
@@ -70,9 +77,8 @@ def mixed(grad: bool = False) -> tuple[Any, ...]:
 
 
 def mixed_backward() -> tuple[Any, ...]:
-    tokens, weights, eps, state, offsets = mixed()
-    kept = torch.ops.rwkvx.time_mix(tokens, weights, eps, state, offsets, True)[2:]
-    return tokens, weights, eps, offsets, kept, normal(1, TOKENS, DIM), normal(1, 1, DIM, DIM)
+    kept = torch.ops.rwkvx.time_mix(*mixed(), True)[2:]
+    return [normal(1, TOKENS, DIM), normal(1, 1, DIM, DIM)], kept, *mixed(), True
 
 
 def shifted(grad: bool = False) -> tuple[Any, ...]:
@@ -84,50 +90,57 @@ def shifted(grad: bool = False) -> tuple[Any, ...]:
 # Arguments for each operator, and for some more than once.
 CALLS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "wkv7_step": lambda: [(*wkv7(2), None), (*wkv7(2, 2), whole(0, 1, 2))],
-    "wkv7_forward": lambda: [
+    "wkv7": lambda: [
         (*wkv7(grad=True), None, True),
         (*wkv7(sequences=2), whole(0, 3, TOKENS), False),
     ],
     "wkv7_backward": lambda: [
-        (*wkv7()[:6], states(True), None, *rows(1), normal(1, 1, DIM, DIM)),
+        ([*rows(1), normal(1, 1, DIM, DIM)], [states(True)], *wkv7(), None, True),
     ],
     "wkv7_plain": lambda: [
-        (*wkv7(grad=True), None, "cpu"),
-        (*wkv7(sequences=2, grad=True), whole(0, 3, TOKENS), "cpu"),
+        (*wkv7(grad=True), None, "torch"),
+        (*wkv7(sequences=2, grad=True), whole(0, 3, TOKENS), "torch"),
+        (*wkv7(), None, COMPILED),
     ],
     "wkv7_plain_backward": lambda: [
-        ([*rows(1), normal(1, 1, DIM, DIM)], *wkv7(), None, "cpu"),
+        ([*rows(1), normal(1, 1, DIM, DIM)], [], *wkv7(), None, "torch"),
     ],
-    "chunk_attention": lambda: [(*rows(3, grad=True), CHUNK, TOPK, x) for x in (False, True)],
-    "chunk_attention_backward": lambda: [(*attended(), CHUNK, TOPK)],
-    "chunk_attention_packed": lambda: [
-        (*rows(3, grad=True), whole(0, 0, 1, TOKENS), CHUNK, TOPK, False)
+    "select_chunks": lambda: [(*rows(1, 2), cache()[2], [], 18, CHUNK, TOPK)],
+    "select_chunks_whole": lambda: [
+        (*rows(2), offsets, coarse, CHUNK, TOPK)
+        for offsets in (None, whole(0, 0, 1, TOKENS))
+        for coarse in (False, True)
     ],
-    "chunk_attention_packed_backward": lambda: [(*attended(whole(0, 1, TOKENS)), CHUNK, TOPK)],
-    "chunk_attention_cached": lambda: [(*rows(1, 2), *cache(), [], 20, CHUNK, TOPK)],
+    "select_chunks_plain": lambda: [
+        (*rows(1, 2), cache()[2], CHUNK, TOPK, 18, "flat", impl) for impl in ("torch", COMPILED)
+    ],
+    "attend_chunks": lambda: [choice(True), choice(True, whole(0, 0, 1, TOKENS))],
+    "attend_chunks_backward": lambda: [attended(), attended(whole(0, 1, TOKENS))],
+    "attend_chunks_plain": lambda: [(*choice(True)[:4], CHUNK, "torch")],
+    "attend_chunks_plain_backward": lambda: [(rows(1), [], *choice()[:4], CHUNK, "torch")],
     "chunk_attention_decode": lambda: [(*rows(1, 2), *cache(), [], whole(20), CHUNK, TOPK)],
     "chunk_attention_append": lambda: [(*cache(), *rows(2, 3), 14, CHUNK)],
     "chunk_attention_append_each": lambda: [(*cache(), *rows(2, 1), whole(15), CHUNK)],
     "chunk_attention_plain": lambda: [
-        (*rows(3, grad=True), CHUNK, TOPK, None, "cpu", "flat"),
-        (*rows(3, grad=True), CHUNK, TOPK, whole(0, 1, TOKENS), "cpu", "flat"),
+        (*rows(3, grad=True), CHUNK, TOPK, None, "torch", "flat"),
+        (*rows(3, grad=True), CHUNK, TOPK, whole(0, 1, TOKENS), "torch", "flat"),
     ],
     "chunk_attention_plain_backward": lambda: [
-        (rows(1), *rows(3), CHUNK, TOPK, None, "cpu", "flat"),
+        (rows(1), [], *rows(3), CHUNK, TOPK, None, "torch", "flat"),
     ],
     "chunk_attention_cached_plain": lambda: [
-        (*rows(1, 2), *cache(), 20, CHUNK, TOPK, "cpu", "flat"),
+        (*rows(1, 2), *cache(), 20, CHUNK, TOPK, impl, "flat") for impl in ("torch", COMPILED)
     ],
     "token_shift": lambda: [(*shifted(grad=True), torch.float32)],
     "token_shift_backward": lambda: [
-        (*shifted(), [normal(1, TOKENS, DIM), normal(1, TOKENS, DIM)]),
+        ([normal(1, TOKENS, DIM), normal(1, TOKENS, DIM)], [], *shifted(), torch.float32),
     ],
     "squared_relu": lambda: [(normal(4, 6, grad=True),)],
-    "squared_relu_backward": lambda: [(normal(4, 6), normal(4, 6))],
+    "squared_relu_backward": lambda: [([normal(4, 6)], [], normal(4, 6))],
     "time_mix": lambda: [(*mixed(grad=True), True), (*mixed(), False)],
     "time_mix_step": lambda: [mixed()],
+    "time_mix_compiled": lambda: [] if DEVICE == "cuda" else [mixed()],
     "time_mix_backward": lambda: [mixed_backward()],
-    "chunk_attention_cached_plain_backward": lambda: [],  # attention to a cache has no gradient
 }
 
 

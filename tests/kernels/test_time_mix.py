@@ -65,7 +65,7 @@ def by_hand(args: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 37])
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("impl", ["reference", "torch", "compiled"])
 def test_equals_the_equations(tokens: int, impl: str) -> None:
     args, start = inputs(2, tokens), states(2)
     kept = start.clone()
@@ -119,7 +119,7 @@ def test_the_first_block_has_no_value_residual() -> None:
     args, start = inputs(1, 5), states(1)
     args[6].fill_(-1e4)
     weights = TimeMixWeights(*args[8:])
-    for impl in ("reference", "cpu"):
+    for impl in ("reference", "torch", "compiled"):
         got = time_mix(*args[:6], None, weights._replace(v0=None), EPS, start, impl=impl)
         assert relative_error(got[0], run(args, start, impl=impl)[0]) < 1e-12
     with pytest.raises(ValueError, match="needs v0"):

@@ -44,7 +44,7 @@ def run(
     args: list[Tensor],
     initial: Tensor | None,
     dtype: torch.dtype = torch.float64,
-    impl: str = "cpu",
+    impl: str = "torch",
     cu_seqlens: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Output, final state and the gradient of every input of a loss that weighs both."""

@@ -17,7 +17,7 @@ def test_round_trip() -> None:
     ("change", "message"),
     [
         ({"depth": 3}, "unknown model key 'depth'; known: .*width"),
-        ({"pattern": ["rwkv7", "mamba"]}, "pattern must be .* one of rwkv7, sparse, got 'mamba'"),
+        ({"pattern": ["rwkv7", "mamba"]}, "pattern must be .* one of rwkv7, .*, got 'mamba'"),
         ({"pattern": []}, "pattern must be a list of 1 to 1024 .* got '0 values'"),
         ({"pattern": ["rwkv7"] * 1025}, "pattern must be .* got '1025 values'"),
         ({"pattern": [["rwkv7"]]}, "pattern must be .*"),
@@ -52,7 +52,7 @@ def test_round_trip() -> None:
         ({"group_norm_eps": "1e-5"}, "group_norm_eps must be .* got '1e-5'"),
         ({"sparse_kv_heads": 3}, "4 heads are no multiple of 3"),
         ({"sparse_kv_heads": 0}, "sparse_kv_heads must be"),
-        ({"decay_rank": 0}, "decay_rank must be a whole number from 1 to 65536 or null, got 0"),
+        ({"decay_rank": 0}, "decay_rank must be a whole number from 1 to 65536, got 0"),
         ({"value_rank": 2**40}, "value_rank must be"),
         ({"gate_rank": -5}, "gate_rank must be"),
         ({"tokenizer": "bpe"}, "tokenizer must be one of"),
@@ -100,7 +100,7 @@ def test_patterns() -> None:
     assert hybrid_pattern(12, 4) == (r, r, r, s) * 4
     assert hybrid_pattern(4, 1) == (r, r, r, r, s)
     assert hybrid_pattern(3, 0) == (r, r, r)
-    with pytest.raises(InputError, match="13 RWKV-7 blocks cannot be spread evenly before 4"):
+    with pytest.raises(InputError, match="13 rwkv7 blocks cannot be spread evenly before 4"):
         hybrid_pattern(13, 4)
     for wrong in (10**12, -1, 2.0):
         with pytest.raises(InputError, match="number of blocks must be a whole number from 0"):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton (the extra gpu)")
 
-from rwkvx import InputError, Model, ModelConfig, ModelState, decode_graph
-from rwkvx.decode_graph import DecodeGraph, one_token_steps
+from rwkvx import InputError, Model, ModelConfig, ModelState, decoding
+from rwkvx.decoding import graph as graphs
+from rwkvx.decoding.graph import GraphDecoder, can_capture
 from rwkvx.sampling import generate
 
 GPU = torch.cuda.is_available()
@@ -52,7 +53,7 @@ def ordinary(model: Model, ids: Tensor, state: ModelState) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
-def stepwise(graph: DecodeGraph, ids: Tensor) -> Tensor:
+def stepwise(graph: GraphDecoder, ids: Tensor) -> Tensor:
     with triton_everywhere():
         return torch.cat([graph.step(token) for token in ids.split(1, dim=1)], dim=1)
 
@@ -68,7 +69,7 @@ def test_steps_equal_ordinary_decoding(name: str, lengths: tuple[int, ...]) -> N
     state = prompt(model, *lengths) if lengths else model.fresh_state(2)
     tokens = 2 * CHUNK + 3
     ids = random_ids(tokens, batch=len(lengths) or 2, seed=1).to(DEVICE)
-    graph = DecodeGraph(model, state, tokens)
+    graph = GraphDecoder(model, state, tokens)
     got = stepwise(graph, ids)
     assert error(got, ordinary(model, ids, state)) < ALLOWED
     with pytest.raises(InputError, match=f"room for {tokens} tokens is used up"):
@@ -82,9 +83,9 @@ def test_states_before_and_after_stay_valid() -> None:
         state = prompt(model, *lengths)
         first, left, right = (random_ids(8, seed=n).to(DEVICE) for n in (1, 2, 3))
         expected = ordinary(model, torch.cat([first, left], 1), state)
-        graph = DecodeGraph(model, state, 16)
+        graph = GraphDecoder(model, state, 16)
         stepwise(graph, first)
-        fork = graph.state()
+        fork = graph.state
         assert fork.length == state.length + 8
         fork_right = ordinary(model, right, fork)
         assert error(stepwise(graph, left), expected[:, 8:]) < ALLOWED
@@ -96,12 +97,12 @@ def test_states_before_and_after_stay_valid() -> None:
 def test_memory_is_static() -> None:
     """Every step writes to the same places."""
     model = model_of("key_conv")
-    graph = DecodeGraph(model, prompt(model, 30), 20)
+    graph = GraphDecoder(model, prompt(model, 30), 20)
 
     def places() -> list[int]:
         caches = [b.cached[0].cache for b in graph._state.blocks if hasattr(b, "cached")]
         tensors = [x for c in caches for x in (c.k_BGSD, c.v_BGSD, c.means_BGCD)]
-        return [x.data_ptr() for x in (*tensors, *decode_graph._tensors(graph._state))]
+        return [x.data_ptr() for x in (*tensors, *graphs._tensors(graph._state))]
 
     before = places()
     stepwise(graph, random_ids(20, batch=1).to(DEVICE))
@@ -110,7 +111,7 @@ def test_memory_is_static() -> None:
 
 def test_ids_of_another_batch_are_refused() -> None:
     model = model_of("plain")
-    graph = DecodeGraph(model, prompt(model, 5), 3)
+    graph = GraphDecoder(model, prompt(model, 5), 3)
     with pytest.raises(InputError, match=r"ids must be \[1, 1\], got \[2, 1\]"):
         graph.step(random_ids(1).to(DEVICE))
 
@@ -119,18 +120,21 @@ def test_generation_takes_the_graph_where_it_can(monkeypatch: pytest.MonkeyPatch
     model = model_of("plain")
     options = {"max_tokens": 36, "temperature": 0, "stop_ids": (), "device": DEVICE}
     with monkeypatch.context() as patch:
-        patch.setattr(decode_graph, "can_capture", lambda model: False)
+        patch.setattr(decoding, "can_capture", lambda model: "not here")
         expected = list(generate(model, [1, 2, 3], **options))
     made = []
 
-    class Watched(DecodeGraph):
+    class Watched(GraphDecoder):
         def step(self, ids: Tensor) -> Tensor:
             made.append(ids)
             with triton_everywhere():
                 return super().step(ids)
 
-    monkeypatch.setattr(decode_graph, "DecodeGraph", Watched)
-    monkeypatch.setattr(decode_graph, "can_capture", lambda model: True)
+    def choose(model: Model, rows: int, tokens: int) -> decoding.Choice:
+        return decoding.Choice("graph" if tokens >= decoding.WORTHWHILE else "eager", "a test")
+
+    monkeypatch.setattr(decoding, "GraphDecoder", Watched)
+    monkeypatch.setattr(decoding, "choose", choose)
     assert list(generate(model, [1, 2, 3], **options)) == expected
     assert len(made) == 35
     assert len(list(generate(model, [1, 2, 3], **{**options, "max_tokens": 5}))) == 5
@@ -139,9 +143,8 @@ def test_generation_takes_the_graph_where_it_can(monkeypatch: pytest.MonkeyPatch
 
 def test_what_can_be_captured() -> None:
     model = model_of("plain")
-    assert decode_graph.can_capture(model) == GPU
-    meta = model.to("meta")
-    assert not decode_graph.can_capture(meta)
+    assert (can_capture(model) is None) == GPU
+    assert "no CUDA graphs on meta" in str(can_capture(model.to("meta")))
 
 
 @pytest.mark.gpu
@@ -153,10 +156,10 @@ def test_replay_equals_single_launches(
     """The same kernels on the same numbers: to the bit. And no memory is taken by a step."""
     model = model_of("plain").to(dtype)
     state, ids = prompt(model, *lengths), random_ids(100, batch=len(lengths), seed=1).to(DEVICE)
-    graph = DecodeGraph(model, state, 100)
+    graph = GraphDecoder(model, state, 100)
     assert graph._graph is not None
-    monkeypatch.setattr(DecodeGraph, "_capture", lambda self: None)
-    single = DecodeGraph(model, state, 100)
+    monkeypatch.setattr(GraphDecoder, "_capture", lambda self: None)
+    single = GraphDecoder(model, state, 100)
     assert single._graph is None
     graph.step(ids[:, :1])
     torch.cuda.synchronize()
@@ -172,11 +175,12 @@ def test_replay_equals_single_launches(
 @pytest.mark.gpu
 def test_a_step_waits_for_nothing() -> None:
     model = model_of("plain")
-    steps = one_token_steps(model, prompt(model, 40), decode_graph.WORTHWHILE)
+    decoder = decoding.start(model, prompt(model, 40), decoding.WORTHWHILE)
+    assert isinstance(decoder, GraphDecoder)
     ids = random_ids(1, batch=1).to(DEVICE)
-    steps(ids)
+    decoder.step(ids)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        steps(ids)
+        decoder.step(ids)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from equations import Equations
 from small import HYBRID, TOKENS, VARIANTS, error, random_ids, random_model, variant
 from torch import Tensor
 
 import rwkvx
 from rwkvx import InputError, Model, ModelState, repeat_state, select_state
+from rwkvx.equations import Equations
 from rwkvx.state import state_bytes
 
 # Chunks of a few hundred tokens against one token at a time: the sums are ordered differently.
@@ -273,18 +273,22 @@ def test_bad_states_and_offsets() -> None:
     model, ids = random_model(HYBRID), random_ids(20)
     with torch.no_grad():
         _, state = model(ids)
-    with pytest.raises(InputError, match=r"state is of 2 sequences .* reads 1"):
+    with pytest.raises(InputError, match=r"the state is of 2 sequences, .* reads 1"):
         model(ids[:1], state)
     other = random_model(variant("only_rwkv7"))
-    with pytest.raises(InputError, match="the state is of blocks"):
+    with pytest.raises(InputError, match="the state is of 4 blocks, the model has 2"):
         other(ids, state)
+    with pytest.raises(InputError, match="block 0 takes a SparseState, not a Rwkv7State"):
+        random_model(variant("sparse_first"))(ids, state)
     wide = {**HYBRID.to_dict(), "width": 64}
-    with pytest.raises(InputError, match="of width 32"):
+    with pytest.raises(InputError, match=r"shift is \[2, 32\], expected \[2, 64\]"):
         random_model(rwkvx.ModelConfig.from_dict(wide))(ids, state)
     with pytest.raises(InputError, match="logits must be one of"):
         model(ids, logits="some")
-    for offsets in ([0, 10], [1, 20], [0, 11, 10, 20], [[0, 20]], [0]):
-        with pytest.raises(InputError, match="cu_seqlens must rise from 0 to 20"):
+    with pytest.raises(InputError, match="cu_seqlens must be a 1-D integer tensor"):
+        model(ids[:1], cu_seqlens=torch.tensor([[0, 20]]))
+    for offsets in ([0, 10], [1, 20], [0, 11, 10, 20], [0]):
+        with pytest.raises(InputError, match="cu_seqlens must rise from 0 to T = 20"):
             model(ids[:1], cu_seqlens=torch.tensor(offsets))
     with pytest.raises(InputError, match="batch size 1"):
         model(ids, cu_seqlens=torch.tensor([0, 20]))

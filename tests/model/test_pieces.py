@@ -6,7 +6,8 @@ from small import HYBRID, random_model, variant
 from torch import Tensor
 
 from rwkvx import ModelConfig, ModelState
-from rwkvx.state import BlockState, Rwkv7State, SparseState, map_tensors
+from rwkvx.kinds.rwkv7 import Rwkv7State
+from rwkvx.kinds.sparse import SparseState
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def test_pieces_from_the_true_states_are_the_whole(ids: Tensor) -> None:
     whole, _ = model(ids, keep_cache=False)
     _, middle = model(ids[:, :48])
     fresh = model.fresh_state(2)
-    blocks: list[BlockState] = []
+    blocks = []
     for start, later in zip(fresh.blocks, middle.blocks, strict=True):
         if isinstance(start, Rwkv7State) and isinstance(later, Rwkv7State):
             # Rows: first piece of sequence 0, second piece of sequence 0, first of 1, second of 1.
@@ -83,5 +84,5 @@ def test_recurrent_state_keeps_its_rows(ids: Tensor) -> None:
     model.recurrent_pieces = 2
     _, state = model(ids, keep_cache=False)
     passed = state.recurrent()
-    rows = [len(map_tensors(b, Tensor.detach).ffn_shift) for b in passed.blocks]
+    rows = [len(b.map(Tensor.detach).ffn_shift) for b in passed.blocks]
     assert rows == [4, 2, 4, 2]

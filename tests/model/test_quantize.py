@@ -9,7 +9,7 @@ from small import error, random_ids, random_model, variant
 import rwkvx
 from rwkvx import InputError
 from rwkvx.checkpoint.folder import save_folder
-from rwkvx.linear import Linear
+from rwkvx.layers import Linear
 from rwkvx.quantize import quantize
 
 

@@ -7,7 +7,7 @@ import torch
 from small import HYBRID, error, random_ids, random_model
 
 from rwkvx.model import Model
-from rwkvx_kernels.chunk_attention import cpu_coarse, tree
+from rwkvx_kernels.chunk_select import common
 
 TOKENS = 700  # chunks of one token; up to 256 are always scored
 
@@ -15,8 +15,7 @@ TOKENS = 700  # chunks of one token; up to 256 are always scored
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Model:
     """Few nodes are kept, so that the choice differs from the flat one in a short text."""
-    for module in (cpu_coarse, tree):
-        monkeypatch.setattr(module, "beam_widths", lambda topk: (4, 2))
+    monkeypatch.setattr(common, "beam_widths", lambda topk: (4, 2))
     return random_model(replace(HYBRID, chunk_size=1, selection="coarse_to_fine"))
 
 

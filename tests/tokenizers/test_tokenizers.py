@@ -140,11 +140,6 @@ def test_saved_and_loaded(tokenizer: ExactTokenizer, tmp_path: Path) -> None:
     assert copied.encode("a copy") == tokenizer.encode("a copy")
 
 
-def test_vocabulary_is_fixed(tokenizer: ExactTokenizer) -> None:
-    with pytest.raises(InputError, match="the vocabulary is fixed"):
-        tokenizer.add_tokens(["brand new token"])
-
-
 def test_unknown_name() -> None:
     with pytest.raises(InputError, match="unknown tokenizer 'word'"):
         get_tokenizer("word")

@@ -244,7 +244,7 @@ def test_the_config_comes_first(write_config: Writer, capsys: Captured) -> None:
     assert status == 2
     assert "CONFIG" in err
     _, _, err = run_command(["no_such_config"], capsys)
-    assert err.startswith("error: no config 'no_such_config': not a file, nor shipped (")
+    assert err.startswith("error: no config 'no_such_config': neither a .yaml file nor shipped (")
 
 
 def test_the_config_is_shown(write_config: Writer, tmp_path: Path, capsys: Captured) -> None:

@@ -5,7 +5,8 @@ import torch
 from running import Writer
 from torch import Tensor
 
-from rwkvx.state import ModelState, Rwkv7State
+from rwkvx.kinds.rwkv7 import Rwkv7State
+from rwkvx.state import ModelState
 from rwkvx.training.batches import Batch, step_batch
 from rwkvx.training.config import StageConfig, read_config
 from rwkvx.training.forward import hidden_states
@@ -18,7 +19,7 @@ def a_step(write_config: Writer, rows: int, share: float) -> tuple[Trainer, Stag
     trainer = Trainer(read_config(write_config(stages=stages)))
     stage = trainer.config.stages[0]
     batch = step_batch(trainer.source(stage), trainer.config, 1)
-    assert initial_state(trainer.carried, stage, batch, (0,)) is None
+    assert initial_state(trainer.model, trainer.carried, stage, batch, (0,)) is None
     trainer.train_step()
     return trainer, stage, batch
 
@@ -32,7 +33,7 @@ def first_block(state: ModelState | None) -> Rwkv7State:
 def test_states_are_passed_on(write_config: Writer) -> None:
     """With share 1 every row starts from a carried state, with 0 from nothing."""
     trainer, stage, batch = a_step(write_config, 3, 1.0)
-    state = initial_state(trainer.carried, stage, batch, (0,))
+    state = initial_state(trainer.model, trainer.carried, stage, batch, (0,))
     block = first_block(state)
     assert state is not None
     assert state.length == 0
@@ -40,13 +41,14 @@ def test_states_are_passed_on(write_config: Writer) -> None:
     assert not block.ffn_shift.requires_grad
     assert state.blocks[1].cached == ()  # type: ignore[union-attr]
     trainer, stage, batch = a_step(write_config, 3, 0.0)
-    assert initial_state(trainer.carried, stage, batch, (0,)) is None
+    assert initial_state(trainer.model, trainer.carried, stage, batch, (0,)) is None
 
 
 def test_some_rows_start_afresh(write_config: Writer) -> None:
     trainer, stage, batch = a_step(write_config, 64, 0.5)
     block, again, other = (
-        first_block(initial_state(trainer.carried, stage, batch, (seed,))) for seed in (1, 1, 2)
+        first_block(initial_state(trainer.model, trainer.carried, stage, batch, (seed,)))
+        for seed in (1, 1, 2)
     )
     carried = [bool(row.any()) for row in block.wkv]
     assert 16 < sum(carried) < 48
@@ -67,7 +69,7 @@ def test_documents_inside_of_a_row_start_from_nothing(write_config: Writer) -> N
     batch = packed(batch, (0, 5), (2, 1), (2, 9))
     assert batch.offsets is not None
     assert batch.offsets.tolist() == [0, 5, 16, 32, 33, 41, 48]
-    block = first_block(initial_state(trainer.carried, stage, batch, (0,)))
+    block = first_block(initial_state(trainer.model, trainer.carried, stage, batch, (0,)))
     assert [bool(row.any()) for row in block.wkv] == [True, False, True, True, False, False]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rwkvx import InputError
-from rwkvx.state import Rwkv7State
+from rwkvx.kinds.rwkv7 import Rwkv7State
 from rwkvx.training.batches import step_batch
 from rwkvx.training.config import read_config
 from rwkvx.training.passing import initial_state
@@ -24,7 +24,7 @@ def test_every_piece_goes_on_from_a_passed_state(write_config: Writer) -> None:
     trainer.train_step()
     stage = trainer.config.stages[0]
     batch = step_batch(trainer.source(stage), trainer.config, 1)
-    state = initial_state(trainer.carried, stage, batch, (0,))
+    state = initial_state(trainer.model, trainer.carried, stage, batch, (0,))
     assert state is not None
     assert trainer.carried is not None
     old, new = trainer.carried.blocks[0], state.blocks[0]

@@ -14,7 +14,8 @@ from torch import Tensor
 from rwkvx_evals.bench.kernels.case import OURS, Call, Case, Plan, planned
 from rwkvx_evals.bench.kernels.dense import implementations as dense_implementations
 from rwkvx_evals.bench.kernels.error import backward_of, relative_error
-from rwkvx_kernels.chunk_attention import chunk_attention
+from rwkvx_kernels.chunk_attention import attend_chunks, chunk_attention
+from rwkvx_kernels.chunk_select import chunk_means, select_chunks
 
 HEADS, SIZE, CHUNK, TOPK = 16, 64, 128, 8
 FORWARD, BOTH = "chunk attention forward", "chunk attention forward + backward"
@@ -174,47 +175,33 @@ def _results(
     return backward_of(o, inputs) if backward else (o,)
 
 
-def _means(k: Tensor) -> Tensor:
-    """[1, H, C, D] float32."""
-    whole = k[:, : k.shape[1] // CHUNK * CHUNK].unflatten(1, (-1, CHUNK))
-    return whole.mean(dim=2, dtype=torch.float32).transpose(1, 2).contiguous()
-
-
 def _choose(family: str, q: Tensor, means: Tensor) -> Tensor:
     """[B, T, H, K]; coarse to fine with the making of its tree, from which all queries profit."""
-    from rwkvx_kernels.chunk_attention.forest import forest_of
-    from rwkvx_kernels.chunk_attention.triton_descent import descend
-    from rwkvx_kernels.chunk_attention.triton_select import select
+    selection = "coarse_to_fine" if family == FINE else "flat"
+    return select_chunks(q, means, CHUNK, TOPK, selection=selection, impl="triton")
 
-    if family != FINE:
-        return select(q, means, 0, CHUNK, TOPK)
-    return descend(q, means, forest_of(means.flatten(0, 1), TOPK), 0, CHUNK, TOPK)
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
+    return attend_chunks(q, k, v, chosen, CHUNK, impl="triton")
 
 
 def _part_subjects(family: str, device: str, tokens: int) -> dict[str, Call]:
-    from rwkvx_kernels.chunk_attention.triton_ops import attend_chosen
-
     q, k, v = _inputs(device, tokens)
-    means = _means(k)
+    means = chunk_means(k.transpose(1, 2), CHUNK)
     if family != PART:
         return {OURS: partial(_choose, family, q, means)}
-    return {OURS: partial(attend_chosen, q, k, v, _choose(family, q, means), CHUNK, TOPK)}
+    return {OURS: partial(_attend, q, k, v, _choose(family, q, means))}
 
 
 @cache
 def _part_error(family: str, device: str) -> float:
     """Of the attention to what was chosen; of selection, the share of chunks chosen otherwise."""
-    from rwkvx_kernels.chunk_attention.reference import select_chunks
-    from rwkvx_kernels.chunk_attention.triton_ops import attend_chosen
-
     q, k, v = _inputs(device, CHECKED_TOKENS)
-    chosen = _choose(family, q, _means(k))
+    chosen = _choose(family, q, chunk_means(k.transpose(1, 2), CHUNK)).long()
     if family == PART:
-        return relative_error(
-            [attend_chosen(q, k, v, chosen, CHUNK, TOPK)], _exact(device, False, "flat", TOPK)
-        )
-    expected = select_chunks(q.double(), k.double(), CHUNK, TOPK)
-    index = chosen.long().transpose(1, 2)
-    got = torch.zeros((*expected.shape[:-1], expected.shape[-1] + 1), device=q.device)
-    got.scatter_(-1, index.masked_fill(index < 0, expected.shape[-1]), 1.0)
-    return float((got[..., :-1] != expected).sum() / expected.sum().clamp_min(1))
+        exact = _exact(device, False, "flat", TOPK)
+        return relative_error([_attend(q, k, v, chosen)], exact)
+    means = chunk_means(k.double().transpose(1, 2), CHUNK)
+    expected = select_chunks(q.double(), means, CHUNK, TOPK, impl="reference")
+    same = (chosen.unsqueeze(-1) == expected.unsqueeze(-2)).any(dim=-1) & (chosen >= 0)
+    return float(1 - same.sum() / (expected >= 0).sum().clamp_min(1))

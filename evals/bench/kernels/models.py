@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache, partial
-from importlib import import_module
 
 import torch
 from torch import Tensor
 
 import rwkvx
-from rwkvx.state import CachedRows, ModelState, SparseState
-from rwkvx_evals.bench.floor import attention_flops, bytes_per_token
+from rwkvx.costs import decode_bytes, mixing_flops
+from rwkvx.decoding import start
+from rwkvx.kinds.attention import CachedRows
+from rwkvx.shipped import find_config
+from rwkvx.state import ModelState
+from rwkvx_evals.bench.floor import bytes_per_token
 from rwkvx_evals.bench.kernels.case import OURS, Call, Case, Plan, planned
 from rwkvx_evals.bench.kernels.error import relative_error
 from rwkvx_evals.bench.kernels.transformer import Cache, Transformer
-from rwkvx_evals.bench.subjects import find_shape, open_model, read_shape
+from rwkvx_evals.bench.subjects import open_model, read_shape
 
 PREFILL, DECODE = "prefill, 0.22B shape", "decoding, 0.22B shape"
 DENSE = "dense Transformer"
@@ -54,7 +57,7 @@ def _prefill_case(device: str, tokens: int, importance: int, names: list[str]) -
         family=PREFILL,
         tokens=tokens,
         bytes=weights,
-        flops=2 * matrices * tokens + attention_flops(hybrid, 0, tokens),
+        flops=2 * matrices * tokens + mixing_flops(hybrid, 0, tokens)["attention"],
         subjects=partial(_prefill_subjects, device, tokens, names),
         errors={name: partial(_prefill_error, device, name) for name in names},
         tolerance=TOLERANCE,
@@ -67,14 +70,10 @@ def _prefill_case(device: str, tokens: int, importance: int, names: list[str]) -
 def _decode_case(device: str, tokens: int, importance: int, names: list[str]) -> Case:
     hybrid = _shape()
     weights, matrices = _sizes(device)
-    chunk, width = hybrid.chunk_size, hybrid.kv_heads * hybrid.head_size
-    read = 2 * min(tokens, hybrid.topk * chunk) * width * _dtype(device).itemsize
-    attention = hybrid.pattern.count("sparse") * (read + 4 * width * (tokens // chunk))
-    recurrent = hybrid.pattern.count("rwkv7") * 8 * hybrid.width * hybrid.head_size
     return Case(
         family=DECODE,
         tokens=tokens,
-        bytes=STEPS * (weights + attention + recurrent),
+        bytes=STEPS * (weights + decode_bytes(hybrid, tokens, _dtype(device).itemsize)),
         flops=STEPS * 2 * matrices,
         subjects=partial(_decode_subjects, device, tokens, names),
         errors={name: partial(_decode_error, device, name) for name in names},
@@ -84,27 +83,6 @@ def _decode_case(device: str, tokens: int, importance: int, names: list[str]) ->
         units=STEPS,
         energy=True,
     )
-
-
-def stepper(model: rwkvx.Model, state: ModelState) -> Step:
-    """Reads on from a state, token by token, from call to call.
-
-    By a CUDA graph where the package has one: the one place that chooses how to decode.
-    """
-    try:
-        graphs = import_module("rwkvx.decode_graph")
-    except ModuleNotFoundError:
-        pass
-    else:
-        made: Step = graphs.one_token_steps(model, state, ROOM)
-        return made
-
-    def step(ids: Tensor) -> Tensor:
-        nonlocal state
-        logits, state = model(ids, state, logits="last")
-        return _some(logits)
-
-    return step
 
 
 @torch.inference_mode()
@@ -119,7 +97,7 @@ def filled_state(model: rwkvx.Model, tokens: int) -> ModelState:
     state = model.fresh_state(1, tokens + ROOM)
     blocks = []
     for block in state.blocks:
-        if isinstance(block, SparseState):
+        if "cached" in block._fields:
             store = block.cached[0].cache
             heads, size = store.k_BGSD.shape[1], store.k_BGSD.shape[3]
             for start in range(0, tokens, PIECE):
@@ -138,7 +116,7 @@ def _dtype(device: str) -> torch.dtype:
 
 @cache
 def _shape() -> rwkvx.ModelConfig:
-    path = find_shape(SHAPE)
+    path = find_config(SHAPE)
     assert path is not None
     return read_shape(path)
 
@@ -210,7 +188,7 @@ def _decode_subjects(device: str, tokens: int, names: list[str]) -> dict[str, Ca
 def _step_after(device: str, name: str, tokens: int) -> Step:
     """Decoding after so many tokens of random keys and values."""
     if name == OURS:
-        return stepper(_hybrid(device), filled_state(_hybrid(device), tokens))
+        return start(_hybrid(device), filled_state(_hybrid(device), tokens), ROOM).step
     held = Cache(_dense(device), tokens + ROOM)
     held.fill(tokens)
     return partial(_dense(device), cache=held)
@@ -231,7 +209,7 @@ def _decode_error(device: str, name: str) -> float:
     if name == OURS:
         model = _hybrid(device)
         state = model(before, model.fresh_state(1, CHECKED_TOKENS), logits="none")[1]
-        step = stepper(model, state)
+        step = start(model, state, ROOM).step
     else:
         held = Cache(_dense(device), CHECKED_TOKENS)
         _dense(device)(before, held)

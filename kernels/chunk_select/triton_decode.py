@@ -1,0 +1,180 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Selection for one or a few new tokens behind long caches of unequal length: split over chunks.
+
+Axes: B sequences, T queries, H query heads, G key/value heads, C chunks, D head size; a row is one
+head of one query. Names: i_ index, p_ pointer, b_ tile in registers, o_ offset, m_ mask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rwkvx_kernels.chunk_select import common
+from rwkvx_kernels.chunk_select.triton_best import (
+    LOWEST,
+    first_level,
+    keep_best,
+    pack,
+    run_of,
+    tree_constants,
+    tree_size,
+    unpack,
+)
+
+# Chunks that one program scores; a cache of a million tokens in chunks of 128 makes 16 programs.
+SPLIT = 512
+LEAST_BLOCK = 64
+
+
+@triton.jit(do_not_specialize=["tokens", "members", "parents", "groups", "chunks", "splits"])
+def _score_kernel(
+    p_q, p_table, p_order, p_kept, p_lengths, p_best,
+    tokens, members, parents, groups, chunks, splits,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    CHUNK: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr,
+    RUNS: tl.constexpr, LEVELS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constexpr,
+    FANOUT: tl.constexpr, EXTRA: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, K: tl.constexpr,
+    LOWEST: tl.constexpr,
+):  # fmt: skip  # fmt: skip  # fmt: skip
+    """The best K candidates of one split for one row, packed with their scores.
+
+    The candidates of a row are the children of the entries it kept, then members without parent.
+    """
+    i_row, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_b, i_t, i_h = i_row // H // tokens, i_row // H % tokens, i_row % H
+    i_n = i_b * G + i_h // (H // G)
+    past = (tl.load(p_lengths + i_b) - tokens + i_t) // CHUNK
+    P = tree_size(past, LEVELS, RUN, WHOLE)
+    top = first_level(P, LEVELS, FANOUT, DENSE)
+    root = tl.where(top > LEVEL, P // FANOUT ** (LEVEL + 1) * FANOUT, 0)
+    stop = past
+    if LEVEL > 0:
+        stop = tl.where(top < LEVEL, 0, P // FANOUT**LEVEL)
+    children = tl.where(top > LEVEL, WIDTH * FANOUT, 0)
+    candidates = children + stop - root
+    o_d = tl.arange(0, BLOCK_D)
+    b_q = tl.load(p_q + i_row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
+    b_best = tl.full((1, K), LOWEST, tl.int64)
+    begin = i_split * SPLIT
+    for i_c in range(begin, tl.minimum(begin + SPLIT, candidates), BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        m_c = o_c < candidates
+        o_member = o_c - children + root
+        o_run = run_of(o_member * FANOUT**LEVEL, P, RUNS, RUN, GROWTH)
+        if WIDTH > 0:
+            m_child = o_c < children
+            b_parent = tl.load(p_kept + i_row * WIDTH + o_c // FANOUT, mask=m_child, other=0)
+            m_c &= b_parent >= 0
+            o_run = tl.where(m_child, b_parent // parents, o_run)
+            o_member = tl.where(
+                m_child, b_parent % parents * FANOUT + (o_c % FANOUT).to(tl.int32), o_member
+            )
+        o_place = (o_run.to(tl.int64) * groups + i_n) * members + o_member
+        o_entry = o_run * members + o_member
+        if LEVEL == 0:
+            o_entry = o_member
+            if WIDTH > 0:
+                p_chunk = p_order + (o_run.to(tl.int64) * groups + i_n) * chunks + o_member
+                b_chunk = tl.load(p_chunk, mask=m_c & m_child, other=0)
+                o_entry = tl.where(m_child, b_chunk, o_member)
+            o_place = i_n * members + o_entry
+        p_x = p_table + o_place * (D if LEVEL == 0 else D + EXTRA)
+        m_x = m_c[:, None] & (o_d < D)[None, :]
+        b_x = tl.load(p_x[:, None] + o_d[None, :], mask=m_x, other=0.0)
+        b_score = tl.sum(b_x * b_q, axis=1)[None, :]
+        if LEVEL > 0:
+            b_radius = tl.load(p_x + D, mask=m_c, other=0.0)
+            b_score += tl.sqrt(tl.sum(b_q * b_q, axis=1))[:, None] * b_radius[None, :]
+        b_packed = pack(b_score, o_entry.to(tl.int32), m_c[None, :], LOWEST)
+        b_best = keep_best(b_best, b_packed, K)
+    o_best = (i_row * splits + i_split) * K + tl.arange(0, K)
+    tl.store(p_best + o_best[None, :], b_best)
+
+
+@triton.jit(do_not_specialize=["candidates"])
+def _merge_kernel(
+    p_best,
+    p_entries,
+    candidates,
+    SLOTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    K: tl.constexpr,
+    LOWEST: tl.constexpr,
+):
+    """The best of all splits of a row, unpacked."""
+    i_row = tl.program_id(0).to(tl.int64)
+    b_best = tl.full((1, K), LOWEST, tl.int64)
+    for i_c in range(0, candidates, BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        p_tile = p_best + i_row * candidates + o_c
+        b_packed = tl.load(p_tile, mask=o_c < candidates, other=LOWEST)[None, :]
+        b_best = keep_best(b_best, b_packed, K)
+    o_k = K - 1 - tl.arange(0, K)  # the best come last
+    p_out = (p_entries + i_row * SLOTS + o_k)[None, :]
+    tl.store(p_out, unpack(b_best, LOWEST), mask=(o_k < SLOTS)[None, :])
+
+
+def _most_candidates(members: int, forest: list[Tensor], level: int, topk: int) -> int:
+    """How many candidates a row can have at a level of so many members."""
+    if not forest or level == common.first_level(forest[0].shape[2]):
+        return members
+    if level == 0:  # the tail beside the children, or all of few chunks
+        return common.scored_whole(topk) + common.RUN
+    return max(common.DENSE_NODES, common.FANOUT * (common.beam_widths(topk)[1] + 1))
+
+
+def _best(
+    q: Tensor,
+    table: Tensor,
+    forest: list[Tensor],
+    level: int,
+    kept: Tensor | None,
+    lengths: Tensor,
+    sizes: dict[str, int],
+    topk: int,
+) -> Tensor:
+    """As `triton_best.best_members`, by row: [B·T·H, width]."""
+    batch, tokens, heads, dim = q.shape
+    rows, members = batch * tokens * heads, table.shape[2]
+    slots = common.kept_at(level, topk)
+    keep = max(2, triton.next_power_of_2(slots))
+    splits = triton.cdiv(_most_candidates(members, forest, level, topk), SPLIT)
+    best = torch.empty((rows, splits * keep), dtype=torch.int64, device=q.device)
+    _score_kernel[(rows, splits)](
+        q, table, forest[0] if forest else None, kept, lengths, best, tokens, members,
+        forest[level + 1].shape[2] if kept is not None else 1, batch * sizes["G"],
+        forest[0].shape[2] if forest else 1, splits,
+        **sizes, **tree_constants(forest, topk), LEVEL=level,
+        WIDTH=0 if kept is None else kept.shape[1],
+        BLOCK_C=max(keep, LEAST_BLOCK if dim <= 64 else LEAST_BLOCK // 2), SPLIT=SPLIT, K=keep,
+        LOWEST=LOWEST, num_warps=4 if keep <= 64 else 8,
+    )  # fmt: skip
+    entries = torch.empty((rows, slots), dtype=torch.int32, device=q.device)
+    block = max(LEAST_BLOCK, keep)
+    _merge_kernel[(rows,)](
+        best, entries, splits * keep, SLOTS=slots, BLOCK_C=block, K=keep, LOWEST=LOWEST
+    )
+    return entries
+
+
+def select_rows(
+    q: Tensor, means: Tensor, forest: list[Tensor], lengths: Tensor, chunk_size: int, topk: int
+) -> Tensor:
+    """The chosen chunks of the last T tokens of each sequence, by row: [B·T·H, topk - 1] int32.
+
+    Args:
+        q: [B, T, H, D], contiguous. means: [B, G, C, D] float32, contiguous, of every completed
+            chunk. lengths: [B] int64, tokens of each sequence, the T new ones included.
+        forest: tensors of the forest over them, with room for C chunks; [] for flat selection.
+    """
+    heads, dim = q.shape[2:]
+    sizes = {"H": heads, "G": means.shape[1], "D": dim, "CHUNK": chunk_size}
+    sizes["BLOCK_D"] = max(16, triton.next_power_of_2(dim))
+    chosen: Tensor | None = None
+    for level in range(common.first_level(means.shape[2]) if forest else 0, -1, -1):
+        table = forest[level] if level else means
+        chosen = _best(q, table, forest, level, chosen, lengths, sizes, topk)
+    assert chosen is not None
+    return chosen

@@ -1,0 +1,125 @@
+"""What one token through a block needs: weights, what was read before, and where they lie.
+
+Axes: C width, H heads, D head size, G key/value heads, F inner width of the channel mix, S tokens
+that a cache has room for, W width of the key convolution.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class BlockWeights(NamedTuple):
+    """Weights of one block, contiguous on the CPU and of one dtype (float32 or bfloat16).
+
+    Matrices may be int8, with float32 scales for their rows. An attention block (no `mixes`) gives
+    norms, matrices, channel mix and key convolution. None stands for what a block lacks: scales,
+    the value residual of the first.
+    """
+
+    heads: int  # H, query heads of an attention block
+    eps: tuple[float, float, float]  # of ln1, ln2 and, with `mixes`, the group norm
+    ln1: tuple[Tensor, Tensor]  # weight, bias [C]
+    ln2: tuple[Tensor, Tensor]
+    channel: tuple[Tensor, Tensor, Tensor]  # x_k [C], key [F, C], value [C, F]
+    channel_scales: tuple[Tensor | None, ...]  # [F], [C]
+    mixes: tuple[Tensor | None, ...] = (None,) * 6  # [C] of r, w, k, v, a, g
+    matrices: tuple[Tensor | None, ...] = (None,) * 4  # receptance [C, C], key, value, output
+    scales: tuple[Tensor | None, ...] = (None,) * 4  # [C] of these
+    down: tuple[Tensor | None, ...] = (None,) * 4  # [C, rank] of w, a, v, g
+    up: tuple[Tensor | None, ...] = (None,) * 4  # [rank, C]
+    vectors: tuple[Tensor | None, ...] = (None,) * 8  # [C], as `time_mix.TimeMixWeights`
+    conv: tuple[Tensor | None] = (None,)  # [W, G D]
+
+    def tensors(self) -> list[Tensor | None]:
+        """All, one after the other."""
+        return [x for part in self[2:] for x in part]
+
+    def fit(self, dtype: torch.dtype) -> bool:
+        """Whether they are as said above, of that dtype, and of shapes that fit together."""
+        matrices = (*self.channel[1:], *self.matrices)
+        scales = (*self.channel_scales, *self.scales)
+        kind = torch.int8 if self.channel_scales[0] is not None else dtype
+        expected = {id(x): kind for x in matrices} | {id(x): torch.float32 for x in scales}
+        alike = all(
+            x.dtype == expected.get(id(x), dtype) and x.is_contiguous() and x.device.type == "cpu"
+            for x in self.tensors()
+            if x is not None
+        )
+        return dtype in DTYPES and alike and self._shapes_fit()
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return len(self.ln1[0]) // self.heads
+
+    @property
+    def kv_width(self) -> int:
+        """G N."""
+        key = self.matrices[1]
+        return 0 if key is None else len(key)
+
+    def _shapes_fit(self) -> bool:
+        width, inner, kv = len(self.ln1[0]), len(self.channel[1]), self.kv_width
+        if self.heads < 1 or width % self.heads or not kv or kv % self.size:
+            return False
+        if self.heads % (kv // self.size) or (self.mixes[0] is not None and kv != width):
+            return False
+        ranks = [0 if x is None else x.shape[-1] for x in self.down]
+        vectors = (*self.ln1, *self.ln2, self.channel[0], *self.mixes, *self.vectors)
+        shapes = [
+            *((x, width) for x in vectors),
+            *zip(self.channel[1:], ((inner, width), (width, inner)), strict=True),
+            *zip(self.channel_scales, (inner, width), strict=True),
+            *zip(self.matrices, ((width, width), *[(kv, width)] * 2, (width, width)), strict=True),
+            *zip(self.scales, (width, kv, kv, width), strict=True),
+            *zip(self.down, ((width, rank) for rank in ranks), strict=True),
+            *zip(self.up, ((rank, width) for rank in ranks), strict=True),
+            *((x, (len(x), kv)) for x in self.conv if x is not None),
+        ]
+        return all(
+            x is None or (x.numel() == shape if isinstance(shape, int) else x.shape == shape)
+            for x, shape in shapes
+        )
+
+
+class Cache(NamedTuple):
+    """What an attention block has read, contiguous and of the weights' dtype.
+
+    The token is written to `position`; it attends by flat selection to `topk` chunks. The mean of
+    a chunk that it completes is left to the caller.
+    """
+
+    k: Tensor  # [1, G, S, D]
+    v: Tensor
+    means: Tensor  # [1, G, chunks, D] float32
+    position: int
+    topk: int
+    conv: Tensor | None = None  # [1, W - 1, G D], keys before the convolution
+    new_conv: Tensor | None = None  # the same, written
+
+    def check(self, block: BlockWeights) -> None:
+        """Refuse a cache that is not of that block, and a position beyond its end.
+
+        Raises:
+            ValueError: it is one.
+        """
+        _, groups, tokens, size = self.k.shape
+        chunks = self.means.shape[2]
+        taps = 0 if block.conv[0] is None else len(block.conv[0]) - 1
+        conv = None if block.conv[0] is None else (1, taps, block.kv_width)
+        fits = (
+            (1, groups * size, size) == (len(self.k), block.kv_width, block.size)
+            and self.v.shape == self.k.shape
+            and self.means.shape == (1, groups, chunks, size)
+            and tokens % chunks == 0
+            and all((None if x is None else x.shape) == conv for x in (self.conv, self.new_conv))
+        )
+        if not fits or not 0 <= self.position < tokens:
+            raise ValueError(
+                f"a cache of {list(self.k.shape)} and a place {self.position} do not fit a block "
+                f"of {block.kv_width} channels in heads of {block.size}"
+            )

@@ -1,0 +1,21 @@
+"""The time mix between its projections, in plain torch, the recurrence in chunks."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from rwkvx_kernels.time_mix.common import TimeMixWeights, equations
+from rwkvx_kernels.wkv7 import wkv7
+
+
+def time_mix_torch(
+    tokens: Sequence[Tensor],
+    weights: TimeMixWeights,
+    eps: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `api.time_mix`."""
+    recurrence = partial(wkv7, initial_state=state, cu_seqlens=cu_seqlens, impl="torch")
+    return equations(tokens, weights, eps, recurrence)
