@@ -1,42 +1,36 @@
-"""What is trained beside a model: low-rank updates of its matrices, or the state it starts from.
+"""Adapters: what is trained beside a model that stays as it is.
 
-The model stays as it is; the folder of an adapter names it by its fingerprint.
+Low-rank updates beside its projections, or the state that sequences start from. Their files are
+read and written by `rwkvx.checkpoint.adapter`.
 Axes: B rows, H heads, N head size, R rank.
 """
 
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any, cast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rwkvx.checkpoint.safetensors import write_tensors
-from rwkvx.checkpoint.shards import read_file
 from rwkvx.errors import InputError
-from rwkvx.files import read_json, replacing_folder, write_json
-from rwkvx.kinds.rwkv7 import Rwkv7State
 from rwkvx.model import Model
 from rwkvx.ranges import Number, OneOf, Whole, check_ranges
-from rwkvx.settings import from_plain
-from rwkvx.state import ModelState
 
-__all__ = ["AdapterConfig", "add_adapter", "apply_adapter", "base_tensors", "starting_state"]
+__all__ = ["AdapterConfig", "adapter_tensors", "add_adapter", "set_starting_state", "updated"]
 
-TENSORS, ABOUT = "adapter.safetensors", "adapter.json"
-_UPDATE, _ORIGINAL = ".parametrizations.weight.0.", ".parametrizations.weight.original"
-STATES = "starting_states"  # the model's attribute, and the names of its parameters begin with it
+UPDATE = ".parametrizations.weight.0."  # in the names of an update's parameters
+START = ".att.start."
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Which adapter.
+    """An adapter.
 
     Attributes:
-        kind: "lora" (arXiv 2106.09685), "state" (a learned initial state of RWKV-7 blocks), "" for
-            none: the model itself is trained.
+        kind: "lora" (arXiv 2106.09685), "state" (a learned initial state of the recurrent blocks),
+            "" for none: the model itself is trained.
         rank, alpha: of LoRA: an update is alpha / rank times a product of two matrices.
         targets: of LoRA: the projections of every block that are updated, by the ends of their
             names: "value", or "att.value" for that of the mixer alone.
@@ -49,6 +43,13 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.kind == "lora" and not self.targets:
+            raise InputError("targets must name at least one projection")
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two matrices is multiplied with."""
+        return self.alpha / self.rank
 
 
 class LowRankUpdate(nn.Module):
@@ -61,35 +62,32 @@ class LowRankUpdate(nn.Module):
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
         self.down = nn.Parameter(down.to(weight))
         self.up = nn.Parameter(weight.new_zeros(outputs, config.rank))
-        self.scale = config.alpha / config.rank
+        self.scale = config.scale
 
     def forward(self, weight: Tensor) -> Tensor:
         """The updated weight."""
-        return weight + self.scale * (self.up @ self.down)
+        return updated(weight, self.up, self.down, self.scale)
 
 
-class StartingStates(nn.ParameterDict):
-    """[H, N, N] for each RWKV-7 block by its number, zero at first."""
-
-    def __init__(self, model: Model) -> None:
-        blocks = enumerate(model.fresh_state(1).blocks)
-        states = ((str(i), x.wkv[0]) for i, x in blocks if isinstance(x, Rwkv7State))
-        super().__init__({i: nn.Parameter(x.clone()) for i, x in states})
+def updated(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
+    """W + scale · up down."""
+    return weight + scale * (up @ down)
 
 
 def add_adapter(model: Model, config: AdapterConfig, seed: int) -> None:
-    """Freeze the model and put an adapter into it.
+    """Freeze the model and put an adapter into it that changes nothing yet.
 
     Raises:
         InputError: the model has nothing that it could be put to.
     """
     model.requires_grad_(False)
     if config.kind == "state":
-        if "rwkv7" not in model.config.pattern:
-            raise InputError("adapter state: the model has no RWKV-7 block, which starts from one")
-        model.add_module(STATES, StartingStates(model))
+        matrices = _starting_matrices(model)
+        if not matrices:
+            raise InputError("adapter state: the model has no recurrent block to start from one")
+        set_starting_state(model, {n: torch.zeros_like(x) for n, x in matrices.items()})
         return
-    generator, found = torch.Generator().manual_seed(seed), set()
+    generator, found = torch.Generator().manual_seed(seed), set[str]()
     for name, module in list(model.blocks.named_modules()):
         matching = {x for x in config.targets if f".{name}".endswith(f".{x}")}
         if matching and isinstance(module, nn.Linear):
@@ -100,68 +98,40 @@ def add_adapter(model: Model, config: AdapterConfig, seed: int) -> None:
         raise InputError(f"adapter lora: no projection is called {missing[0]!r}")
 
 
-def starting_state(model: Model, rows: int) -> ModelState | None:
-    """The learned state for so many rows, as the model's own where there is none: None."""
-    states = getattr(model, STATES, None)
-    if states is None:
-        return None
-    blocks = []
-    for i, block in enumerate(model.fresh_state(rows).blocks):
-        if isinstance(block, Rwkv7State):
-            block = block._replace(wkv=states[str(i)].expand_as(block.wkv))
-        blocks.append(block)
-    return ModelState(tuple(blocks), 0)
+def set_starting_state(model: Model, tensors: Mapping[str, Tensor]) -> None:
+    """Let sequences start from a state; names as of `adapter_tensors`.
+
+    Raises:
+        InputError: it is not one of this model's.
+    """
+    own = _starting_matrices(model)
+    if {n: x.shape for n, x in own.items()} != {n: x.shape for n, x in tensors.items()}:
+        raise InputError("the starting state does not fit the model")
+    for number, block in enumerate(model.blocks):
+        prefix = f"blocks.{number}{START}"
+        found = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+        if found:
+            like = {n: own[prefix + n] for n in found}
+            values = {n: nn.Parameter(x.to(like[n])) for n, x in found.items()}
+            block.att.start = nn.ParameterDict(values)
 
 
-def adapter_tensors(model: Model) -> dict[str, Tensor]:
-    """What was trained, by the names of the weights that it belongs to."""
-    return {
-        name.replace(_UPDATE, "."): x.detach()
-        for name, x in model.named_parameters()
-        if _UPDATE in name or name.startswith(STATES)
-    }
-
-
-def base_tensors(model: Model) -> dict[str, Tensor]:
-    """The weights by their plain names, low-rank updates added, nothing else of an adapter."""
+def _starting_matrices(model: Model) -> dict[str, Tensor]:
+    """The matrix states of recurrent blocks before the first token: [H, N, N] in RWKV-7."""
     found = {}
-    for name, x in model.state_dict().items():
-        if name.endswith(_ORIGINAL):
-            name = name.removesuffix(_ORIGINAL)
-            found[f"{name}.weight"] = cast(Tensor, model.get_submodule(name).weight).detach()
-        elif _UPDATE not in name and not name.startswith(STATES):
-            found[name] = x
+    for number, block in enumerate(model.blocks):
+        if block.att.recurrent:
+            fresh = block.att.fresh_state(1, model.emb.weight)
+            shapes = block.att.state_shapes()
+            names = [name for name, shape in shapes.items() if shape and len(shape) > 1]
+            found |= {f"blocks.{number}{START}{n}": getattr(fresh, n)[0] for n in names}
     return found
 
 
-def write_adapter(model: Model, config: AdapterConfig, base: str, folder: Path) -> None:
-    """Write an adapter; `base`: fingerprint of the model before it."""
-    with replacing_folder(folder) as temporary:
-        write_tensors(temporary / TENSORS, adapter_tensors(model))
-        about = {**asdict(config), "targets": list(config.targets)}
-        write_json(temporary / ABOUT, {"base": base, "adapter": about})
-
-
-def apply_adapter(model: Model, folder: Path) -> None:
-    """Add an adapter to its base model: updates into the weights, or a starting state beside them.
-
-    Raises:
-        InputError: no adapter, damage, or the adapter of another model.
-    """
-    about = read_json(folder / ABOUT)
-    if not isinstance(about, dict) or not isinstance(about.get("adapter"), dict):
-        raise InputError(f"{folder / ABOUT} is damaged: it describes no adapter")
-    if about.get("base") != model.fingerprint():
-        raise InputError(f"{folder} is an adapter of another model than the one that is loaded")
-    config = from_plain(AdapterConfig, about["adapter"], str(folder / ABOUT))
-    add_adapter(model, config, 0)
-    tensors: dict[str, Any] = read_file(folder / TENSORS)
-    own = adapter_tensors(model)
-    if set(own) != set(tensors) or any(own[n].shape != x.shape for n, x in tensors.items()):
-        raise InputError(f"{folder / TENSORS} does not fit what {ABOUT} describes")
-    for name, x in tensors.items():
-        own[name].copy_(x)
-    for module in list(model.modules()):
-        if parametrize.is_parametrized(module):
-            parametrize.remove_parametrizations(module, "weight")
-    model.requires_grad_(True)
+def adapter_tensors(model: Model) -> dict[str, Tensor]:
+    """What was trained, by the names of the modules that it belongs to."""
+    return {
+        name.replace(UPDATE, "."): x.detach()
+        for name, x in model.named_parameters()
+        if UPDATE in name or START in name
+    }

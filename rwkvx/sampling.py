@@ -81,7 +81,6 @@ def generate(
     seed: int | None = None,
     stop_ids: Sequence[int] | None = None,
     device: str = "cpu",
-    state: Any = None,
     advance: Callable[[int], object] | None = None,
 ) -> Iterator[int]:
     """Yield up to `max_tokens` ids that continue `ids`; stops before an id of `stop_ids`.
@@ -93,7 +92,6 @@ def generate(
         seed: for the same continuation again on the same machine.
         stop_ids: None for the id that ends a document.
         device: where the model reads its ids.
-        state: what the model has read before `ids`; None at the start.
         advance: told how many tokens of the prompt have been read, piece by piece.
 
     Raises:
@@ -116,14 +114,13 @@ def generate(
     end = document_start(model)
     stop = {end} if stop_ids is None else set(stop_ids)
     prompt = torch.tensor([list(ids) or [end]], device=device)
-    return _steps(model, prompt, state, max_tokens, stop, pick, advance)
+    return _steps(model, prompt, max_tokens, stop, pick, advance)
 
 
 @torch.no_grad()
 def _steps(
     model: Any,
     ids_BT: Tensor,
-    state: Any,
     max_tokens: int,
     stop_ids: set[int],
     pick: Callable[[Tensor], int],
@@ -131,6 +128,7 @@ def _steps(
 ) -> Iterator[int]:
     if max_tokens == 0:
         return
+    state: Any = None
     *parts, last = ids_BT.split(PIECE_TOKENS, dim=1)
     for part in parts:
         _, state = model(part, state, logits="none")

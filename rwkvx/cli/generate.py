@@ -51,6 +51,7 @@ def generate_command(
     Examples:
       rwkvx generate --model passkey-tiny "The grass is green." --max-tokens 40
       rwkvx generate --model passkey-tiny - --temperature 0 < prompt.txt
+      rwkvx generate --model my-model --adapter runs/chat/chat-step-500 "Who are you?"
     """
     import rwkvx
     from rwkvx.progress import progress
@@ -59,13 +60,8 @@ def generate_command(
 
     # Bytes all the way: a prompt that is no UTF-8 (a file, an odd argument) is read as it is.
     data = read_prompt() if prompt == "-" else os.fsencode(prompt)
-    loaded = rwkvx.load(model, device=device, dtype=dtype)
-    tokenizer, state = loaded.tokenizer, None
-    if adapter is not None:
-        from rwkvx.adapters import apply_adapter, starting_state
-
-        apply_adapter(loaded, adapter)
-        state = starting_state(loaded, 1)
+    loaded = rwkvx.load(model, device=device, dtype=dtype, adapter=adapter)
+    tokenizer = loaded.tokenizer
     ids = prompt_ids(tokenizer, data) or [tokenizer.eos_token_id]
     check_prompt(loaded, len(ids))
     with progress(len(ids), "prompt", quiet=len(ids) < SHOWN_TOKENS) as bar:
@@ -78,7 +74,6 @@ def generate_command(
             seed=seed,
             stop_ids=[tokenizer.eos_token_id],
             device=device,
-            state=state,
             advance=bar.update,
         )
         texts = text_stream(tokenizer, data, tokens)

@@ -121,6 +121,9 @@ class Mixer(nn.Module):
         super().__init__()
         self.config, self.position = config, position
         self.impl = "auto"
+        # Tensors of the state that a sequence starts from in place of zeros, without the row axis
+        # (rwkvx/adapters): a mapping, or an nn.ParameterDict.
+        self.start: Any = {}
 
     def forward(
         self,
@@ -160,7 +163,12 @@ class Mixer(nn.Module):
         made: dict[str, Tensor | None] = {}
         for name, shape in self.state_shapes().items():
             dtype = self.dtype(name, like)
-            made[name] = None if shape is None else like.new_zeros(rows, *shape, dtype=dtype)
+            if shape is None:
+                made[name] = None
+            elif name in self.start:
+                made[name] = self.start[name].to(dtype).repeat(rows, *[1] * len(shape))
+            else:
+                made[name] = like.new_zeros(rows, *shape, dtype=dtype)
         return self.State(**made)
 
     @staticmethod

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkvx.adapters import starting_state
 from rwkvx.model import Model
 from rwkvx.state import ModelState
 from rwkvx.training.batches import Batch
@@ -77,9 +76,6 @@ def hidden_states(
     """[B, T, C] that the head reads, and the state after it; one row of it per packed sequence."""
     offsets = batch.offsets
     ids = batch.inputs if offsets is None else batch.inputs.reshape(1, -1)
-    if state is None:
-        rows = len(batch.inputs) if offsets is None else len(offsets) - 1
-        state = starting_state(model, rows)
     hidden, final = model(ids, state, logits="hidden", cu_seqlens=offsets, keep_cache=False)
     return hidden.view(*batch.inputs.shape, -1), final
 

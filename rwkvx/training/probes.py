@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import torch
 
-from rwkvx.adapters import starting_state
 from rwkvx.data.sources.passkey import Passkey, Prompts
 from rwkvx.model import Model
 from rwkvx.sampling import generate
@@ -49,7 +48,6 @@ def samples(model: Model, config: TrainConfig) -> dict[str, str]:
             seed=config.seed,
             stop_ids=[model.tokenizer.eos_token_id],
             device=str(model.device),
-            state=starting_state(model, 1),
         )
         found[prompt] = "".join(text_stream(model.tokenizer, data, tokens))
     return found

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 
 class World(NamedTuple):
@@ -39,16 +41,15 @@ class World(NamedTuple):
         if self.size > 1:
             dist.barrier()
 
-    def rows(self, x: Tensor) -> Tensor:
-        """What each process has, one after the other along the first dimension."""
+    def as_rows(self, x: Tensor) -> Tensor:
+        """This process's part of a tensor that has the rows of all processes."""
         if self.size == 1:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        mesh = init_device_mesh(x.device.type, (self.size,))
+        return DTensor.from_local(x, mesh, [Shard(0)])
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """This process's part of `rows`; all of it where it cannot be cut evenly."""
+        """This process's part of the rows of all; all of it where it cannot be cut evenly."""
         return x if len(x) % self.size else x.chunk(self.size)[self.rank]
 
 
