@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rwkvx.errors import InputError
 from rwkvx.ranges import Whole
+from rwkvx.sequence import SequenceParallel
 from rwkvx_kernels.chunk_attention import KeyValueCache
 from rwkvx_kernels.dispatch import Choice, Facts
 from rwkvx_kernels.one_token import BlockWeights, Cache
@@ -124,6 +125,7 @@ class Mixer(nn.Module):
         # Tensors of the state that a sequence starts from in place of zeros, without the row axis
         # (rwkvx/adapters): a mapping, or an nn.ParameterDict.
         self.start: Any = {}
+        self.sequence: SequenceParallel | None = None  # who reads the other parts of a sequence
 
     def forward(
         self,
@@ -239,6 +241,11 @@ class Mixer(nn.Module):
     @classmethod
     def check_config(cls, config: "ModelConfig") -> None:
         """Raise InputError for a config that a block of this kind cannot be made of."""
+
+    @classmethod
+    def part_multiple(cls, config: "ModelConfig") -> int:
+        """Of how many tokens the parts of a sequence that processes share must be a multiple."""
+        return 1
 
     @classmethod
     def used(cls, config: "ModelConfig") -> frozenset[str]:

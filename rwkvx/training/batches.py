@@ -3,6 +3,7 @@
 Axes: B batch, T time.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rwkvx.data.sources import Rows, Source, Wanted
 from rwkvx.errors import InputError
+from rwkvx.kinds import kind_of
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.world import World
 
@@ -72,24 +74,33 @@ def step_batch(source: Source, config: TrainConfig, step: int) -> Batch:
 
 def own_batches(step: Batch, stage: StageConfig, world: World) -> list[Batch]:
     """The micro-batches of a step that this process reads: one part of the rows, in order."""
-    count = len(step.inputs) // world.size
-    size, start = min(stage.batch, count), world.rank * count
+    rank, groups, _ = world.data
+    count = len(step.inputs) // groups
+    size, start = min(stage.batch, count), rank * count
     return [step.rows(start + i, start + i + size) for i in range(0, count, size)]
 
 
 def check_division(config: TrainConfig, processes: int) -> None:
-    """Refuse stages whose steps cannot be cut evenly.
+    """Refuse stages whose steps or sequences cannot be cut evenly.
 
     Raises:
         InputError: one cannot, for so many processes.
     """
+    together = config.sequence_parallel
     for number, stage in enumerate(config.stages):
         rows = stage.batch * config.accumulate
-        count, rest = divmod(rows, processes)
+        count, rest = divmod(rows, processes // together)
         if rest or count % min(stage.batch, max(count, 1)):
             raise InputError(
                 f"stages[{number}] has {rows} sequences a step in batches of {stage.batch}: "
                 f"{processes} processes cannot share them evenly"
+            )
+        kinds = (kind_of(name) for name in config.model.pattern)
+        multiple = together * math.lcm(*(kind.part_multiple(config.model) for kind in kinds))
+        if together > 1 and stage.length % multiple:
+            raise InputError(
+                f"stages[{number}] has sequences of {stage.length} tokens: for sequence_parallel "
+                f"{together} the length must be a multiple of {multiple}"
             )
 
 

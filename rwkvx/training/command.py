@@ -66,7 +66,7 @@ def train_command(
     from rwkvx.training.stopping import Stopped
     from rwkvx.training.trainer import Trainer
 
-    with joined(settings.device) as (world, device):
+    with joined(settings.device, settings.sequence_parallel) as (world, device):
         trainer = Trainer(settings, data, world, device)
         try:
             trainer.run(resume_anyway)

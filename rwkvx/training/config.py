@@ -118,6 +118,7 @@ class TrainConfig:
             the last stage that runs that had the lowest loss.
         precision: "float32" or "bf16" (autocast; weights, gradients and moments stay float32).
         parallel: of several processes, "ddp": each has the whole model, "fsdp": a part of it.
+        sequence_parallel: so many processes read each sequence together, a part of its tokens each.
         compile: let torch.compile fuse what a block does beside its kernels; takes minutes first.
         most_skipped: steps in a row that a loss or gradient that is not finite may leave without
             an update; one more ends the run.
@@ -143,6 +144,7 @@ class TrainConfig:
     average: Annotated[float, Number(0, 0.999999)] = 0.0
     keep: Annotated[str, OneOf("last", "best")] = "last"
     parallel: Annotated[str, OneOf("ddp", "fsdp")] = "ddp"
+    sequence_parallel: Annotated[int, Whole(1, 1 << 16)] = 1
     precision: Annotated[str, OneOf("float32", "bf16")] = "float32"
     device: str = "cpu"
     gradient_checkpointing: bool = False
@@ -166,6 +168,11 @@ class TrainConfig:
             )
         if self.adapter.kind:
             self._check_adapter()
+        for i, stage in enumerate(self.stages):
+            if self.sequence_parallel > 1 and (stage.recurrent_length or stage.long_ce):
+                raise InputError(
+                    f"stages[{i}]: with sequence_parallel, recurrent_length and long_ce must be 0"
+                )
         if not self.stages:
             raise InputError("stages must hold at least one stage")
         if len(self.stages) > 1000:

@@ -33,7 +33,13 @@ from rwkvx.training.card import model_card
 from rwkvx.training.checkpoint import Progress, Running, whole_model
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.curves import Curves, Silence
-from rwkvx.training.distributed import distributed, gradients_shared, shard, whole
+from rwkvx.training.distributed import (
+    distributed,
+    gradients_shared,
+    shard,
+    sharing,
+    whole,
+)
 from rwkvx.training.evaluation import as_text, evaluate, total_loss
 from rwkvx.training.facts import facts
 from rwkvx.training.forward import LongContext, Objective
@@ -81,6 +87,7 @@ class Trainer:
         self.model = self._starting_model()
         self.objective = Objective(self.model)
         self.average = self._average()
+        self.model.sequence = self.result.model.sequence = sharing(world)
         some = any(stage.learn != "all" for stage in config.stages)
         self.called = distributed(self.objective, world, config.parallel, some)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -317,7 +324,9 @@ class Trainer:
         total, carried = 0.0, None
         for i, batch in enumerate(batches):
             with gradients_shared(self.called, last=i == len(batches) - 1):
-                loss, carried = self._micro_step(batch, stage, self.world.rank * len(batches) + i)
+                loss, carried = self._micro_step(
+                    batch, stage, self.world.data.rank * len(batches) + i
+                )
             total += loss
         (total,) = self.world.all_sum(total)
         parameters = [p for p in self.model.parameters() if p.grad is not None]

@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 import torch
 from running import Stopped, Writer, assert_same_bits, stop_at, weights
+from safetensors.torch import load_file, save_file
 
 import rwkvx
 from rwkvx import InputError
-from rwkvx.adapters import apply_adapter, starting_state
+from rwkvx.checkpoint.adapter import fingerprint
 from rwkvx.cli import main
 from rwkvx.training.config import read_config
 from rwkvx.training.trainer import Trainer
 
 LORA = {"kind": "lora", "rank": 3, "alpha": 6, "targets": ["receptance", "value"]}
 STATE = {"kind": "state"}
+FAST = {"lr": 1.0, "warmup": 1}
+Captured = pytest.CaptureFixture[str]
 STAGES = [{"steps": 4, "length": 24, "batch": 2}]
 
 
@@ -36,7 +39,7 @@ def config(
 
 def logits(model: rwkvx.Model, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        found, _ = model(ids, starting_state(model, len(ids)))
+        found, _ = model(ids)
     assert found is not None
     return found
 
@@ -63,17 +66,35 @@ def test_an_adapter_learns_beside_its_base(
     assert not torch.allclose(trained, logits(before, ids))
 
     folder = tmp_path / "new" / "small-step-4"
-    model = rwkvx.load(base)
-    apply_adapter(model, folder / "adapter")
+    assert (folder / "README.md").exists()
+    model = rwkvx.load(base, adapter=folder, verify=True)
     torch.testing.assert_close(logits(model, ids), trained)
-    merged = rwkvx.load(folder, verify=True)
+    torch.testing.assert_close(logits(rwkvx.load(folder), ids), trained)
     if adapter is LORA:
-        torch.testing.assert_close(logits(merged, ids), trained)
         assert set(weights(model)) == set(own)
-    else:
-        assert_same_bits(weights(merged), own)
-    about = json.loads((folder / "adapter" / "adapter.json").read_text())
-    assert about["base"] == rwkvx.load(base).fingerprint()
+    about = json.loads((folder / "adapter.json").read_text())
+    assert about["base"] == fingerprint(own)
+    assert about["base_model"] == str(base)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_it_is_merged_on_request(
+    write_config: Writer, tmp_path: Path, base: Path, stored: str, capsys: Captured
+) -> None:
+    """Into a base of any dtype: the updates are those that training saw, added in float32."""
+    command(["convert", str(base), str(tmp_path / "base2"), "--dtype", stored], capsys)
+    Trainer(config(write_config, tmp_path / "base2", "new", LORA, optimizer=FAST)).run()
+    adapter = str(tmp_path / "new" / "small-step-4")
+    merged, target = str(tmp_path / "merged"), rwkvx.load(adapter)
+    base2 = str(tmp_path / "base2")
+    command(["convert", base2, merged, "--adapter", adapter, "--dtype", "float32"], capsys)
+    assert_same_bits(weights(rwkvx.load(merged)), weights(target))
+    command(["convert", adapter, str(tmp_path / "again")], capsys)
+    found = rwkvx.load(tmp_path / "again", dtype=stored)
+    assert_same_bits(weights(found), weights(rwkvx.load(adapter, dtype=stored)))
+    assert not torch.equal(
+        found.blocks[0].att.value.weight, rwkvx.load(base2, dtype=stored).blocks[0].att.value.weight
+    )  # type: ignore[union-attr] # noqa: E501
 
 
 def test_the_first_step_is_that_of_the_equation(write_config: Writer, base: Path) -> None:
@@ -112,7 +133,7 @@ def test_it_resumes_to_the_same_bits(
             Trainer(settings).run()
     Trainer(settings).run()
     found = [
-        (tmp_path / name / "small-step-4" / "adapter" / "adapter.safetensors").read_bytes()
+        (tmp_path / name / "small-step-4" / "adapter.safetensors").read_bytes()
         for name in ("whole", "parts")
     ]
     assert found[0] == found[1]
@@ -121,16 +142,22 @@ def test_it_resumes_to_the_same_bits(
 def test_another_base_is_refused(write_config: Writer, tmp_path: Path, base: Path) -> None:
     settings = config(write_config, base, "new", LORA)
     Trainer(settings).run()
-    adapter = tmp_path / "new" / "small-step-4" / "adapter"
-    other = rwkvx.load(tmp_path / "new" / "small-step-4")
-    with pytest.raises(InputError, match="adapter of another model"):
-        apply_adapter(other, adapter)
-    file = adapter / "adapter.safetensors"
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(InputError, match=r"adapter\.safetensors"):
-        apply_adapter(rwkvx.load(base), adapter)
+    adapter = tmp_path / "new" / "small-step-4"
+    other = load_file(base / "model.safetensors")
+    other["emb.weight"][3, 2] += 1e-3
+    save_file(other, base / "model.safetensors")
+    for path, beside in ((base, adapter), (adapter, None)):
+        with pytest.raises(InputError, match="adapter of another model"):
+            rwkvx.load(path, adapter=beside)
+    other["emb.weight"][3, 2] -= 1e-3
     with pytest.raises(InputError, match="cannot read"):
-        apply_adapter(rwkvx.load(base), tmp_path)
+        rwkvx.load(base, adapter=tmp_path)
+    file = adapter / "adapter.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    with pytest.raises(InputError, match=r"adapter\.safetensors"):
+        rwkvx.load(base, adapter=adapter)
+    file.write_bytes(whole)
     longer = read_config(tmp_path / "new.yaml", {"stages.0.steps": "5", "adapter.rank": "4"})
     with pytest.raises(InputError, match=r"whose adapter\.rank is 3, not 4"):
         Trainer(longer).run()
@@ -158,18 +185,31 @@ def test_mistakes(write_config: Writer, base: Path, changes: Any, message: str) 
         Trainer(read_config(write_config("new", **settings)))
 
 
-def test_generating_with_an_adapter(
-    write_config: Writer, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+def test_commands_take_an_adapter(
+    write_config: Writer, tmp_path: Path, base: Path, capsys: Captured
 ) -> None:
-    settings = {"optimizer": {"lr": 1.0, "warmup": 1}}
-    Trainer(config(write_config, base, "new", STATE, **settings)).run()
-    adapter = str(tmp_path / "new" / "small-step-4" / "adapter")
+    Trainer(config(write_config, base, "new", STATE, optimizer=FAST)).run()
+    adapter = str(tmp_path / "new" / "small-step-4")
     texts = []
-    for options in ([], ["--adapter", adapter], ["--adapter", adapter]):
-        command = ["generate", "--model", str(base), "--seed", "1", "--max-tokens", "30", "It was"]
-        with pytest.raises(SystemExit) as status:
-            main([*command, *options])
-        out, err = capsys.readouterr()
-        assert not status.value.code, err
-        texts.append(out)
+    for options in (["--model", str(base)], ["--model", str(base), "--adapter", adapter],
+                    ["--model", adapter]):  # fmt: skip
+        asked = ["generate", *options, "--seed", "1", "--max-tokens", "3", "It was"]
+        texts.append(command(asked, capsys))
     assert texts[1] == texts[2] != texts[0]
+    status, err = failing(["convert", adapter, str(tmp_path / "x")], capsys)
+    assert status == 1
+    assert "is a starting state: no weight" in err
+
+
+def command(arguments: list[str], capsys: Captured) -> str:
+    with pytest.raises(SystemExit) as status:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert not status.value.code, err
+    return out
+
+
+def failing(arguments: list[str], capsys: Captured) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as status:
+        main(arguments)
+    return int(status.value.code or 0), capsys.readouterr().err
