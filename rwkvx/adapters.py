@@ -118,7 +118,7 @@ def set_starting_state(model: Model, tensors: Mapping[str, Tensor]) -> None:
 
 def _starting_matrices(model: Model) -> dict[str, Tensor]:
     """The matrix states of recurrent blocks before the first token: [H, N, N] in RWKV-7."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for number, block in enumerate(model.blocks):
         if block.att.recurrent:
             fresh = block.att.fresh_state(1, model.emb.weight)

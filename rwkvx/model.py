@@ -3,6 +3,8 @@
 Axes: B batch, T time, C width, V vocabulary.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -270,3 +272,12 @@ class Model(nn.Module):
     def use_tokenizer(self, tokenizer: Any) -> None:
         """Take a tokenizer that was read from a file."""
         self._tokenizer = tokenizer
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config and weights, hexadecimal: equal for equal functions only."""
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        for name, x in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            data = x.detach().cpu().contiguous().view(-1)
+            digest.update(memoryview(data.view(torch.uint8).numpy()))
+        return digest.hexdigest()

@@ -45,7 +45,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {list(x.shape)}".encode())
         data = x.detach().to("cpu", torch.float32).contiguous().view(-1)
-        digest.update(memoryview(data.numpy()).cast("B"))
+        digest.update(memoryview(data.view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -109,8 +109,8 @@ def merge(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if weight is None or down is None or weight.shape != shape or up.shape[1] != len(down):
             raise _misfit(adapter, name)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        parts = (x.to(wide) for x in (weight, up, down))
-        found[f"{module}.weight"] = updated(*parts, adapter.config.scale)
+        weight, up, down = (x.to(wide) for x in (weight, up, down))
+        found[f"{module}.weight"] = updated(weight, up, down, adapter.config.scale)
         rest -= {name, f"{module}.down"}
     if rest:
         raise _misfit(adapter, min(rest))

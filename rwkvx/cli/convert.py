@@ -103,15 +103,14 @@ def convert_command(
             f"{beside.origin} is a starting state: no weight, it stays beside its model (--adapter "
             "of `rwkvx generate`, adapter= of `rwkvx.load`)"
         )
-    checkpoint = read_checkpoint(path, overrides, verify, adapter=beside)
+    wide = getattr(torch, dtype) if dtype else None
+    checkpoint = read_checkpoint(path, overrides, verify, wide, beside)
     if expand is not None:
         before = checkpoint
         checkpoint = add_blocks(before, expand, init, kind)
         if init == "zero":
             assert_same_function(before, checkpoint)
             click.echo("checked: the function is that of SOURCE, logit for logit")
-    if dtype is not None:
-        checkpoint = checkpoint.to(getattr(torch, dtype), source)
     note = wanted.write(checkpoint, target)
     count = sum(x.numel() for x in checkpoint.tensors.values())
     click.echo(f"{target}: {wanted.TITLE}, {count:,} parameters")

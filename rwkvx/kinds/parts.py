@@ -60,6 +60,6 @@ def attend_part(
     # [B, G, fetched and own chunks, S, 2N] -> [B, tokens, G, 2N]
     joined = torch.cat([fetched, chunks], dim=2).flatten(2, 3).transpose(1, 2)
     k_all, v_all = joined.split(k.shape[-1], dim=-1)
-    found = torch.searchsorted(wanted, keys) - start[pair]
+    found = torch.searchsorted(wanted, keys.contiguous()) - start[pair]
     local = (chosen - first + most).where(chosen >= 0, -1)
     return attend_chunks(q, k_all, v_all, found.where(foreign, local), chunk_size, impl)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkvx.config import ModelConfig
 from rwkvx.data.sources import Rows, Source, Wanted
 from rwkvx.errors import InputError
 from rwkvx.kinds import kind_of
@@ -76,7 +77,8 @@ def own_batches(step: Batch, stage: StageConfig, world: World) -> list[Batch]:
     """The micro-batches of a step that this process reads: one part of the rows, in order."""
     rank, groups, _ = world.data
     count = len(step.inputs) // groups
-    size, start = min(stage.batch, count), rank * count
+    start, most = rank * count, min(stage.batch, count)
+    size = max(n for n in range(1, most + 1) if count % n == 0)  # as large as may be, all alike
     return [step.rows(start + i, start + i + size) for i in range(0, count, size)]
 
 
@@ -89,19 +91,22 @@ def check_division(config: TrainConfig, processes: int) -> None:
     together = config.sequence_parallel
     for number, stage in enumerate(config.stages):
         rows = stage.batch * config.accumulate
-        count, rest = divmod(rows, processes // together)
-        if rest or count % min(stage.batch, max(count, 1)):
+        if rows % (processes // together):
             raise InputError(
-                f"stages[{number}] has {rows} sequences a step in batches of {stage.batch}: "
-                f"{processes} processes cannot share them evenly"
+                f"stages[{number}] has {rows} sequences a step: {processes} processes cannot share "
+                "them evenly"
             )
-        kinds = (kind_of(name) for name in config.model.pattern)
-        multiple = together * math.lcm(*(kind.part_multiple(config.model) for kind in kinds))
+        multiple = together * part_multiple(config.model)
         if together > 1 and stage.length % multiple:
             raise InputError(
                 f"stages[{number}] has sequences of {stage.length} tokens: for sequence_parallel "
                 f"{together} the length must be a multiple of {multiple}"
             )
+
+
+def part_multiple(config: ModelConfig) -> int:
+    """Of how many tokens a process's part of a shared sequence must be a multiple."""
+    return math.lcm(*(kind_of(name).part_multiple(config) for name in config.pattern))
 
 
 def evaluation_batch(source: Source, config: TrainConfig, stage: StageConfig, index: int) -> Batch:

@@ -3,6 +3,8 @@
 Axes: B batch, T time, C width, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from rwkvx.errors import InputError
 from rwkvx.model import Model
 from rwkvx.sequence import SequenceParallel
 from rwkvx.state import ModelState
-from rwkvx.training.batches import Batch
+from rwkvx.training.batches import Batch, part_multiple
 from rwkvx_kernels.linear import linear_cross_entropy
 
 TILE = 4096  # tokens whose logits are held at once
@@ -60,16 +62,11 @@ class Objective(nn.Module):
             the weighted loss, summed over the (part of the) batch, a scalar in float32, and the
             state after the sequences; or, for `scoring`, each target's loss, without gradients.
         """
+        if scoring:
+            return self._scores(batch, state)
         sequence = self.model.sequence
         if sequence is not None:
             batch = own_part(batch, sequence)
-        if scoring:
-            with self.without_gradients():
-                hidden, _ = hidden_states(self.model, batch, state)
-                found = scores(self.model, hidden, batch.targets)
-            if sequence is not None:
-                found = Scores(*(sequence.gathered(x, 1) for x in found))
-            return found
         hidden, final = hidden_states(self.model, batch, state)
         weights = batch.weights
         if long is not None:
@@ -80,6 +77,30 @@ class Objective(nn.Module):
             final = final_state(final, sequence)
         flat = (hidden.flatten(0, 1), self.model.head.weight, batch.targets.flatten())
         return linear_cross_entropy(*flat, weights.flatten()), final
+
+    def _scores(self, batch: Batch, state: ModelState | None) -> Scores:
+        sequence, tokens = self.model.sequence, batch.inputs.shape[1]
+        if sequence is not None and tokens % (sequence.size * part_multiple(self.model.config)):
+            with alone(self.model):  # of a short text, rows are shorter
+                return self._scores(batch, state)
+        if sequence is not None:
+            batch = own_part(batch, sequence)
+        with self.without_gradients():
+            hidden, _ = hidden_states(self.model, batch, state)
+            found = scores(self.model, hidden, batch.targets)
+        if sequence is None:
+            return found
+        return Scores(*(sequence.gathered(x, 1) for x in found))
+
+
+@contextmanager
+def alone(model: Model) -> Iterator[None]:
+    """The model reads whole sequences by itself."""
+    sequence, model.sequence = model.sequence, None
+    try:
+        yield
+    finally:
+        model.sequence = sequence
 
 
 def hidden_states(

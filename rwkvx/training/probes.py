@@ -10,7 +10,7 @@ from rwkvx.sampling import generate
 from rwkvx.tokenizers.stream import prompt_ids, text_stream
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.evaluation import evaluate_source
-from rwkvx.training.forward import Objective
+from rwkvx.training.forward import Objective, alone
 from rwkvx.training.world import World
 
 SAMPLE_TOKENS, TEMPERATURE = 60, 0.8
@@ -21,15 +21,15 @@ def passkey_probe(
     objective: Objective, config: TrainConfig, stage: StageConfig, world: World
 ) -> dict[str, float]:
     """Share of passkey prompts (standard filler) answered right, by their length in tokens."""
-    sequence, objective.model.sequence = objective.model.sequence, None  # any length, whole
     prompts = Prompts(Passkey(prose=0.0), objective.model.tokenizer, None)
     found = {}
-    for length in config.probe:
-        rows = max(1, PROBE_TOKENS // length)
-        asked = replace(stage, length=length, batch=rows, recurrent_length=0, long_ce=0.0)
-        metrics = evaluate_source(objective, prompts, config, asked, World(world.rank, world.size))
-        found[f"accuracy/passkey-{length}"] = metrics["accuracy", ""]
-    objective.model.sequence = sequence
+    with alone(objective.model):  # whose prompts have any length
+        for length in config.probe:
+            rows = max(1, PROBE_TOKENS // length)
+            asked = replace(stage, length=length, batch=rows, recurrent_length=0, long_ce=0.0)
+            everyone = World(world.rank, world.size)
+            metrics = evaluate_source(objective, prompts, config, asked, everyone)
+            found[f"accuracy/passkey-{length}"] = metrics["accuracy", ""]
     return found
 
 
@@ -38,7 +38,6 @@ def samples(model: Model, config: TrainConfig) -> dict[str, str]:
     """Each prompt of the config with a continuation, drawn with the run's seed."""
     model.set_topk(config.model.topk)
     model.recurrent_pieces = 1
-    sequence, model.sequence = model.sequence, None
     found = {}
     for prompt in config.samples:
         data = prompt.encode("utf-8", "replace")
@@ -53,5 +52,4 @@ def samples(model: Model, config: TrainConfig) -> dict[str, str]:
             device=str(model.device),
         )
         found[prompt] = "".join(text_stream(model.tokenizer, data, tokens))
-    model.sequence = sequence
     return found

@@ -6,6 +6,7 @@ and gives the folder its name: until then there is no checkpoint.
 """
 
 import shutil
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -33,6 +34,8 @@ class Saver:
 
     def __init__(self, folder: RunFolder, world: World) -> None:
         self.folder, self.world = folder, world
+        # One process is what is meant, and torch says that it assumes so.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         # Of its own: what is sent in the background must not mix with what training sends.
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         self.thread = ThreadPoolExecutor(1)

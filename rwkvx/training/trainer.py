@@ -42,7 +42,7 @@ from rwkvx.training.distributed import (
 )
 from rwkvx.training.evaluation import as_text, evaluate, total_loss
 from rwkvx.training.facts import facts
-from rwkvx.training.forward import LongContext, Objective
+from rwkvx.training.forward import LongContext, Objective, alone
 from rwkvx.training.identity import differences, identity
 from rwkvx.training.optim import build_optimizer, learning_rate, learning_weights, set_learning_rate
 from rwkvx.training.passing import PASSING, carried_state, initial_state
@@ -243,7 +243,8 @@ class Trainer:
         """What the model writes now; not where every process holds a part of it."""
         model = self.result.model
         if self.config.samples and self.world.first and not isinstance(self.result, FSDPModule):
-            self.folder.add_samples(self.step, samples(model, self.config))
+            with alone(model):
+                self.folder.add_samples(self.step, samples(model, self.config))
 
     def _keep(self, metrics: dict[str, float]) -> None:
         """Write the model if it is to be the best of the last stage, and is the best so far."""
@@ -267,9 +268,9 @@ class Trainer:
                 found = adapter.Adapter(config.adapter, tensors, self.base, base, folder)
                 adapter.write_adapter(found, folder)
             return
-        found = whole_model(model, self.world.first)
+        checkpoint = whole_model(model, self.world.first)
         if self.world.first:
-            model_folder.write(found, folder)
+            model_folder.write(checkpoint, folder)
 
     def _write_model(self) -> None:
         """Write the model with its card, and its results, unless they are there."""
