@@ -244,12 +244,15 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         logits, loss = self.model.head(layers[-1][:, kept]), None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutputWithPast(
+        output: Any = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=tuple(layers) if every else None,
             **cast(Any, {_CACHE: past if use_cache else None}),
         )
+        # No field, as a tuple of the output has none: TRL reads it of what it takes for a backbone.
+        output.last_hidden_state = layers[-1]
+        return cast(CausalLMOutputWithPast, output)
 
     def _step(self, ids: Tensor | None, packing: Packing, past: StateCache) -> Tensor | None:
         """Logits [B, 1, V] after one more token in each row by a decoder; None for other calls."""

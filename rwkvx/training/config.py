@@ -123,6 +123,7 @@ class TrainConfig:
         most_skipped: steps in a row that a loss or gradient that is not finite may leave without
             an update; one more ends the run.
         eval_every, save_every: steps between evaluations and checkpoints. seed: of everything.
+        save_minutes: a checkpoint also whenever so many minutes have passed, 0 for none.
         keep_checkpoints: how many checkpoints stay, the newest ones.
         samples: prompts that are continued at every evaluation, to be read in samples.jsonl.
         probe: lengths in tokens of passkey prompts that are answered at every evaluation.
@@ -153,6 +154,7 @@ class TrainConfig:
     eval_every: Annotated[int, _Steps] = 200
     eval_batches: Annotated[int, Whole(1, 10**6)] = 4
     save_every: Annotated[int, _Steps] = 200
+    save_minutes: Annotated[float, Number(0, 1e6)] = 0.0
     keep_checkpoints: Annotated[int, Whole(1, 10**6)] = 1
     samples: tuple[str, ...] = ()
     probe: Annotated[tuple[int, ...], Each(Whole(1, 1 << 24), 0, 20)] = ()

@@ -236,8 +236,11 @@ class Trainer:
                     self._keep(metrics)
                     self._write_samples()
                 request.signal = self.world.any(request.signal)
-                if last or request.signal or self.step % config.save_every == 0:
+                due = self.world.any(first and speed.minutes_since_save >= config.save_minutes)
+                planned = self.step % config.save_every == 0
+                if last or request.signal or planned or (config.save_minutes and due):
                     self.save()
+                    speed.saved()
 
     def _write_samples(self) -> None:
         """What the model writes now; not where every process holds a part of it."""
