@@ -61,7 +61,8 @@ class SequenceParallel:
     def gathered(self, x: Tensor, dim: int) -> Tensor:
         """The parts of all processes, one after the other along a dimension; no gradient."""
         x = x.detach().movedim(dim, 0).contiguous()
-        parts = _send(torch.cat([x] * self.size), *([[len(x)] * self.size] * 2), self.group)
+        counts = [len(x)] * self.size
+        parts = _send(torch.cat([x] * self.size), counts, counts, self.group)
         return parts.movedim(0, dim)
 
     def last(self, x: Tensor) -> Tensor:
@@ -111,7 +112,8 @@ class SequenceParallel:
         """Rows of other processes: `rows` are what this one has, `wanted` [n] numbers of rows of
         the processes `owners` [n], which must not fall. Returns [n, ...]."""
         counts = torch.bincount(owners, minlength=self.size)
-        asked = _send(counts.unsqueeze(1), *([[1] * self.size] * 2), self.group).flatten()
+        one = [1] * self.size
+        asked = _send(counts.unsqueeze(1), one, one, self.group).flatten()
         mine, theirs = counts.tolist(), asked.tolist()
         numbers = _send(wanted.unsqueeze(1), mine, theirs, self.group).flatten()
         found: Tensor = _Exchange.apply(rows[numbers], theirs, mine, self.group)

@@ -37,6 +37,7 @@ def _variant(base: TrainConfig, name: str, out: Path, seed: int) -> TrainConfig:
         own |= {"key_conv": (base.model.key_conv or 4) if name == "hybrid-conv" else 0}
     plain = base.to_dict()
     fields = {k: v for k, v in plain["model"].items() if k not in base.model.options}
+    plain.pop("probe")  # retrieval is measured at the end
     plain |= {"model": {**fields, **own}, "name": name, "seed": seed}
     plain |= {"out": str(out / f"{name}-seed-{seed}")}
     if name == "dense":  # it has no state that could be passed on

@@ -95,8 +95,9 @@ def time_mix_summary(
 
     Arguments as for `time_mix`.
     """
-    _, *inputs = recurrence_inputs((r, w, k, v, a, *(residual or ())), weights)
-    return wkv7_summary(*inputs, impl=impl)
+    tokens = (r, w, k, v, a, *(residual or ()))
+    _, log_decay, k, v, alpha, beta = recurrence_inputs(tokens, weights)
+    return wkv7_summary(log_decay, k, v, alpha, beta, impl=impl)
 
 
 def _compiled(

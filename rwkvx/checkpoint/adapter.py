@@ -45,7 +45,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {list(x.shape)}".encode())
         data = x.detach().to("cpu", torch.float32).contiguous().view(-1)
-        digest.update(memoryview(data.view(torch.uint8).numpy()))
+        digest.update(data.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from rwkvx.config import ModelConfig
 from rwkvx.data.sources import Data, read_data
 from rwkvx.errors import InputError, shown
 from rwkvx.files import parse_yaml, read_yaml, user_path
+from rwkvx.kinds import options
 from rwkvx.ranges import Each, Number, OneOf, Whole, check_ranges
 from rwkvx.settings import from_plain
 
@@ -286,6 +287,10 @@ def parse_config(data: Mapping[str, Any], where: str) -> TrainConfig:
         found["stages"] = tuple(_stage(x, i, data.get("data")) for i, x in enumerate(stages))
     if isinstance(found.get("init"), str) and found["init"]:
         found["model"] = _model_of(found["init"], found.get("model"))
+    elif isinstance(found.get("model"), Mapping):
+        own = {name: x for name, x in found["model"].items() if name in options()}
+        rest = {name: x for name, x in found["model"].items() if name not in own}
+        found["model"] = {"options": own, **rest} if own else rest
     return from_plain(TrainConfig, found, where)
 
 

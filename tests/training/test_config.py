@@ -77,6 +77,14 @@ def test_shipped_configs_run(path: Path, shared: Path, tmp_path: Path) -> None:
     assert found["name"] == path.stem
 
 
+def test_a_config_as_it_is_spelled_out_is_the_same(write_config: Writer) -> None:
+    """Fields that one kind of block brings among them."""
+    model = {**BASE["model"], "pattern": ["window", "rwkv7"], "window": 24}
+    config = read_config(write_config(model=model, stages=[{"steps": 1, "length": 8, "batch": 1}]))
+    assert config.model.option("window") == 24
+    assert parse_config(config.to_dict(), "again") == config
+
+
 def test_shipped_sizes() -> None:
     """What configs say of themselves."""
     config = read_config(Path(str(files("rwkvx_configs"))) / "passkey_tiny.yaml")
@@ -144,6 +152,8 @@ def test_overrides_reach_what_the_file_leaves_out(write_config: Writer) -> None:
     [
         ("depth", "1", "unknown key 'depth'"),
         ("optimizer.speed", "1", "unknown key 'speed'"),
+        ("sequence_paralel", "2", "did you mean sequence_parallel?"),
+        ("stages", "[{steps: 1, lenght: 8, batch: 1}]", "did you mean length?"),
         ("model.depth", "1", "unknown key 'depth'"),
         ("stages", "[{steps: 1, length: 8, batch: 1, rows: 2}]", "unknown key 'rows'"),
         ("steps", "1.5", '"steps" - should be "int"'),
