@@ -75,6 +75,14 @@ cli = LazyGroup(
         ),
         "generate": ("rwkvx.cli.generate:generate_command", "Continue a prompt."),
         "convert": ("rwkvx.cli.convert:convert_command", "Checkpoints in other formats."),
+        "ship": (
+            "rwkvx_evals.text.ship:ship_command",
+            "A trained model in bfloat16, measured, with its card.",
+        ),
+        "variants": (
+            "rwkvx_evals.variants.command:variants_command",
+            "Train four architectures alike and compare them.",
+        ),
         "bench": ("rwkvx_evals.bench.command:bench_command", "Measure speed on this machine."),
         "info": ("rwkvx.cli.info:info_command", "Show what a model is made of."),
         "check": ("rwkvx.cli.check:check_command", "Compare all ways of running a model."),
