@@ -121,16 +121,16 @@ def gradients_of_sequences(
 
 def _gradients(grads: list[Tensor], kept: list[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
     """Those of q, k and v."""
-    *tensors, cu_seqlens, chunk_size = args
-    every = [*grads, *kept, *tensors]
+    q, k, v, chosen, cu_seqlens, chunk = args
+    (do,), (o, lse) = grads, kept
     if cu_seqlens is None:
-        return gradients_of_sequences(*every, chunk=chunk_size)
-    bounds = pairwise(check_cu_seqlens(cu_seqlens, *tensors[0].shape[:2]))
-    made = [
-        gradients_of_sequences(*(x[:, a:b] for x in every), chunk=chunk_size)
-        for a, b in bounds
-        if a < b
-    ]
+        return gradients_of_sequences(do, o, lse, q, k, v, chosen, chunk)
+    made = []
+    for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])):
+        if a < b:
+            do_o_lse = (do[:, a:b], o[:, a:b], lse[:, a:b])
+            own = (q[:, a:b], k[:, a:b], v[:, a:b], chosen[:, a:b])
+            made.append(gradients_of_sequences(*do_o_lse, *own, chunk))
     return [torch.cat(x, dim=1) for x in zip(*made, strict=True)]
 
 
@@ -150,8 +150,8 @@ def attend_triton(
     o, lse = _fake(q)
     for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])):
         if a < b:
-            own = (x[:, a:b] for x in (q, k, v, chosen))
-            o[:, a:b], lse[:, a:b] = attend_sequences(*own, chunk=chunk_size)
+            own = (q[:, a:b], k[:, a:b], v[:, a:b], chosen[:, a:b])
+            o[:, a:b], lse[:, a:b] = attend_sequences(*own, chunk_size)
     return o, lse
 
 

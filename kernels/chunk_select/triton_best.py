@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 """The best of many candidates: chunk means, or nodes of a tree, streamed past a tile of queries.
 
 Flat selection is this once, with all past chunks for candidates. Coarse-to-fine selection

@@ -10,7 +10,7 @@ call, R query heads of a group, P pairs of a group, L lists of a group, W sectio
 p_ pointer, b_ tile in registers, o_ offset, m_ mask.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -149,7 +149,7 @@ def lists_of(chosen: Tensor, groups: int, lists: int, part: range) -> Lists | No
     most = min(SECTIONS // count, pairs // max(LEAST_SECTION, lists))
     section = triton.cdiv(triton.cdiv(pairs, max(1, most)), STEP) * STEP
     sections = triton.cdiv(pairs, section)
-    new = {"dtype": torch.int32, "device": chosen.device}
+    new: dict[str, Any] = {"dtype": torch.int32, "device": chosen.device}
     ranks, order = (torch.empty((count, pairs), **new) for _ in range(2))
     counts = torch.empty((count, sections, lists), **new)
     offsets = torch.empty((count, lists + 1), **new)
