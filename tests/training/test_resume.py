@@ -214,21 +214,6 @@ def test_killed_runs_end_alike(write_config: Writer, tmp_path: Path) -> None:
     assert [p.name for p in checkpoints.iterdir()] == ["step-6"]
 
 
-def test_the_last_checkpoints_stay(write_config: Writer, tmp_path: Path) -> None:
-    """Of a damaged one, the one before is named as what is gone on from; with the same bits."""
-    config = read_config(write_config(save_every=1, keep_checkpoints=3))
-    whole = Trainer(config).run()
-    checkpoints = tmp_path / "run" / "checkpoints"
-    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-4", "step-5", "step-6"]
-    shutil.rmtree(tmp_path / "run" / MODEL)
-    file = checkpoints / "step-6" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(InputError, match="to go on from the one before"):
-        Trainer(config).run()
-    shutil.rmtree(checkpoints / "step-6")
-    assert_same_bits(weights(Trainer(config).run()), weights(whole))
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save(
     write_config: Writer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
