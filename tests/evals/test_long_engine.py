@@ -305,7 +305,7 @@ def test_a_score_outside_0_to_1_is_refused(tmp_path: Path) -> None:
 def test_bad_numbers(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="batch must be"):
         ask(oracle(), tmp_path, batch=0)
-    with pytest.raises(InputError, match="samples 0"):
+    with pytest.raises(InputError, match="samples must be"):
         ask(oracle(), tmp_path, samples=0)
     with pytest.raises(InputError, match="at least 247"):
         ask(oracle(), tmp_path, lengths=(100,), tasks=NEEDLE)
