@@ -24,6 +24,10 @@ PARSED = {
     "rwkvx eval long": "minutes, and books that are not part of the package",
     "rwkvx eval compare": "of runs that take minutes",
     "lm_eval": "minutes, and data that is not part of the package",
+    "rwkvx check": "minutes where Triton's interpreter is one of the implementations",
+    "rwkvx convert rwkv7-g1-0.1b.pth": "a file of the reader's",
+    "rwkvx tokenize books.tar.xz": "books of the reader's",
+    "rwkvx train rwkvx_nano": "hours, and the tokens made before",
     "rwkvx bench": "minutes, and nothing else should run meanwhile",
     "rwkvx train passkey_tiny --data": "25 minutes",
     "torchrun": "several devices",
@@ -33,7 +37,7 @@ PARSED = {
 }
 GPU_PAGES = {"docs/gpu.md"}  # all their blocks need one
 # A word that stands for something of the reader's own, such as MODEL or pretrained=MODEL.
-PLACEHOLDER = re.compile(r"(^|[=/])[A-Z][A-Z_-]+($|/)|\.pth$")
+PLACEHOLDER = re.compile(r"(^|[=/])[A-Z][A-Z_-]+($|/)")
 
 
 def is_run(command: Command) -> bool:
