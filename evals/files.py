@@ -45,7 +45,8 @@ def digest(value: Any) -> str:
 
 
 # What does not change a model's answers: commands, training, reports and pictures.
-_NOT_ANSWERS = {"cli", "training", "bench", "command.py", "report.py", "heatmap.py", "chart.py"}
+_NOT_ANSWERS = {"cli", "training", "bench", "report", "compare"}
+_NOT_ANSWERS |= {"command.py", "report.py", "heatmap.py", "chart.py"}
 
 
 @cache

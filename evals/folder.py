@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkvx.errors import InputError
+from rwkvx.files import is_there, read_json
 from rwkvx_evals.bench.machine import describe
 from rwkvx_evals.files import digest, short, write_json
 
@@ -47,16 +48,15 @@ def claim(folder: Path, whose: Mapping[str, Any]) -> None:
     if not _held(folder):
         write_json(folder / MARK, wanted)
         return
-    try:
-        found = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not is_there(folder / MARK):
         raise InputError(
             f"{short(folder)} holds other files ({_cut(_held(folder)[0], 40)}, …) and no {MARK}: "
             f"{_ADVICE}"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it is damaged"
-        raise InputError(f"cannot read {short(folder / MARK)}: {reason}; {_ADVICE}") from error
+        )
+    try:
+        found = read_json(folder / MARK)
+    except InputError as error:
+        raise InputError(f"{error}; {_ADVICE}") from error
     if not isinstance(found, dict) or any(name not in found for name in _IDENTITY):
         raise InputError(f"{short(folder / MARK)} is damaged; {_ADVICE}")
     if any(found[name] != wanted[name] for name in _IDENTITY):

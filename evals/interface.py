@@ -5,7 +5,8 @@ Axes: B batch rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import rwkvx
 import rwkvx.state
+from rwkvx.state import ModelState
 
 State = Any
 Advance = Callable[[int], None]
@@ -45,12 +47,12 @@ class LanguageModel(Protocol):
 class StateTools:
     """Making, forking and choosing rows of a state; tests replace it for models of their own."""
 
-    def fresh(self, model: Any, tokens: int) -> State:
-        """Before the first token of one sequence, with room for so many.
+    def fresh(self, model: Any, tokens: int, rows: int = 1) -> State:
+        """Before the first token of `rows` sequences, with room for so many tokens of each.
 
         A cache that grows step by step holds old and new together.
         """
-        return model.fresh_state(1, tokens) if isinstance(model, rwkvx.Model) else None
+        return model.fresh_state(rows, tokens) if isinstance(model, rwkvx.Model) else None
 
     def repeat(self, state: State, rows: int) -> State:
         """Every batch row `rows` times, copies side by side."""
@@ -60,9 +62,30 @@ class StateTools:
         """The batch rows named by `rows`, int64 `[B']`."""
         return rwkvx.select_state(state, rows)
 
+    def join(self, states: Sequence[State]) -> State:
+        """States after equally many tokens as one batch, rows in order."""
+        singles = [
+            self.select(state, torch.tensor([row])) if state.rows > 1 else state
+            for state in states
+            for row in range(state.rows)
+        ]
+        blocks = zip(*(state.blocks for state in singles), strict=True)
+        return ModelState(tuple(_join_blocks(parts) for parts in blocks), singles[0].length)
+
     def bytes(self, state: State) -> int:
         """Memory that the state takes."""
         return rwkvx.state.state_bytes(state)
+
+
+def _join_blocks(parts: Sequence[Any]) -> Any:
+    """Block states of one row each as one: tensors row by row, caches side by side."""
+    fields: list[Any] = []
+    for values in zip(*parts, strict=True):
+        if isinstance(values[0], Tensor):
+            fields.append(torch.cat(values))
+        else:
+            fields.append(None if values[0] is None else tuple(chain.from_iterable(values)))
+    return type(parts[0])(*fields)
 
 
 def device_of(model: Any) -> torch.device:
@@ -70,37 +93,3 @@ def device_of(model: Any) -> torch.device:
     parameters = getattr(model, "parameters", None)
     first = next(iter(parameters()), None) if callable(parameters) else None
     return first.device if isinstance(first, Tensor) else torch.device("cpu")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    phrases = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(phrase in text for phrase in phrases)
-
-
-def read_tokens(
-    model: LanguageModel,
-    ids_BT: Tensor,
-    state: State,
-    *,
-    logits: str,
-    piece: int,
-    advance: Advance | None = None,
-) -> tuple[Tensor | None, State]:
-    """Reads `ids_BT` (int64) in pieces of `piece` tokens, so that progress can be shown.
-
-    logits: "none", or "last" for `[B, 1, V]` after the last token.
-    advance: told the number of tokens (all rows together) after each piece.
-    """
-    total = ids_BT.shape[1]
-    out: Tensor | None = None
-    for start in range(0, total, piece):
-        part = ids_BT[:, start : start + piece]
-        final = start + piece >= total
-        out, state = model(part, state=state, logits=logits if final else "none")
-        if advance is not None:
-            advance(part.numel())
-    return out, state

@@ -22,17 +22,51 @@ def accuracy(correct: int, asked: int) -> tuple[float, float | None]:
     return share, math.sqrt(share * (1.0 - share) / asked)
 
 
-def wilson(correct: float, asked: int) -> tuple[float, float]:
+def wilson(
+    correct: float, asked: int, variance: float | None = None, z: float = Z
+) -> tuple[float, float]:
     """The 95 % interval of a share, also where all or none are right.
 
     Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
+
+    Args:
+        correct: right answers, or the sum of scores in 0 to 1.
+        variance: of the scores, divided by `asked`; None for answers right or wrong.
+        z: half of the width in standard errors.
     """
-    share, extra = correct / asked, Z * Z / asked
+    share, extra = correct / asked, z * z / asked
+    if variance is None:
+        variance = share * (1 - share)
     middle = (share + extra / 2) / (1 + extra)
-    half = Z * math.sqrt(share * (1 - share) / asked + extra / asked / 4) / (1 + extra)
+    half = z * math.sqrt(variance / asked + extra / asked / 4) / (1 + extra)
     # The ends are exact where rounding could leave the share itself outside.
     low = 0.0 if share == 0.0 else middle - half
     return low, 1.0 if share == 1.0 else middle + half
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of scores in 0 to 1: half of Wilson's interval at one standard error.
+
+    It is never 0, also where all scores are equal.
+    """
+    low, high = wilson(math.fsum(values), len(values), _variance(values), 1.0)
+    return (high - low) / 2
+
+
+def summary(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, standard error and 95 % interval of scores in 0 to 1; None where there are none."""
+    if not values:
+        return {"score": None, "stderr": None, "low": None, "high": None}
+    total = math.fsum(values)
+    low, high = wilson(total, len(values), _variance(values))
+    mean, error = total / len(values), standard_error(values)
+    found = {"score": mean, "stderr": error, "low": low, "high": high}
+    return {name: round(value, 6) for name, value in found.items()}
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = math.fsum(values) / len(values)
+    return math.fsum((v - mean) ** 2 for v in values) / len(values)
 
 
 def tally(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -244,12 +244,8 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         logits, loss = self.model.head(layers[-1][:, kept]), None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=tuple(layers) if every else None,
-            **cast(Any, {_CACHE: past if use_cache else None}),
-        )
+        states = tuple(layers) if every else None
+        return _output(loss, logits, states, past if use_cache else None, layers[-1])
 
     def _step(self, ids: Tensor | None, packing: Packing, past: StateCache) -> Tensor | None:
         """Logits [B, 1, V] after one more token in each row by a decoder; None for other calls."""
@@ -340,6 +336,20 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         cache, longest = model_kwargs[_CACHE], generation_config.max_length
         if isinstance(cache, StateCache) and longest:
             cache.room = max(0, longest - cache.seen)
+
+
+def _output(
+    loss: Tensor | None,
+    logits: Tensor,
+    states: tuple[Tensor, ...] | None,
+    past: StateCache | None,
+    last: Tensor,
+) -> CausalLMOutputWithPast:
+    kept: dict[str, Any] = {_CACHE: past}
+    output: Any = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=states, **kept)
+    # No field, since a tuple of the output has none: TRL reads it of what it takes for a backbone.
+    output.last_hidden_state = last
+    return cast(CausalLMOutputWithPast, output)
 
 
 def _one_cache(past_key_values: Any, cache: Any) -> StateCache:

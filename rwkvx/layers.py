@@ -6,6 +6,7 @@ Axes: B batch, T time, C width.
 import torch
 from torch import Tensor, nn
 
+from rwkvx.sequence import SequenceParallel
 from rwkvx_kernels.channel_mix import squared_relu
 from rwkvx_kernels.linear import linear
 from rwkvx_kernels.token_shift import token_shift
@@ -40,12 +41,15 @@ class ChannelMix(nn.Module):
         self.key = Linear(width, inner)
         self.value = Linear(inner, width)
         self.impl = "auto"
+        self.sequence: SequenceParallel | None = None  # who reads the other parts of a sequence
 
     def forward(
         self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C], normalised, and the last input before it [B, C] -> output, new shift."""
         impl = ELEMENTWISE.get(self.impl, self.impl)
+        if self.sequence is not None:
+            shift = self.sequence.before(x[:, -1], shift)
         (mixed,) = token_shift(x, shift, [self.x_k], cu_seqlens, impl)
         hidden = squared_relu(self.key(mixed), impl, overwrite=True)
         return self.value(hidden), last_token(x, shift, cu_seqlens)

@@ -16,6 +16,7 @@ from rwkvx.config import TOKENIZER_FILE, ModelConfig
 from rwkvx.errors import InputError
 from rwkvx.kinds import Mixer, kind_of
 from rwkvx.layers import ChannelMix, Linear
+from rwkvx.sequence import SequenceParallel
 from rwkvx.state import ModelState
 from rwkvx_kernels.dispatch import check_cu_seqlens
 
@@ -79,6 +80,7 @@ class Model(nn.Module):
         self.recurrent_pieces = 1
         self._tokenizer: Any = None
         self._impl = "auto"
+        self._sequence: SequenceParallel | None = None
 
     def forward(
         self,
@@ -110,6 +112,8 @@ class Model(nn.Module):
         if logits not in LOGITS:
             raise InputError(f"logits must be one of {LOGITS}, got {logits!r}")
         self.check_ids(ids)
+        if self.sequence is not None and (keep_cache or cu_seqlens is not None):
+            raise InputError("parts of a sequence are read without cu_seqlens and keep_cache")
         rows = ids.shape[0]
         if cu_seqlens is not None:
             rows = self._check_offsets(ids, cu_seqlens)
@@ -227,6 +231,19 @@ class Model(nn.Module):
         for module in self.modules():
             if "impl" in vars(module):
                 setattr(module, "impl", name)  # noqa: B010
+
+    @property
+    def sequence(self) -> SequenceParallel | None:
+        """The processes that share each sequence: `forward` then reads this one's part, of which
+        the returned state is that at its end. For training: nothing is cached or packed."""
+        return self._sequence
+
+    @sequence.setter
+    def sequence(self, sequence: SequenceParallel | None) -> None:
+        self._sequence = sequence
+        for module in self.modules():
+            if "sequence" in vars(module):
+                setattr(module, "sequence", sequence)  # noqa: B010
 
     @property
     def device(self) -> torch.device:

@@ -35,7 +35,11 @@ def check_logits(logits: Tensor) -> Tensor:
 
 
 def pick_token(
-    logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None
+    logits_V: Tensor,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None = None,
+    top_k: int = 0,
 ) -> int:
     """Draw one token id.
 
@@ -45,6 +49,7 @@ def pick_token(
         temperature: 0 takes the largest logit; otherwise logits are divided by it.
         top_p: keep the fewest most likely tokens whose probabilities reach this sum.
         generator: a CPU generator; None uses torch's own.
+        top_k: keep so many of the largest logits, and those equal to the least of them; 0: all.
 
     Raises:
         InputError: logits that are not finite.
@@ -52,6 +57,9 @@ def pick_token(
     logits_V = check_logits(logits_V.detach()).float().cpu()
     if temperature == 0:
         return int(logits_V.argmax())
+    if 0 < top_k < len(logits_V):
+        least = logits_V.topk(top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < least, -torch.inf)
     # Below the largest one, so that no temperature, however small, makes infinities of it.
     scale = max(temperature, torch.finfo(torch.float32).tiny)
     probs_V = torch.softmax((logits_V - logits_V.max()) / scale, dim=-1)

@@ -1,13 +1,15 @@
 """Plain data, as YAML gives it, into frozen dataclasses: every key known, every type right."""
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, TypeVar, get_type_hints
 
 from dacite import Config, DaciteError, UnexpectedDataError, from_dict
 
 from rwkvx.errors import InputError, shown
 
-__all__ = ["from_plain"]
+__all__ = ["from_plain", "nearest"]
 
 T = TypeVar("T")
 
@@ -27,9 +29,25 @@ def from_plain(kind: type[T], data: Any, where: str) -> T:
     try:
         return from_dict(kind, data, settings)
     except UnexpectedDataError as error:
-        raise InputError(f"unknown key {shown(min(error.keys, key=str))} in {where}") from error
+        key = str(min(error.keys, key=str))
+        raise InputError(
+            f"unknown key {shown(key)} in {where}{nearest(key, _names(kind))}"
+        ) from error
     except (DaciteError, TypeError, ValueError) as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ ", did you mean ...?", where a known name is like `name`; else nothing."""
+    found = get_close_matches(name[:100], known, 1)
+    return f", did you mean {found[0]}?" if found else ""
+
+
+def _names(kind: Any) -> set[str]:
+    """Fields of a dataclass and of those in it."""
+    hints = get_type_hints(kind)
+    inner = [x for x in hints.values() if is_dataclass(x)]
+    return {f.name for f in fields(kind)}.union(*map(_names, inner))
 
 
 # What has the wrong type becomes text: then dacite says so, with the name of the field.

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# All that a GPU is needed for, in one go of about 25 minutes: set up, test the kernels at real
-# sizes, run a part of the tests under compute-sanitizer, benchmark.
+# All that a GPU is needed for, in one go of at most 8 minutes, what matters most first: the small
+# tests in parallel, the key timings of ours, the tests at real sizes one by one, peers.
 #
 #   bash scripts/gpu.sh [FOLDER]      results go to FOLDER (default: docs/results/kernels)
 #
 # RWKVX_VENV names an environment that has torch already. Without a network: PIP_NO_INDEX=1
 # PIP_FIND_LINKS=WHEELS, a folder of wheels (setuptools among them). Every step runs, whatever the
-# one before gave; FOLDER/checks.md says how each ended, and runs/gpu has their output.
+# one before gave; FOLDER/checks.md says how each ended, and runs/gpu has their output. Besides, where
+# there is time: scripts/sanitize.sh (reads and writes out of bounds), and launch options beside each
+# other (rwkvx bench kernels --stage chunk_select --variants).
 set -euo pipefail
 out="$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../docs/results/kernels}")"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -39,8 +41,19 @@ step() {
     printf '| %s | %s | %s | %s |\n' "$name" "$status" "$((SECONDS - began))" "$last" >>"$checks"
     [ "$status" = 0 ] || failed=1
 }
-step tests 540 "$python" -m pytest -q -m gpu tests
-LIMIT=100 step sanitize 320 bash "$here/sanitize.sh" -k "${SANITIZED:-step or cached or decoding or chunk16 or narrow}"
-step benchmark 540 "$RWKVX_BIN/rwkvx" bench kernels --budget 420 --out "$out"
+# Small tests: a file to a process, as many at a time as there are processors, at most 8.
+small() {
+    local jobs
+    jobs="$(nproc)"
+    grep -l '^DEVICE = ' tests/*/test_*.py |
+        xargs -n 1 -P "$((jobs < 8 ? jobs : 8))" "$python" -m pytest -q -m small
+}
+export -f small
+export python
+step small 110 bash -c small
+step timings 110 "$RWKVX_BIN/rwkvx" bench kernels --no-peers --budget 80 --out "$out/ours"
+step real 140 "$python" -m pytest -q -m "gpu and not small" tests
+step peers 90 "$RWKVX_BIN/rwkvx" bench kernels --family chunk_attention --family wkv7 --budget 60 \
+    --out "$out"
 echo "checks: $checks   report: $out/report.md"
 exit "$failed"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install what the tests need, then lint, check types and test. Arguments go to pytest.
+# Install what the tests need, then lint, check types and test, in two processes of half of the
+# cores each. Arguments go to pytest.
 # Tests on real data need RWKVX_DATA to name the data folder; without it they are skipped.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -18,7 +19,9 @@ step() {
 step "ruff check" ruff check .
 step "ruff format" ruff format --check .
 step "mypy" bash scripts/typecheck.sh
-step "pytest" python -m pytest "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}"
+export NUMBA_NUM_THREADS="${NUMBA_NUM_THREADS:-$OMP_NUM_THREADS}"
+step "pytest" python -m pytest -n 2 --dist worksteal "$@"
 if [ "${#failed[@]}" -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}" >&2
     exit 1

@@ -100,7 +100,7 @@ def cpu_command(
     """
     from rwkvx_evals.bench.machine import available_cores
     from rwkvx_evals.bench.run import Settings, run
-    from rwkvx_evals.passkey.plan import parse_length, parse_lengths
+    from rwkvx_evals.lengths import parse_length, parse_lengths
 
     def several(text: str) -> tuple[int, ...]:
         return () if text.strip().lower() in ("none", "") else parse_lengths(text)
@@ -146,8 +146,9 @@ def selection_command(
     import rwkvx
     from rwkvx.data.folder import data_folder
     from rwkvx_evals.bench.selection import render, run
-    from rwkvx_evals.passkey.evaluate import find_haystack, load_filler
-    from rwkvx_evals.passkey.plan import parse_lengths
+    from rwkvx_evals.lengths import parse_lengths
+    from rwkvx_evals.long.sources import find_haystack
+    from rwkvx_evals.passkey.evaluate import load_filler
 
     filler = None
     if haystack is not None:
@@ -195,7 +196,23 @@ def load_command(model: str, formats: str, out: Path | None) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("runs/bench-kernels"), show_default=True
 )
-def kernels_command(families: tuple[str, ...], lengths: str | None, budget: int, out: Path) -> None:
+@click.option("--peers/--no-peers", default=True, show_default=True, help="Time others too.")
+@click.option("--stage", help="Only time launch options: of this FAMILY, or FAMILY.STAGE.")
+@click.option(
+    "--variants",
+    is_flag=False,
+    flag_value="neighbours",
+    help="Options to time beside the table's, ROWSxCOLUMNSxWARPSxSTAGES,...; default: neighbours.",
+)
+def kernels_command(
+    families: tuple[str, ...],
+    lengths: str | None,
+    budget: int,
+    out: Path,
+    peers: bool,
+    stage: str | None,
+    variants: str | None,
+) -> None:
     """Kernels and whole models on a GPU: ceilings, correctness, then times beside floors and peers.
 
     The machine's own copy and matrix product come first; everything is compared with float64
@@ -205,25 +222,44 @@ def kernels_command(families: tuple[str, ...], lengths: str | None, budget: int,
     each case, then report.md with the summary, and pictures. The exit status is not 0 if something
     was computed wrong.
 
+    With --stage, a stage of a kernel family is timed with the launch options of its table and with
+    others beside them (--lengths: one, default 128k); writes variants.json.
+
     \b
     Examples:
       rwkvx bench kernels
+      rwkvx bench kernels --stage chunk_select --variants
+      rwkvx bench kernels --stage chunk_attention.pairs --variants 128x128x8x2,64x128x4x3
       rwkvx bench kernels --out docs/results/kernels
       rwkvx bench kernels --family wkv7 --lengths 16k
       rwkvx bench kernels --family chunk_attention --family models --budget 200
     """
     from rwkvx_evals.bench.kernels.run import FAMILIES, run
-    from rwkvx_evals.passkey.plan import parse_lengths
+    from rwkvx_evals.lengths import parse_lengths
 
     for family in families:
         if family not in FAMILIES:
             raise InputError(f"no kernels {family!r}: choose of {', '.join(FAMILIES)}")
     chosen = () if lengths is None else parse_lengths(lengths)
-    results = run(families or tuple(FAMILIES), chosen, out, seconds=budget, say=click.echo)
+    if variants is not None and stage is None:
+        raise InputError("--variants are of one --stage, such as chunk_select.flat")
+    if stage is not None:
+        _bench_variants(stage, variants, chosen, out)
+        return
+    names = families or tuple(FAMILIES)
+    results = run(names, chosen, out, seconds=budget, say=click.echo, peers=peers)
     click.echo(f"report: {out / 'report.md'}   pictures: {out / '*.png'}")
     wrong = [row for row in results["cases"] if row["status"] == "wrong"]
     if wrong:
         raise InputError("computed wrong: " + ", ".join(sorted({r["family"] for r in wrong})))
+
+
+def _bench_variants(stage: str, variants: str | None, lengths: tuple[int, ...], out: Path) -> None:
+    from rwkvx_evals.bench.kernels.variants import TOKENS, parse, run
+
+    others = None if variants in (None, "neighbours") else parse(variants)
+    run(stage, others, out, lengths[0] if lengths else TOKENS, say=click.echo)
+    click.echo(f"results: {out / 'variants.json'}")
 
 
 def summary(results: Results) -> str:

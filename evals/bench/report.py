@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rwkvx_evals.bench.subjects import HYBRID_PEER
-from rwkvx_evals.passkey.plan import length_label
+from rwkvx_evals.lengths import length_label
 
 Results = dict[str, Any]
 Spread = dict[str, float]

@@ -20,8 +20,9 @@ from rwkvx.kinds.sparse import SparseAttention, SparseState
 from rwkvx.progress import progress
 from rwkvx_evals.bench.machine import describe
 from rwkvx_evals.files import write_json, write_text
-from rwkvx_evals.interface import read_tokens
-from rwkvx_evals.passkey.plan import length_label
+from rwkvx_evals.lengths import length_label
+from rwkvx_evals.models.own import OwnModel
+from rwkvx_evals.models.reader import read_prompt
 from rwkvx_kernels.chunk_attention import KeyValueCache, selected_chunks
 
 Results = dict[str, Any]
@@ -91,13 +92,10 @@ def on_own_keys(
     try:
         prompt = PasskeyBuilder(model.tokenizer).build(filler, length, DEPTH, KEY)
         ids = torch.from_numpy(prompt.ids)[None]
-        _, state = read_tokens(
-            model, ids[:, :-WINDOW], None, logits="none", piece=4096, advance=bar.update
-        )
+        own = OwnModel(model)
+        _, state = read_prompt(own, ids[:, :-WINDOW], None, "none", bar.update)
         queries.clear()
-        _, state = read_tokens(
-            model, ids[:, -WINDOW:], state, logits="none", piece=WINDOW, advance=bar.update
-        )
+        _, state = read_prompt(own, ids[:, -WINDOW:], state, "none", bar.update)
     finally:
         for hook in hooks:
             hook.remove()

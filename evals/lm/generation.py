@@ -1,6 +1,6 @@
 """Generation until a stop string, for lm-eval's generate_until requests.
 
-Axes: B batch rows, V vocabulary.
+Axes: B batch rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,21 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rwkvx.decoding import start
+from rwkvx.errors import is_out_of_memory
 from rwkvx.sampling import pick_token
-from rwkvx_evals.interface import (
-    LanguageModel,
-    State,
-    Tokenizer,
-    device_of,
-    is_out_of_memory,
-    read_tokens,
-)
+from rwkvx_evals.generate import Draw, Limit, generate
 from rwkvx_evals.journal import Row
 from rwkvx_evals.lm.answers import Text, text_of
 from rwkvx_evals.lm.options import Options
 from rwkvx_evals.lm.requests import BATCH_TOKENS, Ids
-from rwkvx_evals.lm.scoring import PIECE_TOKENS, Scorer
+from rwkvx_evals.lm.scoring import Scorer
+from rwkvx_evals.models.own import OwnModel
+from rwkvx_evals.models.reader import read_prompt
 
 
 @dataclass(frozen=True)
@@ -38,65 +33,22 @@ class Prompt:
     draw: int = 0
 
 
-def cut_at(text: str, until: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first stop string, and whether there was one."""
-    places = [place for stop in until if stop and (place := text.find(stop)) >= 0]
-    return (text[: min(places)], True) if places else (text, False)
+def drawing(options: Options, seed: int) -> Draw | None:
+    """How the tokens of one row are drawn; None where the most likely ones are taken.
 
-
-class Continuation:
-    """One row of a batch while it is generated; complete once `text` is there."""
-
-    def __init__(self, prompt: Prompt, tokenizer: Tokenizer, seed: int) -> None:
-        """seed: decides what is drawn, whatever else is in the batch."""
-        self.text: Text | None = None
-        self._options, self._tokenizer = prompt.options, tokenizer
-        self._tokens: list[int] = []
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def pick(self, logits_V: Tensor, largest: int) -> int:
-        """The next token: `largest`, or drawn from the float32 logits."""
-        options = self._options
-        if options.temperature == 0.0:
-            return largest
-        if 0 < options.top_k < len(logits_V):
-            least = logits_V.topk(options.top_k).values[-1]
-            logits_V = logits_V.masked_fill(logits_V < least, float("-inf"))
-        return pick_token(logits_V, options.temperature, options.top_p, self._generator)
-
-    def take(self, token: int) -> None:
-        """Adds a token, or ends at it."""
-        ended = token == self._tokenizer.eos_token_id
-        if not ended:
-            self._tokens.append(token)
-        text, stopped = cut_at(self._tokenizer.decode(self._tokens), self._options.until)
-        if ended or stopped or len(self._tokens) >= self._options.limit:
-            self.text = Text(text)
-
-
-def continue_rows(
-    model: LanguageModel, logits_B1V: Tensor, state: State, rows: Sequence[Continuation], room: int
-) -> None:
-    """Generates every row of a batch to its end: the token loop, and all that it needs.
-
-    logits_B1V, state: after the prompts. room: tokens of the longest row.
+    seed: decides what is drawn, whatever else is in the batch.
     """
-    decoder = start(model, state, room)
-    while True:
-        logits_BV = logits_B1V[:, -1].float()
-        finite = torch.isfinite(logits_BV).all(dim=-1).tolist()
-        ids = logits_BV.argmax(dim=-1).tolist()
-        for index, row in enumerate(rows):
-            if row.text is not None:
-                continue
-            if not finite[index]:
-                row.text = Text("", "invalid")
-                continue
-            ids[index] = row.pick(logits_BV[index], ids[index])
-            row.take(ids[index])
-        if all(row.text is not None for row in rows):
-            return
-        logits_B1V = decoder.step(torch.tensor(ids, device=logits_BV.device)[:, None])
+    if options.temperature == 0.0:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(logits_V: Tensor) -> int:
+        # -inf is a logit of tokens that are never drawn (see `is_finite`).
+        logits_V = logits_V.clamp_min(torch.finfo(logits_V.dtype).min)
+        how = options.temperature, options.top_p, generator, options.top_k
+        return pick_token(logits_V, *how)
+
+    return draw
 
 
 class Generator:
@@ -104,8 +56,8 @@ class Generator:
 
     def __init__(self, scorer: Scorer, seed: int) -> None:
         """seed: of all draws; each prompt and draw has its own from it."""
-        self.scorer, self.model, self.seed = scorer, scorer.model, seed
-        self.tokenizer = scorer.model.tokenizer
+        self.scorer, self.seed = scorer, seed
+        self.model = OwnModel(scorer.model, tools=scorer.tools)
 
     def key(self, prompt: Prompt) -> str:
         """What the journal calls an answer to this prompt."""
@@ -169,12 +121,14 @@ class Generator:
 
     def _compute(self, prompts: Sequence[Prompt]) -> list[Text]:
         """One batch of prompts with contexts of equal length."""
-        ids_BT = torch.tensor([p.context for p in prompts]).to(device_of(self.model))
-        piece = max(1, PIECE_TOKENS // len(prompts))
-        logits_B1V, state = read_tokens(self.model, ids_BT, None, logits="last", piece=piece)
+        ids_BT = torch.tensor([p.context for p in prompts]).to(self.model.device)
+        logits_B1V, state = read_prompt(self.model, ids_BT, None, "last")
         assert logits_B1V is not None
+        found = generate(self.model, logits_B1V, state, [self._limit(p) for p in prompts])
+        return [Text(a.text if a.status == "ok" else "", a.status) for a in found]
+
+    def _limit(self, prompt: Prompt) -> Limit:
+        options = prompt.options
         # Of the key's hash: 60 bits, whatever else is in the batch.
-        rows = [Continuation(p, self.tokenizer, int(self.key(p)[:15], 16)) for p in prompts]
-        room = max(p.options.limit for p in prompts)
-        continue_rows(self.model, logits_B1V, state, rows, room)
-        return [row.text for row in rows if row.text is not None]
+        seed = int(self.key(prompt)[:15], 16)
+        return Limit(options.limit, options.until, drawing(options, seed))

@@ -11,18 +11,18 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import datasets
 import lm_eval
 import lm_eval.api.task
 import lm_eval.evaluator
 import lm_eval.utils
-from tqdm import tqdm
+import tqdm
 
 import rwkvx
 import rwkvx_kernels
 from rwkvx.errors import InputError
+from rwkvx_evals.lm.replace import replaced
 from rwkvx_evals.lm.tasks import first_line
 
 _LM_EVAL = Path(lm_eval.__file__).parent
@@ -38,8 +38,8 @@ def templates_compiled_once() -> Iterator[None]:
     environment = lm_eval.utils.env
     compiled = functools.cache(environment.from_string)
     with (
-        mock.patch.object(environment, "from_string", compiled),
-        mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None),
+        replaced(environment, "from_string", compiled),
+        replaced(lm_eval.evaluator, "get_git_commit_hash", lambda *_, **__: None),
     ):
         yield
 
@@ -51,20 +51,25 @@ def quiet_lm_eval() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
     levels = [logger.level for logger in loggers]
     bars = datasets.are_progress_bars_disabled()
-    silent = functools.partial(tqdm, disable=True)
+    silent = functools.partial(tqdm.tqdm, disable=True)
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    processes = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         with (
             contextlib.redirect_stdout(io.StringIO()),
-            mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}),
             # Bound when a module is imported, and when a function of lm_eval.api.metrics runs.
-            mock.patch.object(lm_eval.api.task, "tqdm", silent),
-            mock.patch("tqdm.tqdm", silent),
+            replaced(lm_eval.api.task, "tqdm", silent),
+            replaced(tqdm, "tqdm", silent),
         ):
             yield
     finally:
+        if processes is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = processes
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if not bars:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from unittest import mock
 
 import click
 
@@ -40,10 +39,11 @@ def lm_eval_command(data: str | None, arguments: tuple[str, ...]) -> None:
 
     import rwkvx_evals.lm.model  # noqa: F401 (registers it)
     from rwkvx_evals.lm.harness import refusals_in_one_line
+    from rwkvx_evals.lm.replace import replaced
     from rwkvx_evals.lm.tasks import local_data
 
     with (
-        mock.patch.object(sys, "argv", ["lm-eval", *arguments]),
+        replaced(sys, "argv", ["lm-eval", *arguments]),
         local_data(folder),
         refusals_in_one_line(),
     ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import Any
 import torch
 
 import rwkvx
-from rwkvx.checkpoint import folder as own_folder
-from rwkvx.checkpoint.formats import detect
-from rwkvx.checkpoint.hub import MODEL_TYPE
 from rwkvx.checkpoint.load import find_model
 from rwkvx.errors import InputError
 from rwkvx_evals.files import short
+from rwkvx_evals.models.open import kind_of_others
 
 logger = logging.getLogger("lm_eval.rwkvx")
 
@@ -63,15 +60,3 @@ def tokenizer_folder(named: str) -> str | None:
     """What `AutoTokenizer` can load the tokenizer of a model from: its folder, if it is one."""
     path = find_model(named)
     return str(path) if path.is_dir() else None
-
-
-def kind_of_others(path: Path) -> str | None:
-    """The model type of a Hugging Face folder that no format of rwkvx claims; else None."""
-    try:
-        if detect(path) is not own_folder:
-            return None
-        config = json.loads((path / own_folder.CONFIG).read_text(encoding="utf-8"))
-    except (InputError, OSError, ValueError):
-        return None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    return kind[:40] if isinstance(kind, str) and kind != MODEL_TYPE else None

@@ -12,22 +12,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rwkvx.errors import is_out_of_memory
 from rwkvx_evals.interface import (
     Advance,
     LanguageModel,
     State,
     StateTools,
     device_of,
-    is_out_of_memory,
-    read_tokens,
 )
 from rwkvx_evals.journal import Journal, Row
 from rwkvx_evals.lm.answers import Score, score_of
 from rwkvx_evals.lm.requests import Branch, Request, Unit, make_batches, make_units, request_bytes
+from rwkvx_evals.models.own import OwnModel
+from rwkvx_evals.models.reader import read_prompt
 
 # Logits of one forward call may take this many bytes in float32.
 LOGITS_BYTES = 256_000_000
-PIECE_TOKENS = 16_384
 
 
 @dataclass
@@ -163,14 +163,9 @@ class Scorer:
         """Reads the prefixes `[U, T]` and scores the targets that they predict."""
         ids_UT = torch.tensor([unit.prefix for unit in units]).to(device_of(self.model))
         wanted = branches[0][1].from_prefix
-        logits_U1V, state = read_tokens(
-            self.model,
-            ids_UT,
-            None,
-            logits="last" if wanted else "none",
-            piece=max(1, PIECE_TOKENS // len(units)),
-            advance=advance,
-        )
+        own = OwnModel(self.model, tools=self.tools)
+        last = "last" if wanted else "none"
+        logits_U1V, state = read_prompt(own, ids_UT, None, last, advance)
         if logits_U1V is not None:
             rows = [row for row, _ in branches]
             scored_SV = logits_U1V[torch.tensor(rows), 0]

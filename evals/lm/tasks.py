@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import click
 import datasets
@@ -25,6 +24,7 @@ from rwkvx.data.folder import DATA_VARIABLE
 from rwkvx.errors import InputError
 from rwkvx_evals.files import short
 from rwkvx_evals.lm.local import DATA_SETS, FOUNDRY, find_data_set
+from rwkvx_evals.lm.replace import replaced
 
 logger = logging.getLogger("lm_eval.rwkvx")  # shown as lm-eval's own remarks are
 
@@ -84,7 +84,7 @@ def local_data(folder: Path | None) -> Iterator[Sources]:
             raise _explained(name, path, task.config.custom_dataset, folder, error) from error
         sources.add(name, _words(task))
 
-    with mock.patch.object(ConfigurableTask, "download", download):
+    with replaced(ConfigurableTask, "download", download):
         yield sources
 
 

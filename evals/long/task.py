@@ -5,12 +5,17 @@ Everything else (reading shared prefixes once, batches, journal, resume, report)
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from rwkvx_evals.long.writer import Writer
 
 Ids = NDArray[np.int64]
 
@@ -22,10 +27,10 @@ class Sample:
     Attributes:
         id: task, length and index, such as "niah_single_1-4096-3".
         ids: the prompt as a model reads it, int64 [T]; T and the task's `answer_tokens` make the
-            length that was asked for.
+            length that was asked for. Tokens that the tokenizer puts in front are among them.
         text: the prompt as text, for endpoints and people.
         answers: what is right; how several of them count is the task's own.
-        about: what a report shows beside it, such as {"depth": 0.25}.
+        about: what a report shows beside it, such as {"depth": 0.25}; JSON values only.
     """
 
     id: str
@@ -34,9 +39,12 @@ class Sample:
     answers: tuple[str, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
 
-
-class Writer(Protocol):
-    """Makes prompts of exact token lengths for one tokenizer (writer.py)."""
+    @property
+    def sha256(self) -> str:
+        """Hash (hex) of what is asked and what is right: the same in an export and a report."""
+        sha = hashlib.sha256(json.dumps([self.id, self.answers]).encode())
+        sha.update(self.ids.astype("<i8").tobytes())
+        return sha.hexdigest()
 
 
 class Task(Protocol):
@@ -48,13 +56,22 @@ class Task(Protocol):
         answer_tokens: room for the answer, part of the length. stop: strings that end an answer.
     """
 
-    name: str
-    about: str
-    source: str
-    answer_tokens: int
-    stop: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
 
-    def sample(self, writer: Any, length: int, index: int) -> Sample:
+    @property
+    def about(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def answer_tokens(self) -> int: ...
+
+    @property
+    def stop(self) -> tuple[str, ...]: ...
+
+    def sample(self, writer: Writer, length: int, index: int) -> Sample:
         """Sample number `index` of `length` tokens: a function of these three and the seed.
 
         Raises:

@@ -13,8 +13,10 @@ from rwkvx.cli.options import Within, device_option, dtype_option, model_option
 from rwkvx.data.folder import data_folder
 from rwkvx.ranges import COUNT
 from rwkvx_evals.folder import claim, default_folder, model_label, owner
-from rwkvx_evals.passkey.evaluate import evaluate, find_haystack
-from rwkvx_evals.passkey.plan import DEPTHS, Settings, depth_values, length_label, parse_lengths
+from rwkvx_evals.lengths import length_label, parse_lengths
+from rwkvx_evals.long.sources import find_haystack
+from rwkvx_evals.passkey.evaluate import evaluate
+from rwkvx_evals.passkey.plan import DEPTHS, Settings, depth_values
 from rwkvx_evals.passkey.report import Results, percent, uncertainty
 from rwkvx_kernels.names import SELECTIONS
 

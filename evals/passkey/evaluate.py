@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +11,16 @@ import click
 
 from rwkvx.data.folder import read_text
 from rwkvx.data.passkey import Filler, PasskeyBuilder, prose_filler, standard_filler
-from rwkvx.errors import InputError
-from rwkvx.files import user_path
 from rwkvx_evals.files import machine, peak_memory_bytes, write_json
 from rwkvx_evals.interface import LanguageModel, StateTools, Tokenizer
-from rwkvx_evals.journal import Journal
-from rwkvx_evals.passkey.plan import Plan, Settings
-from rwkvx_evals.passkey.report import Results, collect, write_report
-from rwkvx_evals.passkey.run import PasskeyRun, check_row
-
-
-def find_haystack(name: str, data: Path | None) -> Path:
-    """`name` as a file, or inside the data folder or its `long_docs`; raises InputError."""
-    places = [user_path(name)]
-    if data is not None:
-        places += [data / name, data / "long_docs" / name]
-    for place in places:
-        if place.is_file():
-            return place
-    looked = ", ".join(str(place) for place in places)
-    raise InputError(f"haystack {name!r} is not a file (looked at {looked})")
+from rwkvx_evals.long.evaluate import announce, estimate, plan_jobs, target_of
+from rwkvx_evals.long.plan import Plan
+from rwkvx_evals.long.plan import Settings as RunSettings
+from rwkvx_evals.long.shards import Claims, SharedJournal
+from rwkvx_evals.long.work import Worker, timing
+from rwkvx_evals.models.own import OwnModel
+from rwkvx_evals.passkey.plan import PasskeyTask, Settings
+from rwkvx_evals.passkey.report import Results, as_row, collect, sort_rows, write_report
 
 
 def load_filler(tokenizer: Tokenizer, haystack: Path | None) -> Filler:
@@ -55,50 +46,40 @@ def evaluate(
     Raises InputError for a length below the prompt's own, an unreadable haystack, a full disk.
     """
     began = time.perf_counter()
-    tokenizer = model.tokenizer
-    weights = model.fingerprint()
-    filler = load_filler(tokenizer, haystack)
-    plan = Plan(settings, PasskeyBuilder(tokenizer), filler, weights)
-    with Journal(out / "samples.jsonl", check_row) as journal:
-        run = PasskeyRun(model, plan, journal, batch=batch, tools=tools, quiet=quiet)
+    own = OwnModel(model, name, tools or StateTools())
+    filler = load_filler(own.tokenizer, haystack)
+    task = PasskeyTask(settings, PasskeyBuilder(own.tokenizer), filler)
+    for length in settings.lengths:  # none is skipped here
+        task.builder.prefix_length(length, 0.0)
+    plan = Plan(
+        {task.name: task}, settings.lengths, settings.samples, None, target_of(own),
+        RunSettings(dtype=settings.dtype), batch=batch,
+    )  # fmt: skip
+    with SharedJournal(out / "journal") as journal, closing(Claims(out / "claims")) as claims:
+        jobs = plan_jobs(own, plan, journal)
+        worker = Worker(journal, claims, own.device, quiet=quiet)
+        left = sum(job.tokens for job in worker.missing(jobs))
         if not quiet:
-            click.echo(announce(plan, run), err=True)
-        run.run()
-        rows = [journal.rows[sample.key] for sample in plan.samples]
-        results = collect(plan, journal.rows, model=name, weights=weights)
-    write_report(results, rows, out)
-    write_json(out / "timing.json", _timing(run, time.perf_counter() - began))
+            click.echo(announce(plan, None, left), err=True)
+            if left:
+                click.echo(estimate(own, plan, left), err=True)
+        worker.run(jobs)
+        rows = [as_row(settings, q, journal.rows[q.key]) for q in plan.questions.values()]
+        own_rows = [row for key, row in journal.rows.items() if key.endswith(f"-{journal.shard}")]
+        read = sum(entry["read"] for entry in timing(own_rows).values())
+    results = collect(settings, filler, plan, rows, model=name)
+    write_report(results, sort_rows(rows), out)
+    write_json(out / "timing.json", _timing(own, read, time.perf_counter() - began))
     return results
 
 
-def announce(plan: Plan, run: PasskeyRun) -> str:
-    """What is about to be read, and about how long that takes."""
-    left, shared, naive = run.tokens_to_read(), plan.shared_tokens(), plan.naive_tokens()
-    text = (
-        f"{len(plan.samples)} samples; {shared:,} prompt tokens with shared prefixes "
-        f"({naive:,} without)"
-    )
-    if left < shared:
-        text += f"; {left:,} are left to read"
-    if left:
-        speed = run.probe().tokens_per_second
-        text += f"; about {_duration(left / speed)} at the {speed:,.0f} tokens/s of a short text"
-    return text
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _timing(run: PasskeyRun, seconds: float) -> dict[str, Any]:
-    """What differs from run to run, kept out of the report."""
+def _timing(model: OwnModel, read: int, seconds: float) -> dict[str, Any]:
+    """What differs from run to run, kept out of the report; of the last start."""
     return {
         "seconds": round(seconds, 2),
-        "prompt_tokens_read": run.tokens_read,
-        "tokens_per_second": round(run.tokens_read / seconds, 1),
+        "prompt_tokens_read": read,
+        "tokens_per_second": round(read / seconds, 1),
         "peak_memory_bytes": peak_memory_bytes(),
-        "device": str(run.device),
+        "device": str(model.device),
         "machine": machine(),
     }

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rwkvx_evals.passkey.plan import length_label
+from rwkvx_evals.lengths import length_label
 
 # A sequential map that keeps its order in grey and for colour-blind readers.
 COLOURS = "cividis"

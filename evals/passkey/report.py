@@ -2,46 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rwkvx.data.passkey import Filler, draw_key
 from rwkvx_evals.files import package_version, write_atomically, write_json, write_text
 from rwkvx_evals.journal import Row
+from rwkvx_evals.lengths import length_label
+from rwkvx_evals.long.plan import Plan, Question
+from rwkvx_evals.long.results import write_rows
 from rwkvx_evals.passkey.heatmap import draw_heatmap
-from rwkvx_evals.passkey.plan import Plan, length_label
+from rwkvx_evals.passkey.plan import Settings
 from rwkvx_evals.statistics import effective_length, tally
 
 Results = dict[str, Any]
 MISSES_SHOWN = 20
 
 
-def collect(plan: Plan, rows: Mapping[str, Row], *, model: str, weights: str) -> Results:
-    """Everything a report says, from the journal rows of a finished plan."""
-    settings = plan.settings
+def as_row(settings: Settings, question: Question, row: Row) -> Row:
+    """A row of samples.jsonl, from what was asked and the engine's row of the answer."""
+    correct = row["status"] == "ok" and row["score"] == 1.0
+    depth, seed = settings.place(question.index)
+    return {
+        "length": question.length,
+        "depth": round(depth, 6),
+        "seed": seed,
+        "passkey": draw_key(seed, question.length, depth),
+        "status": row["status"],
+        "correct": correct,
+        "answer": row["answer"],
+        "tokens": row["tokens"],
+        "key": question.key,
+    }
+
+
+def sort_rows(rows: Iterable[Row]) -> list[Row]:
+    """By length, depth and seed."""
+    return sorted(rows, key=lambda row: (row["length"], row["depth"], row["seed"]))
+
+
+def collect(
+    settings: Settings, filler: Filler, plan: Plan, rows: Sequence[Row], *, model: str
+) -> Results:
+    """Everything a report says, from the rows of a finished plan."""
     cells, lengths = [], []
-    for length, groups in plan.groups.items():
-        by_depth = [(g.depth, [rows[sample.key] for sample in g.samples]) for g in groups]
-        cells += [
-            {"length": length, "depth": round(depth, 6), **tally(found)}
-            for depth, found in by_depth
-        ]
-        lengths.append({"length": length, **tally([row for _, f in by_depth for row in f])})
+    for length in settings.lengths:
+        found = [row for row in rows if row["length"] == length]
+        for depth in (round(depth, 6) for depth in settings.depths):
+            cell = tally([row for row in found if row["depth"] == depth])
+            cells.append({"length": length, "depth": depth, **cell})
+        lengths.append({"length": length, **tally(found)})
     curve = [(entry["length"], entry["accuracy"]) for entry in lengths]
-    naive, shared = plan.naive_tokens(), plan.shared_tokens()
     return {
         "task": "passkey",
         "model": model,
-        "weights": weights,
+        "weights": plan.target.weights,
         "version": package_version(),
-        "filler": plan.filler.name,
-        "filler_tokens": plan.filler.natural_length,
+        "filler": filler.name,
+        "filler_tokens": filler.natural_length,
         "seeds": settings.seeds,
         "depths": [round(depth, 6) for depth in settings.depths],
         "max_new_tokens": settings.max_new_tokens,
         "dtype": settings.dtype,
-        "prompt_tokens": {"read": shared, "without_sharing": naive},
-        "total": tally([rows[sample.key] for sample in plan.samples]),
+        "prompt_tokens": {"read": plan.tokens_shared(), "without_sharing": plan.tokens_alone()},
+        "total": tally(rows),
         "effective_length": effective_length(curve),
         "lengths": lengths,
         "cells": cells,
@@ -143,7 +168,8 @@ def _misses(rows: Sequence[Row]) -> list[str]:
 
 
 def write_report(results: Results, rows: Sequence[Row], folder: Path) -> None:
-    """Writes results.json, report.md and heatmap.png, each whole or not at all."""
+    """Writes samples.jsonl, results.json, report.md and heatmap.png, each whole or not at all."""
+    write_rows(rows, folder / "samples.jsonl")
     write_json(folder / "results.json", results)
     write_atomically(folder / "heatmap.png", lambda path: draw_heatmap(results, path))
     write_text(folder / "report.md", render(results, rows))

@@ -55,6 +55,11 @@ def choose(
         triton = triton or f"has chunks of a multiple of {CHUNK_MULTIPLE} tokens, not {chunk_size}"
     if dim > MOST_DIM:
         triton = triton or f"has heads of at most {MOST_DIM} channels, not {dim}"
+    if not triton:
+        from rwkvx_kernels.chunk_attention.options import STAGES, TABLE  # Triton may be missing
+        from rwkvx_kernels.tools.triton_options import missing
+
+        triton = missing(TABLE, STAGES, facts.dtype, dim, facts.device)
     lacks = {
         "triton": triton,
         "compiled": compiled_lacks(facts, torch.float32, torch.float64, torch.bfloat16),

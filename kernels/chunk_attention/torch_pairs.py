@@ -11,11 +11,14 @@ from torch import Tensor
 
 # Largest score matrix worked on at once: 2 MB in float32, the second-level cache of a core.
 TILE_SCORES = 1 << 19
+# Keys of chosen chunks gathered at once, which are read from there before they leave the cache.
+TILE_KEYS = 1 << 13
 # Partial outputs of one tile of queries, in elements. Products of large chunks are the longer
 # the more queries there are.
 TILE_PARTIALS, LARGE_TILE_PARTIALS = 1 << 22, 1 << 24
-# From this chunk size on, each chunk is worth a product of its own: no copies, no padding.
-LARGE_CHUNK = 256
+# From this chunk size on, each chunk is worth a product of its own: no copies, no padding. For
+# chosen chunks there must also be so many queries of each.
+LARGE_CHUNK, MANY_QUERIES = 256, 64
 # Most tokens and most pairs of such a product. Of the own chunk, half of the masked square is then
 # never computed.
 LARGE_TILE = 512
@@ -118,8 +121,8 @@ class PairTile(NamedTuple):
 class Pairs:
     """The (query row, chosen chunk) pairs of one tile, sorted by chunk.
 
-    Small chunks: padded to bundles of equal size, so that many chunks share one batched product.
-    Large chunks: one bundle each, of exactly its queries.
+    Small chunks, and few queries of each: padded to bundles of equal size, so that many chunks
+    share one batched product. Otherwise one bundle for each chunk, of exactly its queries.
 
     Attributes:
         count, padded: pairs without and with padding.
@@ -141,7 +144,9 @@ class Pairs:
         order = number.argsort()[number.numel() - self.count :]  # the missing ones sort first
         number = number[order]
         self.chunk, per_chunk = torch.unique_consecutive(number, return_counts=True)
-        self.bundle = 0 if size >= LARGE_CHUNK else self._bundle_size(len(self.chunk))
+        mean = self.count // len(self.chunk)
+        alone = size >= LARGE_CHUNK and mean >= MANY_QUERIES
+        self.bundle = 0 if alone else _bundle_size(mean)
         bundles = -(-per_chunk // self.bundle) if self.bundle else torch.ones_like(per_chunk)
         room = bundles * self.bundle if self.bundle else per_chunk
         self.bundles, self.per_chunk = bundles, per_chunk
@@ -157,17 +162,12 @@ class Pairs:
 
     def empty(self, rows: Tensor) -> Tensor:
         """Room for a row of each pair, and zeros for a pair that is missing: [padded + 1, D]."""
-        made = rows.new_empty((self.padded + 1, rows.shape[1]))
+        made = rows.new_empty((self.padded + 1, rows.shape[-1]))
         made[-1] = 0
         return made
 
-    def _bundle_size(self, distinct: int) -> int:
-        """A power of two near half of the mean number of pairs of a chunk, 8 to 256."""
-        mean = self.count // distinct
-        return min(256, max(8, 1 << max(0, (mean // 2).bit_length())))
-
     def tiles(self) -> Iterator[PairTile]:
-        """Consecutive bundles with scores of at most `TILE_SCORES` elements."""
+        """Consecutive bundles of at most `TILE_SCORES` scores and `TILE_KEYS` keys."""
         if not self.bundle:
             start = 0
             for chunk, n in zip(self.chunk.tolist(), self.per_chunk.tolist(), strict=True):
@@ -178,8 +178,13 @@ class Pairs:
                     start += size
             return
         owner = self.chunk.repeat_interleave(self.bundles)
-        step = max(1, TILE_SCORES // (self.bundle * self.size))
+        step = max(1, min(TILE_SCORES // self.bundle, TILE_KEYS) // self.size)
         for a in range(0, len(owner), step):
             b = min(a + step, len(owner))
             pairs = slice(a * self.bundle, b * self.bundle)
             yield PairTile(pairs, owner[a:b], self.bundle, -1)
+
+
+def _bundle_size(mean: int) -> int:
+    """A power of two near half of the mean number of pairs of a chunk, 8 to 256."""
+    return min(256, max(8, 1 << max(0, (mean // 2).bit_length())))

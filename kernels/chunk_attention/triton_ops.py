@@ -1,35 +1,75 @@
 """The Triton kernels of chunk attention as operators of torch, with gradients.
 
 Importing this module registers `torch.ops.rwkvx.attend_chunks*`. Partial results grow with queries
-x chunks read, so the queries are worked on in tiles: what is held beside inputs and outputs stays
-below half of their size.
+x chunks read. Where they are large, heads are worked on one after the other, so that what is held
+beside inputs and outputs stays below their size.
 """
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.chunk_attention.triton_backward import backward
+from rwkvx_kernels.chunk_attention.triton_backward import SEGMENT_BYTES, backward, delta_of
 from rwkvx_kernels.chunk_attention.triton_decode import decode
-from rwkvx_kernels.chunk_attention.triton_forward import forward, shape_of
+from rwkvx_kernels.chunk_attention.triton_forward import Shape, forward, shape_of
 from rwkvx_kernels.chunk_select.triton_decode import select_rows
 from rwkvx_kernels.dispatch import check_cu_seqlens
-from rwkvx_kernels.tools.operators import operator
-from rwkvx_kernels.tools.triton_lists import lists_of, tiles_of
+from rwkvx_kernels.tools.operators import adjacent, operator
+from rwkvx_kernels.tools.triton_lists import MOST_GROUPS, MOST_PAIRS, lists_of
 
-# Queries of a tile are at least so many: fewer would leave a GPU idle.
-LEAST_TILE = 4096
+# Partial results of so many bytes are always held at once.
+LEAST_BYTES = 1 << 28
+# Beyond that, this part of the size of inputs and outputs, whatever else is held included.
+PART_OF_INPUTS = 0.9
 
 
-def _tiles(tokens: int, chunk_size: int, slots: int) -> Iterator[slice]:
-    """Tiles of queries of whole chunks, about as many as chunks that a query reads."""
-    step = max(LEAST_TILE, tokens // max(1, slots))
-    step = -(-step // chunk_size) * chunk_size
-    for start in range(0, tokens, step):
-        yield slice(start, min(start + step, tokens))
+class Work(NamedTuple):
+    """What is done at once: rows of the batch, their tokens, and ranges of the groups of these."""
+
+    rows: slice
+    tokens: slice
+    parts: list[range]
+
+
+def works(shape: Shape, element: int, inputs: int, held: int) -> list[Work]:
+    """How to divide a call. All heads at once, or some after the other; where even one is too much,
+    its queries are divided as well, the last ones first.
+
+    Args:
+        element: bytes of an element. inputs: bytes of inputs and outputs. held: what is held
+            besides, whatever the division.
+    """
+    free = max(LEAST_BYTES, int(PART_OF_INPUTS * inputs) - held)
+    group = shape.pairs * (shape.dim * element + 8)  # a partial result, its log-sum-exp, its place
+    count, everything = shape.batch * shape.groups, slice(None)
+    if group <= free and shape.pairs <= MOST_PAIRS:
+        step = min(count, MOST_GROUPS, free // max(1, group))
+        step = -(-count // -(-count // step))
+        parts = [range(i, min(count, i + step)) for i in range(0, count, step)]
+        return [Work(everything, everything, parts)]
+    share = min(free / group, MOST_PAIRS / shape.pairs)
+    step = max(1, int(shape.tokens * share) // shape.chunk) * shape.chunk
+    parts = [range(i, i + 1) for i in range(shape.groups)]
+    return [
+        Work(slice(i, i + 1), slice(start, min(start + step, shape.tokens)), parts)
+        for i in range(shape.batch)
+        for start in reversed(range(0, shape.tokens, step))
+    ]
+
+
+def _divided(
+    tensors: list[Tensor], k: Tensor, v: Tensor, work: list[Work], chunk_size: int
+) -> Iterator[tuple[list[Tensor], Tensor, Tensor, Shape, Work]]:
+    """The tensors [B, T, H, ...], q first, and keys and values, of each part of the work."""
+    for one in work:
+        stop = one.tokens.stop
+        past = k.shape[1] if stop is None else k.shape[1] - tensors[0].shape[1] + stop
+        own_k, own_v = k[one.rows, :past], v[one.rows, :past]
+        own = [x[one.rows, one.tokens] for x in tensors]
+        yield own, own_k, own_v, shape_of(own[0], own_k, chunk_size, tensors[1].shape[3]), one
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -37,32 +77,61 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), lse
 
 
+def attend_sequences(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """`attend_triton` of sequences that are not packed."""
+    q, chosen, k, v = q.contiguous(), chosen.contiguous(), adjacent(k), adjacent(v)
+    o, lse = _fake(q)
+    shape = shape_of(q, k, chunk, chosen.shape[3])
+    held = chosen.nbytes + lse.nbytes
+    work = works(shape, q.element_size(), 2 * (q.nbytes + k.nbytes), held)
+    for own, own_k, own_v, own_shape, one in _divided([q, chosen, o, lse], k, v, work, chunk):
+        own_q, picked, *into = own
+        for part in one.parts:
+            lists = lists_of(picked, shape.groups, own_shape.chunks, part)
+            forward(own_q, own_k, own_v, picked, lists, own_shape, part, *into)
+    return o, lse
+
+
+def gradients_of_sequences(
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, chunk: int
+) -> list[Tensor]:
+    """The gradients of q, k and v, of sequences that are not packed."""
+    do, o, lse, q, chosen = (x.contiguous() for x in (do, o, lse, q, chosen))
+    k, v = adjacent(k), adjacent(v)
+    delta, dq = delta_of(o, do), torch.empty_like(q)
+    shape = shape_of(q, k, chunk, chosen.shape[3])
+    held = chosen.nbytes + lse.nbytes + delta.nbytes + SEGMENT_BYTES
+    work = works(shape, q.element_size(), 4 * (q.nbytes + k.nbytes), held)
+    # Those of keys that several divisions of the queries read are summed in float32.
+    dtype = k.dtype if work[0].tokens == slice(None) else torch.float32
+    dk, dv = (k.new_empty(k.shape, dtype=dtype) for _ in range(2))
+    tensors = [q, chosen, do, lse, delta, dq]
+    for own, own_k, own_v, own_shape, one in _divided(tensors, k, v, work, chunk):
+        own_q, picked, *others, own_dq = own
+        into = [own_dq, dk[one.rows], dv[one.rows]]
+        add = one.tokens.stop not in (None, shape.tokens)
+        for part in one.parts:
+            lists = lists_of(picked, shape.groups, own_shape.chunks, part)
+            rows = [own_q, *others]
+            backward(rows, own_k, own_v, picked, lists, own_shape, part, into, add)
+    return [dq, dk.to(k.dtype), dv.to(v.dtype)]
+
+
 def _gradients(grads: list[Tensor], kept: list[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
     """Those of q, k and v."""
-    *tensors, cu_seqlens, chunk_size = args
-    every = [*grads, *kept, *tensors]
+    q, k, v, chosen, cu_seqlens, chunk = args
+    (do,), (o, lse) = grads, kept
     if cu_seqlens is None:
-        return _gradients_whole(every, chunk_size)
-    bounds = pairwise(check_cu_seqlens(cu_seqlens, *tensors[0].shape[:2]))
-    made = [_gradients_whole([x[:, a:b] for x in every], chunk_size) for a, b in bounds if a < b]
+        return gradients_of_sequences(do, o, lse, q, k, v, chosen, chunk)
+    made = []
+    for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])):
+        if a < b:
+            do_o_lse = (do[:, a:b], o[:, a:b], lse[:, a:b])
+            own = (q[:, a:b], k[:, a:b], v[:, a:b], chosen[:, a:b])
+            made.append(gradients_of_sequences(*do_o_lse, *own, chunk))
     return [torch.cat(x, dim=1) for x in zip(*made, strict=True)]
-
-
-def _gradients_whole(every: list[Tensor], chunk_size: int) -> list[Tensor]:
-    do, o, lse, q, k, v, chosen = every
-    k, v, first = _adjacent(k), _adjacent(v), k.shape[1] - q.shape[1]
-    delta = (do.float() * o.float()).sum(dim=-1)
-    dq = q.new_empty(q.shape)
-    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v))
-    for tile in _tiles(q.shape[1], chunk_size, chosen.shape[3]):
-        own = [x[:, tile].contiguous() for x in (q, do, lse, delta, chosen)]
-        last = first + tile.stop
-        shape = shape_of(own[0], k[:, :last], chunk_size, chosen.shape[3])
-        lists = lists_of(own[4], shape.groups, shape.chunks)
-        dq[:, tile], dk_own, dv_own = backward(own, k, v, lists, tiles_of(lists, shape.tile), shape)
-        dk[:, :last] += dk_own.transpose(1, 2)
-        dv[:, :last] += dv_own.transpose(1, 2)
-    return [dq, dk.to(k.dtype), dv.to(v.dtype)]
 
 
 @operator("attend_chunks", _fake, _gradients, outputs=1, kept=slice(0, 2))
@@ -76,20 +145,13 @@ def attend_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `api.attend_chunks`, of packed sequences if there are offsets: o and the binary
     log-sum-exp [B, T, H]."""
+    if cu_seqlens is None:
+        return attend_sequences(q, k, v, chosen, chunk_size)
     o, lse = _fake(q)
-    if cu_seqlens is not None:
-        for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])):
-            if a < b:
-                own = (x[:, a:b] for x in (q, k, v, chosen))
-                o[:, a:b], lse[:, a:b] = attend_triton(*own, None, chunk_size)
-        return o, lse
-    k, v, first = _adjacent(k), _adjacent(v), k.shape[1] - q.shape[1]
-    for tile in _tiles(q.shape[1], chunk_size, chosen.shape[3]):
-        own_q, picked = q[:, tile].contiguous(), chosen[:, tile].contiguous()
-        shape = shape_of(own_q, k[:, : first + tile.stop], chunk_size, chosen.shape[3])
-        lists = lists_of(picked, shape.groups, shape.chunks)
-        tiles = tiles_of(lists, shape.tile)
-        o[:, tile], lse[:, tile] = forward(own_q, k, v, picked, lists, tiles, shape)
+    for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])):
+        if a < b:
+            own = (q[:, a:b], k[:, a:b], v[:, a:b], chosen[:, a:b])
+            o[:, a:b], lse[:, a:b] = attend_sequences(*own, chunk_size)
     return o, lse
 
 
@@ -113,8 +175,3 @@ def decode_triton(
     if topk > 1:
         chosen = select_rows(q, means, forest, lengths, chunk_size, topk)
     return decode(q, k, v, chosen, lengths, chunk_size, topk)
-
-
-def _adjacent(k: Tensor) -> Tensor:
-    """With the channels of a key one after the other; tokens and heads may lie anywhere."""
-    return k if k.stride(3) == 1 else k.contiguous()

@@ -25,11 +25,17 @@ from rwkvx_kernels.tools.operators import operator
 
 
 @remembered
-def choose(facts: Facts, selection: str = "flat", impl: str = "auto") -> Choice:
+def choose(facts: Facts, selection: str = "flat", impl: str = "auto", dim: int = 64) -> Choice:
     """Which implementation `select_chunks` runs; a choice has no gradient."""
     facts = facts._replace(gradients=False)
+    triton = triton_lacks(facts)
+    if not triton:
+        from rwkvx_kernels.chunk_select.options import STAGES, TABLE  # Triton may be missing
+        from rwkvx_kernels.tools.triton_options import missing
+
+        triton = missing(TABLE, STAGES, facts.dtype, dim, facts.device)
     lacks = {
-        "triton": triton_lacks(facts),
+        "triton": triton,
         "compiled": compiled_lacks(facts),
         "torch": "",
         "reference": "",
@@ -84,7 +90,7 @@ def select_chunks(
     if offset < 0 or past > means.shape[2]:
         raise ValueError(f"queries at {offset}, behind {past} chunks: means has {means.shape[2]}")
     facts = Facts(q.device, q.dtype, traced=torch.compiler.is_compiling())
-    impl = choose(facts, selection, impl).impl
+    impl = choose(facts, selection, impl, q.shape[3]).impl
     if facts.traced and impl != "triton":
         return _traced(q, means, chunk_size, topk, offset, selection, impl)
     # More than there are chunks cost nothing but their -1.

@@ -92,6 +92,21 @@ def first_level(chunks: int) -> int:
     return level
 
 
+def scored_behind(chunks: int, topk: int) -> int:
+    """Members that a query behind so many chunks scores, coarse to fine."""
+    tree = chunks // RUN * RUN
+    if tree <= scored_whole(topk):
+        return chunks
+    top = first_level(tree)
+    scored = tree // FANOUT**top
+    for level in range(top, 0, -1):
+        members = tree // FANOUT ** (level - 1) if level > 1 else chunks
+        parents = tree // FANOUT**level
+        kept = min(kept_at(level, topk), parents)
+        scored += kept * FANOUT + members - parents * FANOUT
+    return scored
+
+
 def regions_of(chunks: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, chunks of a run) of the runs of equal length, the longest first."""
     size = RUN

@@ -1,15 +1,21 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 """The best of many candidates: chunk means, or nodes of a tree, streamed past a tile of queries.
 
 Flat selection is this once, with all past chunks for candidates. Coarse-to-fine selection
 (triton_descent.py) does it level by level: candidates are the children of the nodes that a query
 kept, whose scores it reads, and then the members of the level that have no parent.
 
+The lists of the best stand in registers, sorted; a tile of scores goes through as many rounds as
+one of its queries has newcomers, after the first tiles few. Of equal scores the first one stays.
+Longer lists than `options.MOST_KEPT` are made in passes: each has what comes after the one before.
+
 Axes: B batch, T queries, H query heads, G key/value heads, C chunks, D head size, S lengths of
 runs, N = B·G, M nodes of a level. Names: i_ index, p_ pointer, b_ tile in registers, o_ offset, m_
 mask. A program has `BLOCK_Q` queries of one head. P is the number of chunks in a query's tree; the
 entry of a member of level 1 or higher is run · M + member (forest.py), that of a chunk its number.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -18,15 +24,14 @@ from torch import Tensor
 
 from rwkvx_kernels.chunk_select import common
 from rwkvx_kernels.chunk_select import forest as forests
-from rwkvx_kernels.tools.triton_tiles import precision
+from rwkvx_kernels.chunk_select.options import MOST_KEPT, TABLE
+from rwkvx_kernels.tools.triton_device import interpreted
+from rwkvx_kernels.tools.triton_options import options_for
+from rwkvx_kernels.tools.triton_tiles import finite, load_rows
 
-# Sorts below every chunk.
-LOWEST = -0x7FFFFFFFFFFFFFFF
-
-
-def score_columns(dim: int) -> int:
-    """Columns that a product takes at a time: large heads take several."""
-    return 32 if dim > 64 else max(16, triton.next_power_of_2(dim))
+# Of so many numbers of 8 bits is a query made, and what it is multiplied with: products of both
+# whose sum matters are taken by matrix instructions for bfloat16.
+PARTS = {torch.bfloat16: (1, 2), torch.float16: (2, 2), torch.float32: (3, 3)}
 
 
 def tree_constants(forest: list[Tensor], topk: int) -> dict[str, int]:
@@ -43,30 +48,16 @@ def tree_constants(forest: list[Tensor], topk: int) -> dict[str, int]:
     }
 
 
-@triton.jit
-def pack(b_score, o_member, m_valid, LOWEST: tl.constexpr):
-    """Score above, member below, in one integer that sorts by score and then by lower member."""
-    b_bits = b_score.to(tl.int32, bitcast=True)
-    b_key = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
-    b_low = (0x7FFFFFFF - o_member).to(tl.int64)
-    b_packed = (b_key.to(tl.int64) << 32) | b_low[None, :]
-    return tl.where(m_valid, b_packed, LOWEST)
-
-
-@triton.jit
-def unpack(b_packed, LOWEST: tl.constexpr):
-    """The members of packed scores; -1 for none."""
-    b_member = (0x7FFFFFFF - (b_packed & 0x7FFFFFFF)).to(tl.int32)
-    return tl.where(b_packed == LOWEST, -1, b_member)
-
-
-@triton.jit
-def keep_best(b_best, b_packed, K: tl.constexpr):
-    """The best K of rows of candidates and of the best so far, which are in rising order.
-
-    Of two sorted rows, one rising and one falling, the pairwise maximum has the best K.
-    """
-    return tl.bitonic_merge(tl.maximum(b_best, tl.topk(b_packed, K)), descending=False)
+def score_constants(q: Tensor) -> dict[str, Any]:
+    """Compile-time constants of `scores_of`. The interpreter multiplies no bfloat16."""
+    query_parts, parts = PARTS[q.dtype]
+    return {
+        "D": q.shape[3],
+        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
+        "QUERY_PARTS": query_parts,
+        "PARTS": parts,
+        "PRODUCT": tl.float32 if interpreted() else tl.bfloat16,
+    }
 
 
 @triton.jit
@@ -96,64 +87,148 @@ def run_of(o_chunk, P, RUNS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constex
 
 
 @triton.jit
-def scores_of(
-    p_q, m_q, p_x, m_x,
-    LEVEL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Products of rows with chunk means, or with nodes (`common.node_queries`).
+def parts_of(b_x, PARTS: tl.constexpr, PRODUCT: tl.constexpr):
+    """Float32 as a sum of numbers of 8 bits, the largest first."""
+    parts = ()
+    for _ in tl.static_range(PARTS):
+        b_part = b_x.to(tl.bfloat16)
+        parts = parts + (b_part.to(PRODUCT),)  # noqa: RUF005
+        b_x = b_x - b_part.to(tl.float32)
+    return parts
 
-    `BLOCK_D` columns at a time: exact products of float32 fill the registers with more.
-    """
-    b_score = tl.zeros((p_q.shape[0], p_x.shape[0]), tl.float32)
-    b_square = tl.zeros((p_q.shape[0],), tl.float32)
-    for i_d in range(0, D, BLOCK_D):
-        o_d = i_d + tl.arange(0, BLOCK_D)
-        m_row = m_q[:, None] & (o_d < D)[None, :]
-        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_row, other=0.0).to(tl.float32)
-        m_column = m_x[None, :] & (o_d < D)[:, None]
-        b_x = tl.load(p_x[None, :] + o_d[:, None], mask=m_column, other=0.0)
-        b_score = tl.dot(b_q, b_x, b_score, input_precision=PRECISION)
-        b_square += tl.sum(b_q * b_q, axis=1)
+
+@triton.jit
+def scores_of(
+    q_parts, b_norm, p_table, o_place, m_place, o_d,
+    LEVEL: tl.constexpr, D: tl.constexpr, EXTRA: tl.constexpr,
+    QUERY_PARTS: tl.constexpr, PARTS: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """Products of queries with chunk means, or with nodes (`common.node_queries`): float32."""
+    WIDE: tl.constexpr = D if LEVEL == 0 else D + EXTRA
+    x_parts = parts_of(load_rows(p_table, o_place, m_place, o_d, WIDE, D), PARTS, PRODUCT)
+    b_score = tl.zeros((q_parts[0].shape[0], o_place.shape[0]), tl.float32)
+    for i_small in tl.static_range(PARTS):  # the smallest products first
+        for i in tl.static_range(QUERY_PARTS):
+            if PARTS - 1 - i_small - i >= 0:
+                b_x = tl.trans(x_parts[PARTS - 1 - i_small - i])
+                b_score = tl.dot(q_parts[i], b_x, b_score, input_precision="ieee")
     if LEVEL > 0:
-        b_radius = tl.load(p_x + D, mask=m_x, other=0.0)
-        b_score += tl.sqrt(b_square)[:, None] * b_radius[None, :]
+        b_radius = tl.load(p_table + o_place * WIDE + D, mask=m_place, other=0.0)
+        b_score += b_norm[:, None] * b_radius[None, :]
     return b_score
 
 
-@triton.jit(do_not_specialize=["first", "tokens", "members", "parents", "groups", "chunks"])
+@triton.jit
+def _insert(scores, columns, b_score, b_column, K: tl.constexpr):
+    """Into sorted lists, where it is among the best; after its equals."""
+    new_scores, new_columns = (), ()
+    for i in tl.static_range(K):
+        b_in, b_at = b_score, b_column
+        if i > 0:
+            m_shift = b_score > scores[i - 1]
+            b_in = tl.where(m_shift, scores[i - 1], b_score)
+            b_at = tl.where(m_shift, columns[i - 1], b_column)
+        m_new = b_score > scores[i]
+        new_scores = new_scores + (tl.where(m_new, b_in, scores[i]),)  # noqa: RUF005
+        new_columns = new_columns + (tl.where(m_new, b_at, columns[i]),)  # noqa: RUF005
+    return new_scores, new_columns
+
+
+@triton.jit
+def _meet(scores, columns, b_score, o_column, last, K: tl.constexpr, AFTER: tl.constexpr):
+    """Lists of the best meet a tile of scores, -inf for none, in the order of their columns.
+
+    last: scores and columns that all come after, in a later pass.
+    """
+    if AFTER:
+        b_last, b_last_column = last
+        m_later = (b_score == b_last[:, None]) & (o_column[None, :] > b_last_column[:, None])
+        m_later |= b_score < b_last[:, None]
+        b_score = tl.where(m_later, b_score, float("-inf"))
+    b_top = tl.max(b_score, axis=1)
+    while tl.max((b_top > scores[K - 1]).to(tl.int32), axis=0) > 0:
+        m_top = b_score == b_top[:, None]
+        b_column = tl.min(tl.where(m_top, o_column[None, :], 0x7FFFFFFF), axis=1)
+        scores, columns = _insert(scores, columns, b_top, b_column, K)
+        b_score = tl.where(o_column[None, :] == b_column[:, None], float("-inf"), b_score)
+        b_top = tl.max(b_score, axis=1)
+    return scores, columns
+
+
+@triton.jit
+def _entry_of(
+    b_column, p_order, p_kept, o_row, m_t, i_n, root, P, members, parents, groups, chunks,
+    LEVEL: tl.constexpr, WIDTH: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr,
+    GROWTH: tl.constexpr, FANOUT: tl.constexpr,
+):  # fmt: skip
+    """The entries that stand in columns: of children, and then of members without parent."""
+    o_member = b_column - WIDTH * FANOUT + root
+    b_entry = o_member
+    if LEVEL > 0:
+        b_entry += run_of(o_member * FANOUT**LEVEL, P, RUNS, RUN, GROWTH) * members
+    if WIDTH > 0:
+        m_child = (b_column >= 0) & (b_column < WIDTH * FANOUT) & m_t
+        b_parent = tl.load(p_kept + o_row * WIDTH + b_column // FANOUT, mask=m_child, other=0)
+        o_run, o_in = b_parent // parents, b_parent % parents * FANOUT + b_column % FANOUT
+        if LEVEL > 0:
+            b_child = o_run * members + o_in
+        else:
+            o_place = (o_run.to(tl.int64) * groups + i_n) * chunks + o_in
+            b_child = tl.load(p_order + o_place, mask=m_child, other=0)
+        b_entry = tl.where(m_child, b_child, b_entry)
+    return tl.where(b_column >= 0, b_entry, -1)
+
+
+@triton.jit(do_not_specialize=["first", "tokens", "members", "parents", "groups", "chunks", "rank"])
 def _best_kernel(
-    p_q, p_table, p_order, p_kept, p_scores, p_best,
-    first, tokens, members, parents, groups, chunks,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    p_q, p_table, p_order, p_kept, p_scores, p_last, p_last_column, p_best,
+    first, tokens, members, parents, groups, chunks, rank, rows,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERY_PARTS: tl.constexpr, PARTS: tl.constexpr, PRODUCT: tl.constexpr,
     SLOTS: tl.constexpr, CHUNK: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr,
     RUNS: tl.constexpr, LEVELS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constexpr,
     FANOUT: tl.constexpr, EXTRA: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, K: tl.constexpr,
-    PRECISION: tl.constexpr, LOWEST: tl.constexpr,
-):  # fmt: skip  # fmt: skip  # fmt: skip
-    """The best `SLOTS` members of a level for each query: their entries, -1 for none."""
-    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    start = (first // BLOCK_Q + tl.program_id(0)) * BLOCK_Q
-    o_t = start + tl.arange(0, BLOCK_Q) - first
-    o_k = tl.arange(0, K)
+    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, K: tl.constexpr, AFTER: tl.constexpr,
+):  # fmt: skip
+    """Ranks `rank` ... rank + K - 1 among a level's members, for each query: entries, -1 for none.
+
+    The last queries come first: they have most candidates.
+    """
+    i_tile, i_row = (
+        tl.num_programs(0) // rows - 1 - tl.program_id(0) // rows,
+        tl.program_id(0) % rows,
+    )
+    i_b, i_h = (i_row // H).to(tl.int64), i_row % H
+    start = (first // BLOCK_Q + i_tile) * BLOCK_Q
+    o_t, o_d = start + tl.arange(0, BLOCK_Q) - first, tl.arange(0, BLOCK_D)
     m_t = (o_t >= 0) & (o_t < tokens)
     o_row = (i_b * tokens + o_t) * H + i_h
     i_n = i_b * G + i_h // (H // G)
     P = tree_size(start // CHUNK, LEVELS, RUN, WHOLE)
     top = first_level(P, LEVELS, FANOUT, DENSE)
-    b_best = tl.full((BLOCK_Q, K), LOWEST, tl.int64)
-    root = start * 0
+    b_q = finite(load_rows(p_q, o_row, m_t, o_d, D, D).to(tl.float32))
+    b_norm = tl.sqrt(tl.sum(b_q * b_q, axis=1))
+    q_parts = parts_of(b_q, QUERY_PARTS, PRODUCT)
+    scores, columns = (), ()
+    for _ in tl.static_range(K):
+        scores = scores + (tl.full((BLOCK_Q,), float("-inf"), tl.float32),)  # noqa: RUF005
+        columns = columns + (tl.full((BLOCK_Q,), -1, tl.int32),)  # noqa: RUF005
+    last = (scores[0], columns[0])
+    if AFTER:
+        b_last = tl.load(p_last + o_row, mask=m_t, other=float("-inf"))
+        last = (b_last, tl.load(p_last_column + o_row, mask=m_t, other=-1))
+    root, o_in = start * 0, tl.arange(0, BLOCK_C)
     if WIDTH > 0:
         children = tl.where(top > LEVEL, WIDTH * FANOUT, 0)
         root = tl.where(top > LEVEL, P // FANOUT ** (LEVEL + 1) * FANOUT, 0)
         for i_c in range(0, children, BLOCK_C):
-            o_c = i_c + tl.arange(0, BLOCK_C)
+            o_c = i_c + o_in
             m_c = m_t[:, None] & (o_c < children)[None, :]
             p_parent = p_kept + o_row[:, None] * WIDTH + (o_c // FANOUT)[None, :]
             m_c &= tl.load(p_parent, mask=m_c, other=-1) >= 0
             p_tile = p_scores + o_row[:, None] * (WIDTH * FANOUT) + o_c[None, :]
-            b_score = tl.load(p_tile, mask=m_c, other=0.0)
-            b_best = keep_best(b_best, pack(b_score, o_c, m_c, LOWEST), K)
+            b_score = tl.load(p_tile, mask=m_c, other=float("-inf"))
+            scores, columns = _meet(scores, columns, b_score, o_c, last, K, AFTER)
     if LEVEL == 0:
         b_stop = (first + o_t) // CHUNK
         stop = (tl.minimum(start + BLOCK_Q, first + tokens) - 1) // CHUNK
@@ -162,36 +237,29 @@ def _best_kernel(
         stop = tl.where(top < LEVEL, 0, P // FANOUT**LEVEL)
         b_stop = o_t * 0 + stop
     for i_c in range(root, stop, BLOCK_C):
-        o_c = i_c + tl.arange(0, BLOCK_C)
-        p_x = p_table + (i_n * members + o_c) * D
+        o_c = i_c + o_in
+        o_place = i_n * members + o_c
         if LEVEL > 0:
             o_run = run_of(o_c * FANOUT**LEVEL, P, RUNS, RUN, GROWTH)
             o_place = (o_run.to(tl.int64) * groups + i_n) * members + o_c
-            p_x = p_table + o_place * (D + EXTRA)
-        b_score = scores_of(p_q + o_row * D, m_t, p_x, o_c < stop, LEVEL, D, BLOCK_D, PRECISION)
-        m_c = o_c[None, :] < b_stop[:, None]
-        b_packed = pack(b_score, WIDTH * FANOUT + o_c - root, m_c, LOWEST)
-        b_best = keep_best(b_best, b_packed, K)
-    b_column = unpack(b_best, LOWEST)
-    o_member = b_column - WIDTH * FANOUT + root
-    b_entry = o_member
-    if LEVEL > 0:
-        b_entry += run_of(o_member * FANOUT**LEVEL, P, RUNS, RUN, GROWTH) * members
-    if WIDTH > 0:
-        m_child = (b_column >= 0) & (b_column < WIDTH * FANOUT)
-        p_parent = p_kept + o_row[:, None] * WIDTH + b_column // FANOUT
-        b_parent = tl.load(p_parent, mask=m_child & m_t[:, None], other=0)
-        o_run, o_in = b_parent // parents, b_parent % parents * FANOUT + b_column % FANOUT
-        if LEVEL > 0:
-            b_child = o_run * members + o_in
-        else:
-            o_place = (o_run.to(tl.int64) * groups + i_n) * chunks + o_in
-            b_child = tl.load(p_order + o_place, mask=m_child & m_t[:, None], other=0)
-        b_entry = tl.where(m_child, b_child, b_entry)
-    b_entry = tl.where(b_column >= 0, b_entry, -1)
-    # The best come last.
-    p_out = p_best + o_row[:, None] * SLOTS + (K - 1 - o_k)[None, :]
-    tl.store(p_out, b_entry, mask=m_t[:, None] & (K - 1 - o_k < SLOTS)[None, :])
+        b_score = scores_of(
+            q_parts, b_norm, p_table, o_place, o_c < stop, o_d, LEVEL, D, EXTRA, QUERY_PARTS,
+            PARTS, PRODUCT,
+        )  # fmt: skip
+        m_c = (o_c[None, :] < b_stop[:, None]) & m_t[:, None]
+        b_score = tl.where(m_c, b_score, float("-inf"))
+        o_column = WIDTH * FANOUT + o_c - root
+        scores, columns = _meet(scores, columns, b_score, o_column, last, K, AFTER)
+    for i in tl.static_range(K):
+        b_entry = _entry_of(
+            columns[i], p_order, p_kept, o_row, m_t, i_n, root, P, members, parents, groups,
+            chunks, LEVEL, WIDTH, RUNS, RUN, GROWTH, FANOUT,
+        )  # fmt: skip
+        m_out = m_t & (o_row * 0 + rank + i < SLOTS)
+        tl.store(p_best + o_row * SLOTS + rank + i, b_entry, mask=m_out)
+    if K < SLOTS:
+        tl.store(p_last + o_row, scores[K - 1], mask=m_t)
+        tl.store(p_last_column + o_row, columns[K - 1], mask=m_t)
 
 
 def best_members(
@@ -223,23 +291,25 @@ def best_members(
     best = torch.empty((batch, tokens, heads, slots), dtype=torch.int32, device=q.device)
     if best.numel() == 0:
         return best
-    keep = max(2, triton.next_power_of_2(slots))
-    block_q = 32 if keep <= 16 else 16
     groups, chunks = (table.shape[1], table.shape[2]) if not level else (0, 0)
     if forest:
         groups, chunks = forest[0].shape[1] // batch, forest[0].shape[2]
-    # What keeps the registers from spilling, by Triton 3.6 and 3.9 (docs/results/ahead_of_time.md).
-    nodes = level > 0 and keep <= 64
-    stages = 1 if keep > 64 else 3 if nodes or not forest else 2
-    warps = 8 if kept is not None or (dim > 64 and not nodes) else 4
-    tiles = (first + tokens - 1) // block_q - first // block_q + 1
-    _best_kernel[(tiles, batch * heads)](
-        q, table, forest[0] if forest else None, kept, scores, best, first, tokens, table.shape[2],
-        forest[level + 1].shape[2] if kept is not None else 1, batch * groups, chunks,
-        H=heads, G=groups, D=dim, SLOTS=slots, CHUNK=chunk_size, LEVEL=level,
-        WIDTH=0 if kept is None else kept.shape[3], **tree_constants(forest, topk),
-        BLOCK_D=score_columns(dim), BLOCK_Q=block_q, BLOCK_C=max(64, keep), K=keep,
-        PRECISION=precision(torch.float32, q.device), LOWEST=LOWEST,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    passes = triton.cdiv(slots, MOST_KEPT)
+    keep = triton.cdiv(slots, passes)
+    options = options_for(TABLE, "level" if forest else "flat", q.dtype, dim, q.device)
+    tiles = (first + tokens - 1) // options.rows - first // options.rows + 1
+    last = last_column = None
+    if passes > 1:
+        last = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        last_column = torch.empty_like(last, dtype=torch.int32)
+    for rank in range(0, slots, keep):
+        _best_kernel[(tiles * batch * heads,)](
+            q, table, forest[0] if forest else None, kept, scores, last, last_column, best, first,
+            tokens, table.shape[2], forest[level + 1].shape[2] if kept is not None else 1,
+            batch * groups, chunks, rank, batch * heads,
+            H=heads, G=groups, SLOTS=slots, CHUNK=chunk_size, LEVEL=level,
+            WIDTH=0 if kept is None else kept.shape[3], **tree_constants(forest, topk),
+            **score_constants(q), BLOCK_Q=options.rows, BLOCK_C=options.columns, K=keep,
+            AFTER=rank > 0, **options.launch,
+        )  # fmt: skip
     return best

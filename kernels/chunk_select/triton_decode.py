@@ -12,19 +12,43 @@ from torch import Tensor
 
 from rwkvx_kernels.chunk_select import common
 from rwkvx_kernels.chunk_select.triton_best import (
-    LOWEST,
     first_level,
-    keep_best,
-    pack,
     run_of,
     tree_constants,
     tree_size,
-    unpack,
 )
 
 # Chunks that one program scores; a cache of a million tokens in chunks of 128 makes 16 programs.
 SPLIT = 512
 LEAST_BLOCK = 64
+# Sorts below every chunk.
+LOWEST = -0x7FFFFFFFFFFFFFFF
+
+
+@triton.jit
+def pack(b_score, o_member, m_valid, LOWEST: tl.constexpr):
+    """Score above, member below, in one integer that sorts by score and then by lower member."""
+    b_bits = b_score.to(tl.int32, bitcast=True)
+    b_key = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+    b_low = (0x7FFFFFFF - o_member).to(tl.int64)
+    b_packed = (b_key.to(tl.int64) << 32) | b_low[None, :]
+    return tl.where(m_valid, b_packed, LOWEST)
+
+
+@triton.jit
+def unpack(b_packed, LOWEST: tl.constexpr):
+    """The members of packed scores; -1 for none."""
+    b_member = (0x7FFFFFFF - (b_packed & 0x7FFFFFFF)).to(tl.int32)
+    return tl.where(b_packed == LOWEST, -1, b_member)
+
+
+@triton.jit
+def keep_best(b_best, b_packed, K: tl.constexpr):
+    """The best K of rows of candidates and of the best so far, which are in rising order.
+
+    Of two sorted rows, one rising and one falling, the pairwise maximum has the best K.
+    """
+    return tl.bitonic_merge(tl.maximum(b_best, tl.topk(b_packed, K)), descending=False)
 
 
 @triton.jit(do_not_specialize=["tokens", "members", "parents", "groups", "chunks", "splits"])

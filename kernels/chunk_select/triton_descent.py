@@ -3,7 +3,7 @@
 
 Neighbouring queries pick different nodes, so nothing is shared by tiles of queries; but a node is
 picked by many queries. So the pairs of query and kept node are sorted by node, and a program
-multiplies a tile of queries with the children of one node. The scores of a tile of queries,
+multiplies tiles of queries with the children of one node. The scores of a tile of queries,
 `FANOUT` for each pair, are held until the best of them are picked (triton_best.py).
 
 Axes and names as in triton_best.py.
@@ -16,43 +16,69 @@ from torch import Tensor
 
 from rwkvx_kernels.chunk_select import common
 from rwkvx_kernels.chunk_select import forest as forests
-from rwkvx_kernels.chunk_select.triton_best import best_members, score_columns, scores_of
-from rwkvx_kernels.tools.triton_lists import lists_of, pairs_of, tiles_of
-from rwkvx_kernels.tools.triton_tiles import precision
+from rwkvx_kernels.chunk_select.options import TABLE
+from rwkvx_kernels.chunk_select.triton_best import (
+    best_members,
+    parts_of,
+    score_constants,
+    scores_of,
+)
+from rwkvx_kernels.tools.triton_lists import (
+    MOST_GROUPS,
+    lists_of,
+    row_of,
+    segment_of,
+    segments_of,
+)
+from rwkvx_kernels.tools.triton_options import options_for
+from rwkvx_kernels.tools.triton_tiles import finite, load_rows
 
 # Scores held at once: 256 MB.
 TILE_SCORES = 1 << 26
 # A tile is a multiple of so many queries.
 TILE_MULTIPLE = 64
-# Pairs of a program.
-TILE = 64
 
 
-@triton.jit(do_not_specialize=["parents", "members", "groups", "chunks", "total"])
+@triton.jit(
+    do_not_specialize=[
+        "group", "tokens", "pairs", "lists", "parents", "members", "groups", "chunks"
+    ]
+)  # fmt: skip
 def _children_kernel(
-    p_q, p_table, p_order, p_pairs, p_offsets, p_owner, p_starts, p_scores,
-    parents, members, groups, chunks, total,
-    D: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr, RUNS: tl.constexpr,
-    FANOUT: tl.constexpr, EXTRA: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    p_q, p_table, p_order, p_kept, p_pairs, p_offsets, p_scores,
+    group, tokens, pairs, lists, parents, members, groups, chunks,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERY_PARTS: tl.constexpr, PARTS: tl.constexpr, PRODUCT: tl.constexpr,
+    LEVEL: tl.constexpr, WIDTH: tl.constexpr, FANOUT: tl.constexpr, EXTRA: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile of pairs that keep one node: the scores of its children, members of `LEVEL`."""
-    i_tile = tl.program_id(0)
-    i_list = tl.load(p_owner + i_tile).to(tl.int64)
-    if i_list >= total:
+    i_n = tl.program_id(1).to(tl.int64)
+    i_group = group + i_n
+    p_pairs += i_n * pairs
+    i_entry, begin, end = segment_of(
+        tl.program_id(0), p_pairs, p_offsets + i_n * (lists + 1), p_kept, i_group, tokens, pairs,
+        lists, TILE, H, G, WIDTH,
+    )  # fmt: skip
+    if begin >= end:
         return
-    o_pair, m_pair = pairs_of(i_tile, i_list, p_pairs, p_offsets, p_starts, TILE)
-    o_c = tl.arange(0, FANOUT)
-    i_n, i_entry = i_list // (RUNS * parents), i_list % (RUNS * parents)
-    i_run, o_in = i_entry // parents, i_entry % parents * FANOUT + o_c
+    o_c, o_d = tl.arange(0, FANOUT), tl.arange(0, BLOCK_D)
+    o_place = begin + tl.arange(0, TILE)
+    m_pair = o_place < end
+    o_pair = tl.load(p_pairs + o_place, mask=m_pair, other=0)
+    o_row = row_of(i_group, o_pair, tokens, H, G, WIDTH)
+    b_q = finite(load_rows(p_q, o_row, m_pair, o_d, D, D).to(tl.float32))
+    i_run, o_in = (i_entry // parents).to(tl.int64), i_entry % parents * FANOUT + o_c
     if LEVEL == 0:
-        p_chunk = p_order + (i_run * groups + i_n) * chunks + o_in
-        p_x = p_table + (i_n * members + tl.load(p_chunk)) * D
+        o_x = i_group * members + tl.load(p_order + (i_run * groups + i_group) * chunks + o_in)
     else:
-        p_x = p_table + ((i_run * groups + i_n) * members + o_in) * (D + EXTRA)
-    p_rows = p_q + o_pair // WIDTH * D
-    b_score = scores_of(p_rows, m_pair, p_x, o_c >= 0, LEVEL, D, BLOCK_D, PRECISION)
-    tl.store(p_scores + o_pair[:, None] * FANOUT + o_c[None, :], b_score, mask=m_pair[:, None])
+        o_x = (i_run * groups + i_group) * members + o_in
+    b_score = scores_of(
+        parts_of(b_q, QUERY_PARTS, PRODUCT), tl.sqrt(tl.sum(b_q * b_q, axis=1)), p_table, o_x,
+        o_c >= 0, o_d, LEVEL, D, EXTRA, QUERY_PARTS, PARTS, PRODUCT,
+    )  # fmt: skip
+    o_out = (o_row * WIDTH + o_pair % WIDTH) * FANOUT
+    tl.store(p_scores + o_out[:, None] + o_c[None, :], b_score, mask=m_pair[:, None])
 
 
 def _score_children(
@@ -60,18 +86,20 @@ def _score_children(
 ) -> Tensor:
     """Scores of the children, members of `level`, of kept [B, T, H, W]: [B, T, H, W · FANOUT]."""
     order, (runs, groups, parents, _) = forest[0], forest[level + 1].shape
-    width, dim = kept.shape[3], q.shape[3]
-    lists = lists_of(kept, groups // len(q), runs * parents)
-    tiles = tiles_of(lists, TILE)
+    batch, tokens, heads, width = kept.shape
+    options = options_for(TABLE, "children", q.dtype, q.shape[3], q.device)
     shape = (*kept.shape[:3], width * common.FANOUT)
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
-    _children_kernel[(len(tiles.owner),)](
-        q, table, order, lists.order, lists.offsets, tiles.owner, tiles.starts, scores, parents,
-        table.shape[2], groups, order.shape[2], len(lists.offsets) - 1,
-        D=dim, LEVEL=level, WIDTH=width, RUNS=runs, FANOUT=common.FANOUT, EXTRA=forests.EXTRA,
-        BLOCK_D=score_columns(dim), TILE=TILE, PRECISION=precision(torch.float32, q.device),
-        num_warps=4,
-    )  # fmt: skip
+    for start in range(0, groups, MOST_GROUPS):
+        part = range(start, min(groups, start + MOST_GROUPS))
+        lists = lists_of(kept, groups // batch, runs * parents + 1, part)
+        assert lists is not None
+        _children_kernel[(segments_of(lists, options.rows), len(part))](
+            q, table, order, kept, *lists, scores, start, tokens, lists.order.shape[1],
+            runs * parents + 1, parents, table.shape[2], groups, order.shape[2],
+            H=heads, G=groups // batch, **score_constants(q), LEVEL=level, WIDTH=width,
+            FANOUT=common.FANOUT, EXTRA=forests.EXTRA, TILE=options.rows, **options.launch,
+        )  # fmt: skip
     return scores
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from rwkvx_kernels.chunk_select import common
 from rwkvx_kernels.chunk_select.trees import Trees
 from rwkvx_kernels.chunk_select.triton_descent import descend
+from rwkvx_kernels.chunk_select.triton_means import means_of
 from rwkvx_kernels.dispatch import check_cu_seqlens
-from rwkvx_kernels.tools.operators import operator
+from rwkvx_kernels.tools.operators import adjacent, operator
 
 
 def _fake(q: Tensor, *args: Any) -> Tensor:
@@ -28,24 +29,25 @@ def select_triton(
     return descend(q.contiguous(), means.contiguous(), forest, first, chunk_size, topk)
 
 
+def select_sequences(q: Tensor, k: Tensor, coarse: bool, chunk_size: int, topk: int) -> Tensor:
+    """The choice of whole sequences q [B, T, H, D], k [B, T, G, D]: [B, T, H, topk - 1] int32."""
+    means = means_of(adjacent(k), chunk_size)
+    forest: list[Tensor] = []
+    if coarse and means.shape[2] > common.scored_whole(topk):
+        forest = Trees(means.flatten(0, 1)).forest(means.shape[2])
+    return descend(q.contiguous(), means, forest, 0, chunk_size, topk)
+
+
 @operator("select_chunks_whole", _fake)
 def select_whole(
     q: Tensor, k: Tensor, cu_seqlens: Tensor | None, coarse: bool, chunk_size: int, topk: int
 ) -> Tensor:
-    """Of whole sequences q [B, T, H, D], k [B, T, G, D], packed ones if there are offsets.
-
-    Returns:
-        [B, T, H, topk - 1] int32, counted from the start of each sequence.
-    """
-    if cu_seqlens is not None:
-        chosen = q.new_empty((*q.shape[:3], topk - 1), dtype=torch.int32)
-        for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])):
-            if a < b:
-                own = (q[:, a:b], k[:, a:b], None)
-                chosen[:, a:b] = select_whole(*own, coarse, chunk_size, topk)
-        return chosen
-    means = common.chunk_means(k.transpose(1, 2), chunk_size)
-    forest: list[Tensor] = []
-    if coarse and means.shape[2] > common.scored_whole(topk):
-        forest = Trees(means.flatten(0, 1)).forest(means.shape[2])
-    return descend(q.contiguous(), means.contiguous(), forest, 0, chunk_size, topk)
+    """`select_sequences`, of packed sequences if there are offsets; counted from the start of
+    each."""
+    if cu_seqlens is None:
+        return select_sequences(q, k, coarse, chunk_size, topk)
+    chosen = q.new_empty((*q.shape[:3], topk - 1), dtype=torch.int32)
+    for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])):
+        if a < b:
+            chosen[:, a:b] = select_sequences(q[:, a:b], k[:, a:b], coarse, chunk_size, topk)
+    return chosen

@@ -4,7 +4,8 @@ Axes: I inputs, O outputs, R rank.
 """
 
 from functools import cache
-from platform import machine
+from pathlib import Path
+from platform import machine, processor
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ def linear_torch(
         if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, None, "none", [], "")
             return y
-        if x.dtype == torch.bfloat16 and not _multiplies_bfloat16():
+        if x.dtype == torch.bfloat16 and not multiplies_bfloat16():
             return linear_torch(x.float(), weight_OI.float()).to(x.dtype)
     return F.linear(x, weight_OI)
 
@@ -45,7 +46,18 @@ def low_rank_torch(
 
 
 @cache
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for it; not asked of others than x86."""
     x86 = machine().lower() in ("x86_64", "amd64")
     return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@cache
+def mkl_is_fast() -> bool:
+    """Whether torch's BLAS is MKL on a processor for which MKL takes its fast paths, an Intel."""
+    if not torch.backends.mkl.is_available():
+        return False
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "GenuineIntel" in processor()

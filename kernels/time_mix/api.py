@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from rwkvx_kernels.dispatch import Choice, Facts, check_packed, facts_of, remembered
-from rwkvx_kernels.time_mix.common import TimeMixWeights
+from rwkvx_kernels.time_mix.common import TimeMixWeights, recurrence_inputs
 from rwkvx_kernels.time_mix.reference import time_mix_reference
 from rwkvx_kernels.time_mix.torch_form import time_mix_torch
 from rwkvx_kernels.tools.operators import operator
+from rwkvx_kernels.wkv7 import Summary, wkv7_summary
 from rwkvx_kernels.wkv7 import api as recurrence
 
 
@@ -78,6 +79,25 @@ def time_mix(
     return (time_mix_reference if reference else time_mix_torch)(
         tokens, weights, eps, state, cu_seqlens
     )
+
+
+def time_mix_summary(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    residual: tuple[Tensor, Tensor] | None,
+    weights: TimeMixWeights,
+    impl: str = "auto",
+) -> Summary:
+    """What these tokens do to the state of `time_mix`: P and D of `wkv7_summary`, differentiable.
+
+    Arguments as for `time_mix`.
+    """
+    tokens = (r, w, k, v, a, *(residual or ()))
+    _, log_decay, k, v, alpha, beta = recurrence_inputs(tokens, weights)
+    return wkv7_summary(log_decay, k, v, alpha, beta, impl=impl)
 
 
 def _compiled(

@@ -32,18 +32,14 @@ class TimeMixWeights(NamedTuple):
         return [x for x in (*self[:2], *self[3:], self.v0) if x is not None]
 
 
-def equations(
-    tokens: Sequence[Tensor],
-    weights: TimeMixWeights,
-    eps: float,
-    recurrence: Callable[..., tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """As `api.time_mix` (arXiv 2503.14456, eq. 4-20) of r, w, k, v, a, g and, with a value
-    residual, its gate and the values of the first block.
+def recurrence_inputs(
+    tokens: Sequence[Tensor], weights: TimeMixWeights
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `wkv7` reads (eq. 4-13): r, log_decay, k, v, alpha, beta, each [B, T, H, D].
 
-    recurrence: as `wkv7`, of r, log_decay, k, v, alpha, beta.
+    tokens: r, w, k, v, a and, with a value residual, its gate and the values of the first block.
     """
-    r, w, k, v, a, g, *residual = tokens
+    r, w, k, v, a, *residual = tokens
     size = weights.r_k.shape[1]
 
     def heads(x: Tensor) -> Tensor:
@@ -60,8 +56,25 @@ def equations(
     k = k * torch.addcmul(1 - weights.k_a, a, weights.k_a)  # k (1 + (a - 1) k_a)
     # The casts are no-ops except under autocast.
     r, k, v, a, log_decay = map(heads, (r, k.to(r.dtype), v.to(r.dtype), a.to(r.dtype), log_decay))
-    y, state = recurrence(r, log_decay, k, v, -kk, kk * a)
+    return r, log_decay, k, v, -kk, kk * a
+
+
+def equations(
+    tokens: Sequence[Tensor],
+    weights: TimeMixWeights,
+    eps: float,
+    recurrence: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """As `api.time_mix` (arXiv 2503.14456, eq. 4-20) of r, w, k, v, a, g and, with a value
+    residual, its gate and the values of the first block.
+
+    recurrence: as `wkv7`, of r, log_decay, k, v, alpha, beta.
+    """
+    g, size = tokens[5], weights.r_k.shape[1]
+    r, log_decay, k, v, alpha, beta = recurrence_inputs((*tokens[:5], *tokens[6:]), weights)
+    y, state = recurrence(r, log_decay, k, v, alpha, beta)
     y = F.layer_norm(y, (size,), eps=eps)  # over each head: a group norm
-    y = torch.addcmul(heads(weights.norm_bias), y, heads(weights.norm_weight))
+    norm_weight, norm_bias = (x.reshape(-1, size) for x in (weights.norm_weight, weights.norm_bias))
+    y = torch.addcmul(norm_bias, y, norm_weight)
     bonus = (r * k * weights.r_k).sum(dim=-1, keepdim=True)
     return torch.addcmul(y, bonus, v).flatten(-2) * g, state

@@ -130,3 +130,8 @@ def _run_again(function: Callable[..., Any], grads: list[Tensor], args: Any) -> 
         results = function(*tree_unflatten(leaves, structure))
         results = [results] if isinstance(results, Tensor) else results
         return list(torch.autograd.grad(results, inputs, grads, materialize_grads=True))
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """With the channels of a row one after the other; rows may lie anywhere."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -35,11 +35,13 @@ GFX942 = Device("hip", "gfx942", 64, 64 * 1024, 304)
 _pretended: list[Device] = []
 
 
+@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether Triton's interpreter runs kernels, on tensors of any device (TRITON_INTERPRET=1)."""
     return bool(triton.knobs.runtime.interpret)
 
 
+@torch.compiler.assume_constant_result
 def device_kind(device: torch.device) -> Device:
     """The kind of GPU that `device` is; under the interpreter an sm_90."""
     if _pretended:

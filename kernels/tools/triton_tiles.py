@@ -50,6 +50,12 @@ def store_rows(p_x, o_row, m_row, o_d, b_x, D: tl.constexpr):
 
 
 @triton.jit
+def finite(b_x):
+    """With zeros for what is not finite: a weight of zero then makes a zero of it."""
+    return tl.where(tl.abs(b_x.to(tl.float32)) < float("inf"), b_x, 0.0)
+
+
+@triton.jit
 def softmax_step(b_top, b_sum, b_acc, b_score):
     """A running softmax (binary exponentials) meets scores [rows, keys].
 

@@ -48,14 +48,22 @@ def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTES) 
     """
     with replacing_folder(folder) as temporary:
         written = write_weights(temporary, checkpoint.tensors, shard_bytes)
-        written += write_tokenizer(checkpoint, temporary)
-        ends = special_ids(checkpoint.tokenizer)
-        write_json(temporary / CONFIG, {**CONFIG_KEYS, **ends, **checkpoint.config.to_dict()})
-        known = folder / TOKENIZER_CONFIG
-        code = write_hub_files(temporary, None if known.exists() else checkpoint.config.tokenizer)
-        write_manifest(temporary, [CONFIG, code, *written])
+        known = (folder / TOKENIZER_CONFIG).exists()
+        write_manifest(temporary, [*write_about(checkpoint, temporary, known), *written])
     remove_other_weights(folder, written)
     return None  # it has a place for everything
+
+
+def write_about(checkpoint: Checkpoint, folder: Path, known_tokenizer: bool = False) -> list[str]:
+    """Write all but the weights; the names of what the manifest is to list.
+
+    known_tokenizer: what Hugging Face wants to know of a tokenizer is there already.
+    """
+    written = write_tokenizer(checkpoint, folder)
+    ends = special_ids(checkpoint.tokenizer)
+    write_json(folder / CONFIG, {**CONFIG_KEYS, **ends, **checkpoint.config.to_dict()})
+    code = write_hub_files(folder, None if known_tokenizer else checkpoint.config.tokenizer)
+    return [CONFIG, code, *written]
 
 
 def read(folder: Path, overrides: Mapping[str, Any], meta: bool = False) -> Checkpoint:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from rwkvx.adapters import set_starting_state
+from rwkvx.checkpoint.adapter import Adapter, is_adapter, merge, read_adapter
 from rwkvx.checkpoint.checkpoint import Checkpoint, cast, check_room, check_vocabulary
 from rwkvx.checkpoint.folder import CONFIG
 from rwkvx.checkpoint.formats import detect
@@ -54,6 +56,7 @@ def load(
     *,
     impl: str = "auto",
     verify: bool = False,
+    adapter: str | Path | None = None,
     **overrides: Any,
 ) -> Model:
     """Load a model, in evaluation mode.
@@ -72,6 +75,9 @@ def load(
         impl: which implementations run: "auto", "reference" (the equations, slowly), "torch",
             "compiled" (Numba; a CPU, no gradients) or "triton" (a GPU). See `rwkvx.explain`.
         verify: check the file's checksums first: SHA-256 in folders, CRC-32 in `.pth`.
+        adapter: folder of an adapter of this model: low-rank updates are added to the weights, a
+            starting state is what every sequence starts from. Such a folder as `path` means its
+            base model with it.
         overrides: fields of `ModelConfig` that leave the parameters as they are, such as
             chunk_size=..., topk=..., tokenizer=....
 
@@ -84,15 +90,46 @@ def load(
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
     where = usable_device(str(device))
     wide = torch.bfloat16 if name == "int8" else getattr(torch, name)
-    model = read_checkpoint(find_model(path), overrides, verify, wide).model().to(where)
+    found, beside = with_adapter(find_model(path), adapter, verify)
+    checkpoint = read_checkpoint(found, overrides, verify, wide, beside)
+    model = checkpoint.model().to(where)
+    if beside is not None and beside.config.kind == "state":
+        set_starting_state(model, beside.tensors)
     model.impl = impl
     return quantize(model) if name == "int8" else model
 
 
+def with_adapter(
+    path: Path, adapter: str | Path | None, verify: bool = False
+) -> tuple[Path, Adapter | None]:
+    """A model's path and its adapter; the folder of an adapter alone means its base with it.
+
+    Raises:
+        InputError: an adapter that is damaged, or whose base is not to be found.
+    """
+    if adapter is not None:
+        return path, read_adapter(user_path(adapter), verify)
+    if not path.is_dir() or not is_adapter(path):
+        return path, None
+    found = read_adapter(path, verify)
+    try:
+        return find_model(found.base_model), found
+    except InputError as error:
+        raise InputError(
+            f"{path} is an adapter of {shown(found.base_model)}, which is not there: name the base "
+            "model, and this folder as its adapter"
+        ) from error
+
+
 def read_checkpoint(
-    path: Path, overrides: Mapping[str, Any], verify: bool = False, dtype: torch.dtype | None = None
+    path: Path,
+    overrides: Mapping[str, Any],
+    verify: bool = False,
+    dtype: torch.dtype | None = None,
+    adapter: Adapter | None = None,
 ) -> Checkpoint:
-    """Config and tensors of a file or folder, sound; in `dtype`, or in those they have there.
+    """Config and tensors of a file or folder, sound; in `dtype`, or in those they have there; with
+    the updates of an adapter added.
 
     Raises:
         InputError: as `load`.
@@ -105,8 +142,10 @@ def read_checkpoint(
     if verify:
         found.verify(path)
     checkpoint = found.read(path, overrides)
+    stored = checkpoint.tensors
+    whole = stored if adapter is None else merge(adapter, stored)
     tensors = {
-        name: cast(x, dtype or x.dtype, f"{path}: {name}") for name, x in checkpoint.tensors.items()
+        name: cast(x, dtype or stored[name].dtype, f"{path}: {name}") for name, x in whole.items()
     }
     return checkpoint._replace(tensors=tensors)
 

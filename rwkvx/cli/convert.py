@@ -50,6 +50,11 @@ __all__ = ["convert_command"]
     type=Within(range_of(ModelConfig, "topk")),
     help="Of sparse blocks. Default: SOURCE's, else 3.",
 )
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    help="Add the low-rank updates of this adapter of SOURCE to the weights.",
+)
 @click.option("--verify", is_flag=True, help="Check the checksums of SOURCE first.")
 def convert_command(
     source: str,
@@ -61,6 +66,7 @@ def convert_command(
     init: str,
     chunk_size: int | None,
     topk: int | None,
+    adapter: Path | None,
     verify: bool,
 ) -> None:
     """Write the model SOURCE as TARGET, bit for bit, in another format.
@@ -74,13 +80,14 @@ def convert_command(
       rwkvx convert my-model my-model.pth
       rwkvx convert rwkv7-g1-0.1b.pth hybrid --expand 4
       rwkvx convert rwkv7-g1-0.1b.pth hf-model --to fla
+      rwkvx convert my-model my-chat-model --adapter runs/chat/chat-step-500
     """
     import torch
 
     from rwkvx.checkpoint.expand import assert_same_function
     from rwkvx.checkpoint.expand import expand as add_blocks
     from rwkvx.checkpoint.formats import format_of_target
-    from rwkvx.checkpoint.load import find_model, read_checkpoint
+    from rwkvx.checkpoint.load import find_model, read_checkpoint, with_adapter
     from rwkvx.errors import InputError, one_line
     from rwkvx.files import is_there, user_path
 
@@ -90,15 +97,20 @@ def convert_command(
     wanted = format_of_target(target, to)
     asked = {"chunk_size": chunk_size, "topk": topk}
     overrides = {name: value for name, value in asked.items() if value is not None}
-    checkpoint = read_checkpoint(find_model(source), overrides, verify)
+    path, beside = with_adapter(find_model(source), adapter, verify)
+    if beside is not None and beside.config.kind == "state":
+        raise InputError(
+            f"{beside.origin} is a starting state: no weight, it stays beside its model (--adapter "
+            "of `rwkvx generate`, adapter= of `rwkvx.load`)"
+        )
+    wide = getattr(torch, dtype) if dtype else None
+    checkpoint = read_checkpoint(path, overrides, verify, wide, beside)
     if expand is not None:
         before = checkpoint
         checkpoint = add_blocks(before, expand, init, kind)
         if init == "zero":
             assert_same_function(before, checkpoint)
             click.echo("checked: the function is that of SOURCE, logit for logit")
-    if dtype is not None:
-        checkpoint = checkpoint.to(getattr(torch, dtype), source)
     note = wanted.write(checkpoint, target)
     count = sum(x.numel() for x in checkpoint.tensors.values())
     click.echo(f"{target}: {wanted.TITLE}, {count:,} parameters")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,6 +29,7 @@ PROMPT_BYTES = 256_000_000
 )
 @click.option("--top-p", type=Within(TOP_P), default=0.9, show_default=True)
 @seed_option
+@click.option("--adapter", type=click.Path(path_type=Path), help="Folder of an adapter of M.")
 @device_option
 @dtype_option
 def generate_command(
@@ -37,6 +39,7 @@ def generate_command(
     temperature: float,
     top_p: float,
     seed: int | None,
+    adapter: Path | None,
     device: str,
     dtype: str,
 ) -> None:
@@ -48,6 +51,7 @@ def generate_command(
     Examples:
       rwkvx generate --model passkey-tiny "The grass is green." --max-tokens 40
       rwkvx generate --model passkey-tiny - --temperature 0 < prompt.txt
+      rwkvx generate --model my-model --adapter runs/chat/chat-step-500 "Who are you?"
     """
     import rwkvx
     from rwkvx.progress import progress
@@ -56,7 +60,7 @@ def generate_command(
 
     # Bytes all the way: a prompt that is no UTF-8 (a file, an odd argument) is read as it is.
     data = read_prompt() if prompt == "-" else os.fsencode(prompt)
-    loaded = rwkvx.load(model, device=device, dtype=dtype)
+    loaded = rwkvx.load(model, device=device, dtype=dtype, adapter=adapter)
     tokenizer = loaded.tokenizer
     ids = prompt_ids(tokenizer, data) or [tokenizer.eos_token_id]
     check_prompt(loaded, len(ids))

@@ -13,7 +13,9 @@ __all__ = ["LazyGroup", "explain_missing_module"]
 _EXTRAS = {
     "datasets": "eval",
     "lm_eval": "eval",
+    "jinja2": "eval",
     "matplotlib": "eval",
+    "openai": "eval",
     "tensorboard": "train",
     "triton": "gpu",
 }

@@ -25,6 +25,8 @@ eval_group = LazyGroup(
     Examples:
       rwkvx eval passkey --model passkey-tiny --lengths 1k,4k,16k --depths 10 --seeds 5
       rwkvx eval lm --model passkey-tiny --tasks lambada_openai,piqa
+      rwkvx eval long --model passkey-tiny --tasks passkey,niah_single_1 --lengths 1k,4k
+      rwkvx eval compare runs/long-A runs/long-B --out runs/a-b
     """,
     lazy={
         "passkey": (
@@ -32,6 +34,14 @@ eval_group = LazyGroup(
             "Find a hidden number by context length and depth.",
         ),
         "lm": ("rwkvx_evals.lm.command:lm_command", "Run lm-eval's own tasks."),
+        "long": (
+            "rwkvx_evals.long.command:long_command",
+            "Long-context tasks of exact lengths, for any model.",
+        ),
+        "compare": (
+            "rwkvx_evals.compare.command:compare_command",
+            "Finished runs of eval long, sample by sample.",
+        ),
     },
 )
 
@@ -65,6 +75,14 @@ cli = LazyGroup(
         ),
         "generate": ("rwkvx.cli.generate:generate_command", "Continue a prompt."),
         "convert": ("rwkvx.cli.convert:convert_command", "Checkpoints in other formats."),
+        "ship": (
+            "rwkvx_evals.text.ship:ship_command",
+            "A trained model in bfloat16, measured, with its card.",
+        ),
+        "variants": (
+            "rwkvx_evals.variants.command:variants_command",
+            "Train four architectures alike and compare them.",
+        ),
         "bench": ("rwkvx_evals.bench.command:bench_command", "Measure speed on this machine."),
         "info": ("rwkvx.cli.info:info_command", "Show what a model is made of."),
         "check": ("rwkvx.cli.check:check_command", "Compare all ways of running a model."),

@@ -16,7 +16,14 @@ from rwkvx.files.plain import (
     read_json,
     user_path,
 )
-from rwkvx.files.written import replacing, replacing_folder, write_bytes, write_json, write_text
+from rwkvx.files.written import (
+    flush,
+    replacing,
+    replacing_folder,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from rwkvx.files.yaml import parse_yaml, read_yaml
 
 __all__ = [
@@ -24,6 +31,7 @@ __all__ = [
     "TEXT_BYTES",
     "collector_paused",
     "decoded",
+    "flush",
     "is_there",
     "open_packed",
     "open_regular",

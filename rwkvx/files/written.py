@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
             mode = temporary.stat().st_mode
             yield temporary
             temporary.chmod(mode)
-            _flush(temporary)
+            flush(temporary)
             temporary.replace(target)
         finally:
             with suppress(OSError):
@@ -63,7 +63,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
                     file.replace(target / file.name)
             else:
                 temporary.replace(target)
-            _flush(target)
+            flush(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -99,7 +99,8 @@ def _neighbour(path: Path, suffix: str) -> Path:
     return path.with_name(f".{uuid.uuid4().hex[:12]}.part{suffix[:16]}")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

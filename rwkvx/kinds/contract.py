@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rwkvx.errors import InputError
 from rwkvx.ranges import Whole
+from rwkvx.sequence import SequenceParallel
 from rwkvx_kernels.chunk_attention import KeyValueCache
 from rwkvx_kernels.dispatch import Choice, Facts
 from rwkvx_kernels.one_token import BlockWeights, Cache
@@ -121,6 +122,10 @@ class Mixer(nn.Module):
         super().__init__()
         self.config, self.position = config, position
         self.impl = "auto"
+        # Tensors of the state that a sequence starts from in place of zeros, without the row axis
+        # (rwkvx/adapters): a mapping, or an nn.ParameterDict.
+        self.start: Any = {}
+        self.sequence: SequenceParallel | None = None  # who reads the other parts of a sequence
 
     def forward(
         self,
@@ -160,7 +165,12 @@ class Mixer(nn.Module):
         made: dict[str, Tensor | None] = {}
         for name, shape in self.state_shapes().items():
             dtype = self.dtype(name, like)
-            made[name] = None if shape is None else like.new_zeros(rows, *shape, dtype=dtype)
+            if shape is None:
+                made[name] = None
+            elif name in self.start:
+                made[name] = self.start[name].to(dtype).repeat(rows, *[1] * len(shape))
+            else:
+                made[name] = like.new_zeros(rows, *shape, dtype=dtype)
         return self.State(**made)
 
     @staticmethod
@@ -231,6 +241,11 @@ class Mixer(nn.Module):
     @classmethod
     def check_config(cls, config: "ModelConfig") -> None:
         """Raise InputError for a config that a block of this kind cannot be made of."""
+
+    @classmethod
+    def part_multiple(cls, config: "ModelConfig") -> int:
+        """Of how many tokens the parts of a sequence that processes share must be a multiple."""
+        return 1
 
     @classmethod
     def used(cls, config: "ModelConfig") -> frozenset[str]:

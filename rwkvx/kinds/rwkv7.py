@@ -24,7 +24,7 @@ from rwkvx_kernels.dispatch import Choice, Facts
 from rwkvx_kernels.linear import low_rank
 from rwkvx_kernels.linear.api import choose as choose_linear
 from rwkvx_kernels.one_token import BlockWeights
-from rwkvx_kernels.time_mix import TimeMixWeights, time_mix
+from rwkvx_kernels.time_mix import TimeMixWeights, time_mix, time_mix_summary
 from rwkvx_kernels.time_mix.api import choose as choose_time_mix
 from rwkvx_kernels.token_shift import token_shift
 
@@ -125,7 +125,10 @@ class TimeMix(Mixer):
         """See `Mixer.forward`."""
         mixes = [getattr(self, f"x_{name}") for name in MIXES]
         elementwise = ELEMENTWISE.get(self.impl, self.impl)
-        shifted = token_shift(x, state.shift, mixes, cu_seqlens, elementwise)
+        before, matrix = state.shift, state.wkv
+        if self.sequence is not None:
+            before = self.sequence.before(x[:, -1], before)
+        shifted = token_shift(x, before, mixes, cu_seqlens, elementwise)
         x_r, x_w, x_k, x_v, x_a, x_g = shifted
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         impl = PRODUCTS.get(self.impl, self.impl)
@@ -137,10 +140,11 @@ class TimeMix(Mixer):
             residual, v0 = (low_rank(x_v, self.v1, self.v2, impl=impl), v_first), self.v0
         vectors = (self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias)
         weights = TimeMixWeights(self.w0, self.a0, v0, *vectors)
+        if self.sequence is not None:
+            summary = time_mix_summary(r, w, k, v, a, residual, weights, self.impl)
+            matrix = self.sequence.state_before(*summary, matrix)
         tokens = (r, w, k, v, a, g)
-        y, wkv = time_mix(
-            *tokens, residual, weights, self.ln_x.eps, state.wkv, cu_seqlens, self.impl
-        )
+        y, wkv = time_mix(*tokens, residual, weights, self.ln_x.eps, matrix, cu_seqlens, self.impl)
         shift = last_token(x, state.shift, cu_seqlens)
         v_first = v if v_first is None else v_first
         return self.output(y), Rwkv7State(shift, wkv, state.ffn_shift), v_first

@@ -21,6 +21,7 @@ from rwkvx.kinds.attention import (
     select_rows,
 )
 from rwkvx.kinds.contract import Memory, Shape, TokenState
+from rwkvx.kinds.parts import attend_part
 from rwkvx_kernels.chunk_attention import (
     KeyValueCache,
     cached_chunk_attention,
@@ -92,6 +93,8 @@ class SparseAttention(AttentionMixer):
         """See `Mixer.forward`."""
         q, k, v, conv = self.receptance(x), self.key(x), self.value(x), state.conv
         if conv is not None:
+            if self.sequence is not None:
+                conv = self.sequence.before(k[:, k.shape[1] - conv.shape[1] :], conv)
             k, conv = self._convolve(k, conv, cu_seqlens)
         q, k, v = (z.to(q.dtype).unflatten(-1, (-1, self.config.head_size)) for z in (q, k, v))
         y, cached = self.attend(q, k, v, state.cached, cu_seqlens, keep_cache)
@@ -101,6 +104,8 @@ class SparseAttention(AttentionMixer):
         """See `AttentionMixer`."""
         config = self.config
         shape = (config.chunk_size, self.topk)
+        if self.sequence is not None:
+            return attend_part(q, k, v, *shape, config.selection, self.impl, self.sequence)
         return chunk_attention(q, k, v, *shape, cu_seqlens, self.impl, config.selection)
 
     def attend_cached(self, q: Tensor, rows: CachedRows) -> Tensor:
@@ -181,6 +186,11 @@ class SparseAttention(AttentionMixer):
         selection = choose_select(facts, config.selection, self.impl)
         sizes = (config.chunk_size, self.topk, tokens, config.head_size)
         return {"selection": selection, "attention": choose_attention(facts, *sizes, self.impl)}
+
+    @classmethod
+    def part_multiple(cls, config: "ModelConfig") -> int:
+        """A part holds whole chunks, and what a key convolution reads."""
+        return config.chunk_size * -(-max(1, config.key_conv - 1) // config.chunk_size)
 
     @classmethod
     def check_config(cls, config: "ModelConfig") -> None:

@@ -86,6 +86,9 @@ class WindowAttention(AttentionMixer):
 
     def attend_whole(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """See `AttentionMixer`."""
+        if self.sequence is not None:
+            both = self.sequence.joined_before(torch.cat([k, v], dim=-1), self.window - 1)
+            k, v = both.split(k.shape[-1], dim=-1)
         if cu_seqlens is None:
             return window_attention(q, k, v, self.window)
         bounds = [(a, b) for a, b in pairwise(cu_seqlens.tolist()) if a < b]

@@ -3,13 +3,16 @@
 Axes: B batch, T time.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rwkvx.config import ModelConfig
 from rwkvx.data.sources import Rows, Source, Wanted
 from rwkvx.errors import InputError
+from rwkvx.kinds import kind_of
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.world import World
 
@@ -72,25 +75,38 @@ def step_batch(source: Source, config: TrainConfig, step: int) -> Batch:
 
 def own_batches(step: Batch, stage: StageConfig, world: World) -> list[Batch]:
     """The micro-batches of a step that this process reads: one part of the rows, in order."""
-    count = len(step.inputs) // world.size
-    size, start = min(stage.batch, count), world.rank * count
+    rank, groups, _ = world.data
+    count = len(step.inputs) // groups
+    start, most = rank * count, min(stage.batch, count)
+    size = max(n for n in range(1, most + 1) if count % n == 0)  # as large as may be, all alike
     return [step.rows(start + i, start + i + size) for i in range(0, count, size)]
 
 
 def check_division(config: TrainConfig, processes: int) -> None:
-    """Refuse stages whose steps cannot be cut evenly.
+    """Refuse stages whose steps or sequences cannot be cut evenly.
 
     Raises:
         InputError: one cannot, for so many processes.
     """
+    together = config.sequence_parallel
     for number, stage in enumerate(config.stages):
         rows = stage.batch * config.accumulate
-        count, rest = divmod(rows, processes)
-        if rest or count % min(stage.batch, max(count, 1)):
+        if rows % (processes // together):
             raise InputError(
-                f"stages[{number}] has {rows} sequences a step in batches of {stage.batch}: "
-                f"{processes} processes cannot share them evenly"
+                f"stages[{number}] has {rows} sequences a step: {processes} processes cannot share "
+                "them evenly"
             )
+        multiple = together * part_multiple(config.model)
+        if together > 1 and stage.length % multiple:
+            raise InputError(
+                f"stages[{number}] has sequences of {stage.length} tokens: for sequence_parallel "
+                f"{together} the length must be a multiple of {multiple}"
+            )
+
+
+def part_multiple(config: ModelConfig) -> int:
+    """Of how many tokens a process's part of a shared sequence must be a multiple."""
+    return math.lcm(*(kind_of(name).part_multiple(config) for name in config.pattern))
 
 
 def evaluation_batch(source: Source, config: TrainConfig, stage: StageConfig, index: int) -> Batch:

@@ -1,11 +1,11 @@
 """Training checkpoints: everything that a run needs to go on as if it had not been stopped.
 
 A checkpoint holds whole tensors by the names of the model: any number of processes goes on from it,
-whatever number made it.
+whatever number made it. Its files are safetensors, one for the model and one for each thing else.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from rwkvx.checkpoint import folder as model_folder
 from rwkvx.checkpoint.checkpoint import Checkpoint
-from rwkvx.checkpoint.safetensors import write_tensors
 from rwkvx.checkpoint.shards import read_file, read_weights
 from rwkvx.errors import InputError
-from rwkvx.files import read_json, write_json
+from rwkvx.files import read_json
 from rwkvx.kinds.contract import tensors_of
 from rwkvx.model import Model
 from rwkvx.settings import from_plain
@@ -26,7 +24,7 @@ from rwkvx.state import ModelState
 from rwkvx.training.distributed import like, whole
 from rwkvx.training.world import World
 
-OPTIMIZER, CARRIED, AVERAGE = "optimizer.safetensors", "carried.safetensors", "average.safetensors"
+MODEL, OPTIMIZER, CARRIED, AVERAGE = "model", "optimizer", "carried", "average"
 PROGRESS = "progress.json"
 Tensors = dict[str, Tensor]
 
@@ -64,41 +62,29 @@ class Running(NamedTuple):
     carried: ModelState | None
 
 
-class Snapshot(NamedTuple):
-    """Whole tensors on the CPU, as one process has them who is to write them."""
-
-    model: Checkpoint
-    optimizer: Tensors
-    average: Tensors | None
-    carried: Tensors | None
-
-    def write(self, folder: Path, progress: Progress) -> None:
-        """Write all of it into a folder."""
-        model_folder.write(self.model, folder)
-        write_tensors(folder / OPTIMIZER, self.optimizer)
-        for name, tensors in ((AVERAGE, self.average), (CARRIED, self.carried)):
-            if tensors is not None:
-                write_tensors(folder / name, tensors)
-        write_json(folder / PROGRESS, asdict(progress))
-
-
 def whole_model(model: Model, keep: bool = True) -> Checkpoint:
     """The model with whole tensors; every process must ask, those that do not keep it get none."""
-    return Checkpoint(model.config, _whole(model.state_dict(), keep), model.tokenizer_of_file)
+    tensors = {}
+    for name, x in model.state_dict().items():  # one by one: no process but the first holds all
+        gathered = whole(x.detach())
+        if keep:
+            tensors[name] = gathered.cpu()
+    return Checkpoint(model.config, tensors, model.tokenizer_of_file)
 
 
-def snapshot(running: Running, world: World) -> Snapshot:
-    """Gather all tensors in the first process; every process must ask."""
-    keep = world.first
-    states = dict(_moments(running.model, running.optimizer))
-    average = None
-    if running.average is not None:
-        average = _whole(_averaged(running.average).state_dict(), keep)
-    carried = None
-    if running.carried is not None:
-        carried = {name: world.rows(x) for name, x in _flatten(running.carried).items()}
-        carried = _whole(carried, keep)
-    return Snapshot(whole_model(running.model, keep), _whole(states, keep), average, carried)
+def tensors_by_file(running: Running, world: World) -> dict[str, Tensors]:
+    """What is saved, by file and by name in it: this process's parts of tensors that are cut."""
+    model, optimizer, average, carried = running
+    found = {MODEL: dict(model.state_dict()), OPTIMIZER: dict(_moments(model, optimizer))}
+    if average is not None:
+        found[AVERAGE] = dict(_averaged(average).state_dict())
+    if carried is not None:
+        found[CARRIED] = {name: world.as_rows(x) for name, x in _flatten(carried).items()}
+    prefixes = {name: "" if name == MODEL else f"{name}." for name in found}
+    return {
+        file: {f"{prefixes[file]}{name}": x.detach() for name, x in tensors.items()}
+        for file, tensors in found.items()
+    }
 
 
 def read_progress(folder: Path) -> Progress:
@@ -120,22 +106,33 @@ def read(folder: Path, running: Running, progress: Progress, world: World) -> Mo
     model, optimizer, average, _ = running
     _fill(model, read_weights(folder), folder)
     if average is not None:
-        _fill(_averaged(average), read_file(folder / AVERAGE), folder / AVERAGE)
+        _fill(_averaged(average), _read(folder, AVERAGE), folder / f"{AVERAGE}.safetensors")
         average.n_averaged.fill_(progress.step - progress.skipped)
     parameters = dict(model.named_parameters())
     numbers = {name: i for i, name in _numbered(model, optimizer)}
     states: dict[int, Tensors] = {}
-    for key, x in read_file(folder / OPTIMIZER).items():
+    for key, x in _read(folder, OPTIMIZER).items():
         name, _, moment = key.rpartition(".")
         if name not in numbers:
-            raise InputError(f"{folder / OPTIMIZER} has {key}, of which the model has no parameter")
+            raise InputError(
+                f"{folder}: the model has no parameter {name}, of which moments lie there"
+            )
+        x = x.reshape(()) if moment == "step" else x
         states.setdefault(numbers[name], {})[moment] = like(x, parameters[name])
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
-    if not (folder / CARRIED).exists():
+    path = folder / f"{CARRIED}.safetensors"
+    if not path.exists():
         return None
-    tensors = {name: world.own_rows(x) for name, x in read_file(folder / CARRIED).items()}
-    return _unflatten(model, tensors, folder / CARRIED)
+    return _unflatten(
+        model, {n: world.own_rows(x) for n, x in _read(folder, CARRIED).items()}, path
+    )
+
+
+def _read(folder: Path, name: str) -> Tensors:
+    """The tensors of a file by their names without that of the file."""
+    tensors = read_file(folder / f"{name}.safetensors")
+    return {key.removeprefix(f"{name}."): x for key, x in tensors.items()}
 
 
 def _averaged(average: AveragedModel) -> Model:
@@ -147,7 +144,7 @@ def _moments(model: Model, optimizer: torch.optim.Optimizer) -> Iterator[tuple[s
     states = optimizer.state_dict()["state"]
     for index, name in _numbered(model, optimizer):
         for moment, x in states.get(index, {}).items():
-            yield f"{name}.{moment}", x
+            yield f"{name}.{moment}", x.reshape(1) if x.dim() == 0 else x
 
 
 def _numbered(model: Model, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, str]]:
@@ -155,16 +152,6 @@ def _numbered(model: Model, optimizer: torch.optim.Optimizer) -> Iterator[tuple[
     names = {id(x): name for name, x in model.named_parameters()}
     parameters = (x for group in optimizer.param_groups for x in group["params"])
     yield from ((i, names[id(x)]) for i, x in enumerate(parameters))
-
-
-def _whole(tensors: dict[str, Any], keep: bool) -> Tensors:
-    """Whole and on the CPU; one after the other, so that no process but the first holds all."""
-    found = {}
-    for name, x in tensors.items():
-        gathered = whole(x.detach())
-        if keep:
-            found[name] = gathered.cpu()
-    return found
 
 
 def _fill(model: nn.Module, tensors: Tensors, origin: Path) -> None:

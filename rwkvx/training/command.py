@@ -6,6 +6,7 @@ import click
 
 from rwkvx.data.folder import data_folder
 from rwkvx.errors import InputError, shown
+from rwkvx.settings import nearest
 from rwkvx.shipped import find_config, shipped_configs
 from rwkvx.training.config import TrainConfig, field_names, read_config
 
@@ -66,7 +67,7 @@ def train_command(
     from rwkvx.training.stopping import Stopped
     from rwkvx.training.trainer import Trainer
 
-    with joined(settings.device) as (world, device):
+    with joined(settings.device, settings.sequence_parallel) as (world, device):
         trainer = Trainer(settings, data, world, device)
         try:
             trainer.run(resume_anyway)
@@ -102,7 +103,10 @@ def _overrides(arguments: list[str]) -> dict[str, str]:
         name = name.replace("-", "_")
         inner = name.partition(".")[0] in ("data", "stages")  # checked where they are read
         if not word.startswith("--") or not (name in known or inner):
-            raise click.UsageError(f"no field {shown(word)}; fields: {', '.join(sorted(known))}")
+            like = nearest(name, known)
+            raise click.UsageError(
+                f"no field {shown(word)}{like or '; fields: ' + ', '.join(sorted(known))}"
+            )
         if not equals:
             if not rest:
                 raise click.UsageError(f"--{name} needs a value")

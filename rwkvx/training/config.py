@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+from rwkvx.adapters import AdapterConfig
 from rwkvx.config import ModelConfig
 from rwkvx.data.sources import Data, read_data
 from rwkvx.errors import InputError, shown
 from rwkvx.files import parse_yaml, read_yaml, user_path
+from rwkvx.kinds import options
 from rwkvx.ranges import Each, Number, OneOf, Whole, check_ranges
 from rwkvx.settings import from_plain
 
@@ -109,6 +111,7 @@ class TrainConfig:
         tokenizer: folder with the tokenizer.json of a model whose config says "file".
         init: weights to start from (a name or folder), else fresh ones.
         steps: total steps, if fewer than the stages have; 0 for all of them.
+        adapter: train an adapter beside the model of `init` in place of the model.
         accumulate: micro-batches of a step.
         average: decay of the moving average of the weights that is evaluated and becomes the model
             (0.98 looks back 50 steps); 0 for the weights of the step itself.
@@ -116,10 +119,13 @@ class TrainConfig:
             the last stage that runs that had the lowest loss.
         precision: "float32" or "bf16" (autocast; weights, gradients and moments stay float32).
         parallel: of several processes, "ddp": each has the whole model, "fsdp": a part of it.
+        sequence_parallel: so many processes read each sequence together, a part of its tokens each.
         compile: let torch.compile fuse what a block does beside its kernels; takes minutes first.
         most_skipped: steps in a row that a loss or gradient that is not finite may leave without
             an update; one more ends the run.
         eval_every, save_every: steps between evaluations and checkpoints. seed: of everything.
+        save_minutes: a checkpoint also whenever so many minutes have passed, 0 for none.
+        keep_checkpoints: how many checkpoints stay, the newest ones.
         samples: prompts that are continued at every evaluation, to be read in samples.jsonl.
         probe: lengths in tokens of passkey prompts that are answered at every evaluation.
         track: "wandb" or "trackio", where one of them is installed, "" for none.
@@ -131,6 +137,7 @@ class TrainConfig:
     data: Data
     stages: tuple[StageConfig, ...]
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     out: str = ""
     tokenizer: str = ""
     init: str = ""
@@ -139,6 +146,7 @@ class TrainConfig:
     average: Annotated[float, Number(0, 0.999999)] = 0.0
     keep: Annotated[str, OneOf("last", "best")] = "last"
     parallel: Annotated[str, OneOf("ddp", "fsdp")] = "ddp"
+    sequence_parallel: Annotated[int, Whole(1, 1 << 16)] = 1
     precision: Annotated[str, OneOf("float32", "bf16")] = "float32"
     device: str = "cpu"
     gradient_checkpointing: bool = False
@@ -147,6 +155,8 @@ class TrainConfig:
     eval_every: Annotated[int, _Steps] = 200
     eval_batches: Annotated[int, Whole(1, 10**6)] = 4
     save_every: Annotated[int, _Steps] = 200
+    save_minutes: Annotated[float, Number(0, 1e6)] = 0.0
+    keep_checkpoints: Annotated[int, Whole(1, 10**6)] = 1
     samples: tuple[str, ...] = ()
     probe: Annotated[tuple[int, ...], Each(Whole(1, 1 << 24), 0, 20)] = ()
     track: Annotated[str, OneOf("", "wandb", "trackio")] = ""
@@ -159,10 +169,32 @@ class TrainConfig:
             raise InputError(
                 f"name must be 1 to 100 letters, digits and any of ._+-, got {shown(self.name)}"
             )
+        if self.adapter.kind:
+            self._check_adapter()
+        for i, stage in enumerate(self.stages):
+            if self.sequence_parallel > 1 and (stage.recurrent_length or stage.long_ce):
+                raise InputError(
+                    f"stages[{i}]: with sequence_parallel, recurrent_length and long_ce must be 0"
+                )
         if not self.stages:
             raise InputError("stages must hold at least one stage")
         if len(self.stages) > 1000:
             raise InputError(f"stages must hold at most 1000 stages, got {len(self.stages)}")
+
+    def _check_adapter(self) -> None:
+        kind = self.adapter.kind
+        if not self.init:
+            raise InputError(f"adapter {kind} needs init, the model that it is added to")
+        if self.parallel == "fsdp":
+            raise InputError(f"adapter {kind} is not cut in parts: set parallel to ddp")
+        for stage in self.stages:
+            if stage.learn != "all":
+                raise InputError(f"adapter {kind} leaves the model as it is: learn must be all")
+            if kind == "state" and (stage.state_passing or stage.recurrent_length):
+                raise InputError(
+                    "adapter state is what sequences start from: state_passing and "
+                    "recurrent_length must be 0"
+                )
 
     @property
     def total_steps(self) -> int:
@@ -198,6 +230,7 @@ class TrainConfig:
             "data": self.data.to_dict(),
             "samples": list(self.samples),
             "probe": list(self.probe),
+            "adapter": {**vars(self.adapter), "targets": list(self.adapter.targets)},
             "optimizer": {**vars(self.optimizer), "betas": list(self.optimizer.betas)},
             "stages": [_stage_dict(stage) for stage in self.stages],
         }
@@ -254,6 +287,10 @@ def parse_config(data: Mapping[str, Any], where: str) -> TrainConfig:
         found["stages"] = tuple(_stage(x, i, data.get("data")) for i, x in enumerate(stages))
     if isinstance(found.get("init"), str) and found["init"]:
         found["model"] = _model_of(found["init"], found.get("model"))
+    elif isinstance(found.get("model"), Mapping):
+        own = {name: x for name, x in found["model"].items() if name in options()}
+        rest = {name: x for name, x in found["model"].items() if name not in own}
+        found["model"] = {"options": own, **rest} if own else rest
     return from_plain(TrainConfig, found, where)
 
 

@@ -2,6 +2,7 @@
 
 Every process reads its part of a step's rows. With "ddp" each holds the whole model, with "fsdp"
 (FSDP2) a part of every weight, gradient and moment, and gathers a block's weights while it is read.
+With `sequence_parallel` some processes read the same rows, each a part of every sequence.
 """
 
 import os
@@ -19,20 +20,36 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rwkvx.errors import InputError
+from rwkvx.sequence import SequenceParallel
 from rwkvx.training.forward import Objective
 from rwkvx.training.world import World, sending_device
 
 
+def sharing(world: World) -> SequenceParallel | None:
+    """The processes that share this one's sequences; every process must ask."""
+    if world.together == 1:
+        return None
+    # Groups of their own: gradients are shared while parts of a sequence still wait for each other.
+    starts = range(0, world.size, world.together)
+    groups = [dist.new_group(list(range(start, start + world.together))) for start in starts]
+    return SequenceParallel(groups[world.rank // world.together])
+
+
 @contextmanager
-def joined(device: str) -> Iterator[tuple[World, str]]:
+def joined(device: str, together: int = 1) -> Iterator[tuple[World, str]]:
     """Join the processes that torchrun started; this one's place, and its own device.
 
+    together: how many share each sequence.
+
     Raises:
-        InputError: more processes than GPUs.
+        InputError: more processes than GPUs, or not a multiple of `together`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size % together:
+        how = "start them with torchrun" if size == 1 else "start a multiple of it"
+        raise InputError(f"sequence_parallel is {together}, there are {size} processes: {how}")
     if size == 1 or dist.is_initialized():
-        world = World(dist.get_rank(), dist.get_world_size()) if size > 1 else World(0, 1)
+        world = World(dist.get_rank(), size, together) if size > 1 else World(0, 1)
         yield world, device
         return
     if device == "cuda":
@@ -50,7 +67,7 @@ def joined(device: str) -> Iterator[tuple[World, str]]:
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        yield World(dist.get_rank(), size), device
+        yield World(dist.get_rank(), size, together), device
     finally:
         dist.destroy_process_group()
 

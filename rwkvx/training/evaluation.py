@@ -40,12 +40,13 @@ def evaluate_source(
     batches, buckets = config.eval_batches, _buckets(stage.length)
     loss, right, asked, width = 0.0, 0, 0, 0
     sums, counts = torch.zeros(len(buckets)), torch.zeros(len(buckets))
-    for first in range(0, batches, world.size):
-        index = min(first + world.rank, batches - 1)
+    rank, groups, _ = world.data
+    for first in range(0, batches, groups):
+        index = min(first + rank, batches - 1)
         batch = evaluation_batch(source, config, stage, index)
         width = batch.inputs.shape[1]  # a short text has shorter rows
         scores = objective(batch.to(str(objective.model.device)), scoring=True)
-        if first + world.rank >= batches:
+        if first + rank >= batches or not world.counts:
             continue
         losses, guessed = scores.losses.cpu(), scores.right.cpu()
         loss += float((losses * batch.weights).sum()) / batches

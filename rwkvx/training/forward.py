@@ -3,14 +3,18 @@
 Axes: B batch, T time, C width, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rwkvx.errors import InputError
 from rwkvx.model import Model
+from rwkvx.sequence import SequenceParallel
 from rwkvx.state import ModelState
-from rwkvx.training.batches import Batch
+from rwkvx.training.batches import Batch, part_multiple
 from rwkvx_kernels.linear import linear_cross_entropy
 
 TILE = 4096  # tokens whose logits are held at once
@@ -52,22 +56,51 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, ModelState] | Scores:
         """Read a batch; documents that begin inside of rows are read as packed sequences.
 
+        Processes that share sequences are given whole ones, and read a part each.
+
         Returns:
-            the weighted loss, summed over the batch (a scalar in float32), and the state after it;
-            or, for `scoring`, each target's loss, without gradients.
+            the weighted loss, summed over the (part of the) batch, a scalar in float32, and the
+            state after the sequences; or, for `scoring`, each target's loss, without gradients.
         """
         if scoring:
-            with self.without_gradients():
-                hidden, _ = hidden_states(self.model, batch, state)
-                return scores(self.model, hidden, batch.targets)
+            return self._scores(batch, state)
+        sequence = self.model.sequence
+        if sequence is not None:
+            batch = own_part(batch, sequence)
         hidden, final = hidden_states(self.model, batch, state)
         weights = batch.weights
         if long is not None:
             with self.without_gradients():
                 losses = scores(self.model, hidden.detach(), batch.targets).losses
                 weights = weights * long_weights(self.model, batch, losses, long)
+        if sequence is not None:
+            final = final_state(final, sequence)
         flat = (hidden.flatten(0, 1), self.model.head.weight, batch.targets.flatten())
         return linear_cross_entropy(*flat, weights.flatten()), final
+
+    def _scores(self, batch: Batch, state: ModelState | None) -> Scores:
+        sequence, tokens = self.model.sequence, batch.inputs.shape[1]
+        if sequence is not None and tokens % (sequence.size * part_multiple(self.model.config)):
+            with alone(self.model):  # of a short text, rows are shorter
+                return self._scores(batch, state)
+        if sequence is not None:
+            batch = own_part(batch, sequence)
+        with self.without_gradients():
+            hidden, _ = hidden_states(self.model, batch, state)
+            found = scores(self.model, hidden, batch.targets)
+        if sequence is None:
+            return found
+        return Scores(*(sequence.gathered(x, 1) for x in found))
+
+
+@contextmanager
+def alone(model: Model) -> Iterator[None]:
+    """The model reads whole sequences by itself."""
+    sequence, model.sequence = model.sequence, None
+    try:
+        yield
+    finally:
+        model.sequence = sequence
 
 
 def hidden_states(
@@ -78,6 +111,27 @@ def hidden_states(
     ids = batch.inputs if offsets is None else batch.inputs.reshape(1, -1)
     hidden, final = model(ids, state, logits="hidden", cu_seqlens=offsets, keep_cache=False)
     return hidden.view(*batch.inputs.shape, -1), final
+
+
+def own_part(batch: Batch, sequence: SequenceParallel) -> Batch:
+    """This process's part of whole sequences.
+
+    Raises:
+        InputError: a document begins inside of one.
+    """
+    if batch.offsets is not None:
+        raise InputError(
+            "sequence_parallel reads rows as they are: set data.separate to false, or "
+            "sequence_parallel to 1"
+        )
+    return Batch(*(sequence.own(x) for x in batch))
+
+
+@torch.no_grad()
+def final_state(state: ModelState, sequence: SequenceParallel) -> ModelState:
+    """The state of every process, which is that at the end of its part, as that of the last one."""
+    blocks = tuple(block.recurrent().map(sequence.last) for block in state.blocks)
+    return ModelState(blocks, state.length)
 
 
 def scores(model: Model, hidden_BTC: Tensor, targets_BT: Tensor) -> Scores:

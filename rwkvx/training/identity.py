@@ -14,13 +14,13 @@ _ABSENT = "nothing"
 
 
 def identity(
-    config: TrainConfig, sources: Mapping[StageConfig, Source], vocabulary: str
+    config: TrainConfig, sources: Mapping[StageConfig, Source], vocabulary: str, base: str
 ) -> dict[str, Any]:
     """All that the weights depend on, as JSON; what they do not depend on is not in it.
 
     Args:
         sources: the opened data of each stage: its content counts, not where it was found.
-        vocabulary: fingerprint of the tokenizer.
+        vocabulary: fingerprint of the tokenizer; base: that of the model that an adapter is for.
     """
     passing = any(s.state_passing or s.pieces > 1 for s in config.stages)
     optimizer = asdict(config.optimizer)
@@ -29,10 +29,12 @@ def identity(
     found: dict[str, Any] = {
         "model": {**config.model.to_dict(), "tokenizer": vocabulary},
         "init": config.init,
+        "base": base,
         "seed": config.seed,
         "precision": config.precision,
         "average": config.average,
         "keep": config.keep,
+        "adapter": _adapter(config),
         "optimizer": {**optimizer, "betas": list(config.optimizer.betas)},
         "steps": [stage.steps for stage in config.stages],
         "stages": [_stage(s, config, sources[s], passing) for s in config.stages],
@@ -42,6 +44,11 @@ def identity(
         parts = sources[config.stages[-1]].evaluations()
         found["evaluations"] = {name: part.identity() for name, part in parts.items()}
     return found
+
+
+def _adapter(config: TrainConfig) -> dict[str, Any]:
+    found = {**asdict(config.adapter), "targets": list(config.adapter.targets)}
+    return found if config.adapter.kind == "lora" else {"kind": config.adapter.kind}
 
 
 def _stage(

@@ -10,7 +10,7 @@ from rwkvx.sampling import generate
 from rwkvx.tokenizers.stream import prompt_ids, text_stream
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.evaluation import evaluate_source
-from rwkvx.training.forward import Objective
+from rwkvx.training.forward import Objective, alone
 from rwkvx.training.world import World
 
 SAMPLE_TOKENS, TEMPERATURE = 60, 0.8
@@ -23,11 +23,13 @@ def passkey_probe(
     """Share of passkey prompts (standard filler) answered right, by their length in tokens."""
     prompts = Prompts(Passkey(prose=0.0), objective.model.tokenizer, None)
     found = {}
-    for length in config.probe:
-        rows = max(1, PROBE_TOKENS // length)
-        asked = replace(stage, length=length, batch=rows, recurrent_length=0, long_ce=0.0)
-        metrics = evaluate_source(objective, prompts, config, asked, world)
-        found[f"accuracy/passkey-{length}"] = metrics["accuracy", ""]
+    with alone(objective.model):  # whose prompts have any length
+        for length in config.probe:
+            rows = max(1, PROBE_TOKENS // length)
+            asked = replace(stage, length=length, batch=rows, recurrent_length=0, long_ce=0.0)
+            everyone = World(world.rank, world.size)
+            metrics = evaluate_source(objective, prompts, config, asked, everyone)
+            found[f"accuracy/passkey-{length}"] = metrics["accuracy", ""]
     return found
 
 

@@ -19,15 +19,28 @@ SECONDS = 60.0  # between lines where there is no terminal
 
 
 class Speed:
-    """Tokens a second, their share of what the machine's products allow, and memory at the peak."""
+    """Tokens a second, their share of what the machine's products allow, memory at the peak, and
+    the share of the time that went into steps; how long ago the last checkpoint was begun."""
 
     def __init__(self, config: TrainConfig, device: str, processes: int) -> None:
         self.config, self.device = config, device
         self.products = processes * product_speed(device, config.precision)
+        self.began = self.last_save = time.monotonic()
+        self.in_steps = 0.0
+
+    @property
+    def minutes_since_save(self) -> float:
+        """Since the last checkpoint, or the start."""
+        return (time.monotonic() - self.last_save) / 60
+
+    def saved(self) -> None:
+        """A checkpoint has been begun."""
+        self.last_save = time.monotonic()
 
     def of(self, step: int, tokens: int, seconds: float) -> dict[str, float]:
         """Of step number `step` (from 0): so many tokens in so many seconds."""
         rate = tokens / seconds
+        self.in_steps += seconds
         flops = flops_per_token(self.config.model, self.config.stage(step))
         if self.device.startswith("cuda"):
             memory = float(torch.cuda.max_memory_allocated(self.device))
@@ -37,6 +50,7 @@ class Speed:
             "tokens_per_second": rate,
             "share_of_products": rate * flops / self.products,
             "memory_gib": memory / 2**30,
+            "time_in_steps": self.in_steps / max(time.monotonic() - self.began, seconds),
         }
 
 

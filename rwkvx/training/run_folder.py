@@ -1,7 +1,7 @@
 """The folder of a run: one process at a time, checkpoints whole or not there, nothing overwritten.
 
 config.yaml            the run, every field spelled out
-checkpoints/step-N/    the newest checkpoint: a model folder, the optimiser, what is carried on
+checkpoints/step-N/    the last checkpoints: model folders, the optimiser, what is carried on
 checkpoints/best-N/    with `keep: best`, the model of the best evaluation so far
 NAME-step-N/           the model that the run made, named for itself
 metrics.jsonl          a line for every step and evaluation; samples.jsonl: text, if asked for
@@ -14,16 +14,16 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rwkvx.checkpoint.manifest import MANIFEST, verify_manifest, write_manifest
+from rwkvx.checkpoint.manifest import verify_manifest
 from rwkvx.errors import InputError
-from rwkvx.files import read_json, replacing_folder, write_json, write_text
+from rwkvx.files import flush, read_json, write_json, write_text
 
 __all__ = ["RunFolder"]
 
@@ -31,10 +31,13 @@ _UNFINISHED = ".*.part*"  # what `replacing` leaves of a process that was killed
 
 
 class RunFolder:
-    """Files of a run; all but reading is for the process that owns it."""
+    """Files of a run; all but reading is for the process that owns it.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.checkpoints = path, path / "checkpoints"
+    keep: how many checkpoints stay, the newest ones.
+    """
+
+    def __init__(self, path: Path, keep: int = 1) -> None:
+        self.path, self.checkpoints, self.keep = path, path / "checkpoints", keep
         self.metrics, self.results = path / "metrics.jsonl", path / "results.json"
         self.samples = path / "samples.jsonl"
 
@@ -69,10 +72,12 @@ class RunFolder:
     def _tidy(self) -> None:
         for unfinished in (*self.path.glob(_UNFINISHED), *self.checkpoints.glob(_UNFINISHED)):
             remove(unfinished)
-        newest = self.newest()
-        for other in self.checkpoints.glob("step-*"):
-            if newest is not None and other != newest:
-                remove(other)
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        numbered = sorted(self.checkpoints.glob("step-*"), key=_number)
+        for other in numbered[: -self.keep]:
+            remove(other)
 
     # ------------------------------------------------------------- checkpoints
 
@@ -82,19 +87,21 @@ class RunFolder:
         found.pop(-1, None)
         return found[max(found)] if found else None
 
-    def write_checkpoint(self, step: int, fill: Callable[[Path], None]) -> None:
-        """Let `fill` write into a folder, which becomes checkpoints/step-N; drop the one before.
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint after so many steps."""
+        return self.checkpoints / f"step-{step}"
 
-        Raises:
-            OSError: the disk refuses; then the one before is still there, and nothing of this one.
-        """
-        before, target = self.newest(), self.checkpoints / f"step-{step}"
-        with replacing_folder(target) as temporary:
-            fill(temporary)
-            written = (p.name for p in temporary.iterdir() if p.name != MANIFEST)
-            write_manifest(temporary, written)
-        if before is not None and before != target:
-            remove(before)
+    def unfinished(self, step: int) -> Path:
+        """Where that checkpoint is written; the same for all processes."""
+        return self.checkpoints / f".step-{step}.part"
+
+    def publish(self, part: Path, checkpoint: Path) -> None:
+        """Give a complete checkpoint its name, and drop the oldest."""
+        if checkpoint.exists():
+            remove(checkpoint)
+        part.rename(checkpoint)
+        flush(self.checkpoints)
+        self._forget_old()
 
     def verify(self, checkpoint: Path) -> None:
         """Check every file of a checkpoint against its sum.
@@ -105,7 +112,9 @@ class RunFolder:
         try:
             verify_manifest(checkpoint)
         except InputError as error:
-            raise InputError(f"{error}; remove {checkpoint} to start again") from error
+            others = len(list(self.checkpoints.glob("step-*"))) > 1
+            then = "go on from the one before" if others else "start again"
+            raise InputError(f"{error}; remove {checkpoint} to {then}") from error
 
     # ------------------------------------------------------------- models
 

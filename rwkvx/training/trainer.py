@@ -4,23 +4,25 @@ Axes: B batch, T time, C width.
 """
 
 import math
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from rwkvx.adapters import adapter_tensors, add_adapter
+from rwkvx.checkpoint import adapter, load
 from rwkvx.checkpoint import folder as model_folder
-from rwkvx.checkpoint import load
 from rwkvx.checkpoint.checkpoint import check_vocabulary
-from rwkvx.checkpoint.load import usable_device
+from rwkvx.checkpoint.load import find_model, usable_device
 from rwkvx.data.sources import Data, Reader, Source
-from rwkvx.errors import InputError, is_out_of_memory
-from rwkvx.files import replacing_folder, write_text
+from rwkvx.errors import InputError
+from rwkvx.files import write_text
 from rwkvx.init import init_weights
 from rwkvx.model import Model
 from rwkvx.state import ModelState
@@ -28,13 +30,19 @@ from rwkvx.tokenizers.file import fingerprint, read_tokenizer
 from rwkvx.training import checkpoint
 from rwkvx.training.batches import Batch, check_division, own_batches, step_batch
 from rwkvx.training.card import model_card
-from rwkvx.training.checkpoint import Progress, Running, snapshot, whole_model
+from rwkvx.training.checkpoint import Progress, Running, whole_model
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.curves import Curves, Silence
-from rwkvx.training.distributed import distributed, gradients_shared, shard, whole
+from rwkvx.training.distributed import (
+    distributed,
+    gradients_shared,
+    shard,
+    sharing,
+    whole,
+)
 from rwkvx.training.evaluation import as_text, evaluate, total_loss
 from rwkvx.training.facts import facts
-from rwkvx.training.forward import LongContext, Objective
+from rwkvx.training.forward import LongContext, Objective, alone
 from rwkvx.training.identity import differences, identity
 from rwkvx.training.optim import build_optimizer, learning_rate, learning_weights, set_learning_rate
 from rwkvx.training.passing import PASSING, carried_state, initial_state
@@ -42,7 +50,9 @@ from rwkvx.training.plan import check_memory
 from rwkvx.training.probes import passkey_probe, samples
 from rwkvx.training.progress import ProgressLine, Speed
 from rwkvx.training.run_folder import RunFolder
+from rwkvx.training.saving import Saver
 from rwkvx.training.stopping import Stopped, StopRequest, stop_requests
+from rwkvx.training.trouble import explained, not_finite
 from rwkvx.training.world import World
 
 ALONE = World(0, 1)
@@ -68,13 +78,16 @@ class Trainer:
     ) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.config, self.folder, self.world = config, RunFolder(config.folder), world
-        self.device = device or config.device
+        self.config, self.world = config, world
+        self.folder = RunFolder(config.folder, config.keep_checkpoints)
+        self.saver = Saver(self.folder, world)
+        self.device, self.base = device or config.device, ""
         check_memory(config)
         check_division(config, world.size)
         self.model = self._starting_model()
         self.objective = Objective(self.model)
         self.average = self._average()
+        self.model.sequence = self.result.model.sequence = sharing(world)
         some = any(stage.learn != "all" for stage in config.stages)
         self.called = distributed(self.objective, world, config.parallel, some)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -95,6 +108,9 @@ class Trainer:
             model.use_tokenizer(read_tokenizer(config.tokenizer))
         check_vocabulary(model.config, "model", model.tokenizer)
         model.gradient_checkpointing = config.gradient_checkpointing
+        if config.adapter.kind:
+            self.base = adapter.fingerprint(model.state_dict())
+            add_adapter(model, config.adapter, config.seed)
         return model.train()
 
     def _average(self) -> AveragedModel | None:
@@ -130,7 +146,7 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """All that the weights depend on."""
         sources = {stage: self.source(stage) for stage in self.config.stages}
-        return identity(self.config, sources, fingerprint(self.model.tokenizer))
+        return identity(self.config, sources, fingerprint(self.model.tokenizer), self.base)
 
     # ------------------------------------------------------------- a run
 
@@ -150,8 +166,9 @@ class Trainer:
             self.resume(anyway)
             if world.first:
                 self.folder.write_config(config.to_dict())
-            with _explained(config):
+            with explained(config), closing(self.saver):
                 self._train(request)
+                self.saver.wait()
             if request.signal and self.step < config.total_steps:
                 done = f"step {self.step} of {config.total_steps}"
                 raise Stopped(f"stopped at {done}, saved: the same command goes on", request.signal)
@@ -189,13 +206,8 @@ class Trainer:
             self.folder.forget_after(progress.step)
 
     def save(self) -> None:
-        """Write a checkpoint that an equal run goes on from."""
-        found = snapshot(self._running, self.world)
-        if self.world.first:
-            self.folder.write_checkpoint(
-                self.step, lambda folder: found.write(folder, self.progress)
-            )
-        self.world.wait()
+        """Begin to write a checkpoint that an equal run goes on from."""
+        self.saver.start(self._running, self.progress)
 
     @property
     def _running(self) -> Running:
@@ -224,14 +236,18 @@ class Trainer:
                     self._keep(metrics)
                     self._write_samples()
                 request.signal = self.world.any(request.signal)
-                if last or request.signal or self.step % config.save_every == 0:
+                due = self.world.any(first and speed.minutes_since_save >= config.save_minutes)
+                planned = self.step % config.save_every == 0
+                if last or request.signal or planned or (config.save_minutes and due):
                     self.save()
+                    speed.saved()
 
     def _write_samples(self) -> None:
         """What the model writes now; not where every process holds a part of it."""
         model = self.result.model
         if self.config.samples and self.world.first and not isinstance(self.result, FSDPModule):
-            self.folder.add_samples(self.step, samples(model, self.config))
+            with alone(model):
+                self.folder.add_samples(self.step, samples(model, self.config))
 
     def _keep(self, metrics: dict[str, float]) -> None:
         """Write the model if it is to be the best of the last stage, and is the best so far."""
@@ -243,10 +259,21 @@ class Trainer:
         if progress.best is None or loss < progress.best:
             progress.best, progress.best_step = loss, self.step
             progress.best_scores = metrics
-            found = whole_model(self.result.model, self.world.first)
+            self._write_result(self.folder.best(self.step))
+
+    def _write_result(self, folder: Path) -> None:
+        """Write what was trained as it is now: a model, or an adapter; every process must ask."""
+        config, model = self.config, self.result.model
+        if config.adapter.kind:
             if self.world.first:
-                with replacing_folder(self.folder.best(self.step)) as temporary:
-                    model_folder.write(found, temporary)
+                tensors = adapter_tensors(model)
+                base = str(find_model(config.init))
+                found = adapter.Adapter(config.adapter, tensors, self.base, base, folder)
+                adapter.write_adapter(found, folder)
+            return
+        checkpoint = whole_model(model, self.world.first)
+        if self.world.first:
+            model_folder.write(checkpoint, folder)
 
     def _write_model(self) -> None:
         """Write the model with its card, and its results, unless they are there."""
@@ -257,26 +284,27 @@ class Trainer:
         world.wait()
         best = config.keep == "best"
         scores = progress.best_scores if best else self.evaluate()
-        found = whole_model(self.result.model, world.first)
+        part = target.with_name(f".{target.name}.part")
+        if not best:
+            self._write_result(part)
         if world.first:
             if best:
-                found = model_folder.read(self.folder.best(progress.best_step), {})
+                shutil.copytree(self.folder.best(progress.best_step), part)
             result = {
                 **facts(),
                 "steps": self.step,
                 "weights_of_step": progress.best_step if best else self.step,
                 "tokens": config.tokens_until(self.step),
-                "parameters": sum(x.numel() for x in found.tensors.values()),
+                "parameters": sum(x.numel() for x in self.result.model.parameters()),
                 "skipped_steps": progress.skipped,
                 "processes": world.size,
                 "changes": progress.changes,
                 "evaluation": scores,
                 "config": config.to_dict(),
             }
+            write_text(part / "README.md", model_card(config, result))
             self.folder.add_result(target, result)
-            with replacing_folder(target) as temporary:
-                model_folder.write(found, temporary)
-                write_text(temporary / "README.md", model_card(config, result))
+            part.rename(target)
         world.wait()
 
     # ------------------------------------------------------------- a step
@@ -292,14 +320,17 @@ class Trainer:
         config, stage, progress = self.config, self.config.stage(self.step), self.progress
         self.model.set_topk(stage.topk or self.model.config.topk)
         self.model.recurrent_pieces = stage.pieces
-        learning_weights(self.model, stage.learn)
+        if not config.adapter.kind:
+            learning_weights(self.model, stage.learn)
         rate = learning_rate(self.step, config.total_steps, config.optimizer)
         set_learning_rate(self.optimizer, rate)
         batches = own_batches(step_batch(self.source(stage), config, self.step), stage, self.world)
         total, carried = 0.0, None
         for i, batch in enumerate(batches):
             with gradients_shared(self.called, last=i == len(batches) - 1):
-                loss, carried = self._micro_step(batch, stage, self.world.rank * len(batches) + i)
+                loss, carried = self._micro_step(
+                    batch, stage, self.world.data.rank * len(batches) + i
+                )
             total += loss
         (total,) = self.world.all_sum(total)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -335,7 +366,7 @@ class Trainer:
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row > config.most_skipped:
-            culprit = _not_finite(self.model) or f"the loss ({loss})"
+            culprit = not_finite(self.model) or f"the loss ({loss})"
             raise InputError(
                 f"{culprit} is not finite at step {self.step + 1}, the {config.most_skipped} steps "
                 "before had no update either: lower optimizer.lr or raise optimizer.warmup; the "
@@ -355,28 +386,3 @@ class Trainer:
         if self.config.precision == "float32":
             return nullcontext()
         return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
-
-
-@contextmanager
-def _explained(config: TrainConfig) -> Iterator[None]:
-    """Memory that ran out is something that a user can mend."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise InputError(
-            "memory ran out: lower batch and raise accumulate, or set gradient_checkpointing; "
-            f"the last checkpoint in {config.folder} is from before"
-        ) from error
-
-
-def _not_finite(model: Model) -> str | None:
-    """The first weight that is not finite, else the first gradient, in words."""
-    for name, x in model.named_parameters():
-        if not whole(x.detach()).isfinite().all():
-            return f"the weight {name}"
-    for name, x in model.named_parameters():
-        if x.grad is not None and not whole(x.grad).isfinite().all():
-            return f"the gradient of {name}"
-    return None

@@ -5,13 +5,26 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 class World(NamedTuple):
-    """This process among `size`."""
+    """This process among `size`, of which `together` that follow each other share each sequence."""
 
     rank: int
     size: int
+    together: int = 1
+
+    @property
+    def data(self) -> "World":
+        """The place of this process's group among the groups, each of which reads other rows."""
+        return World(self.rank // self.together, self.size // self.together)
+
+    @property
+    def counts(self) -> bool:
+        """Whether what this process's group has is to be counted here."""
+        return self.rank % self.together == 0
 
     @property
     def first(self) -> bool:
@@ -39,17 +52,18 @@ class World(NamedTuple):
         if self.size > 1:
             dist.barrier()
 
-    def rows(self, x: Tensor) -> Tensor:
-        """What each process has, one after the other along the first dimension."""
+    def as_rows(self, x: Tensor) -> Tensor:
+        """This process's part of a tensor that has the rows of all processes."""
         if self.size == 1:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        shape = (self.size // self.together, self.together)
+        mesh = init_device_mesh(x.device.type, shape)
+        return DTensor.from_local(x, mesh, [Shard(0), Replicate()])
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """This process's part of `rows`; all of it where it cannot be cut evenly."""
-        return x if len(x) % self.size else x.chunk(self.size)[self.rank]
+        """This process's part of the rows of all; all of it where it cannot be cut evenly."""
+        rank, size, _ = self.data
+        return x if len(x) % size else x.chunk(size)[rank]
 
 
 def sending_device() -> torch.device:

@@ -1,6 +1,7 @@
 """Command lines of odd values: an answer, or one line on standard error; never a traceback."""
 
 import io
+import json
 import os
 import random
 import shutil
@@ -38,6 +39,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(0)
     save_folder(rwkvx.init_weights(rwkvx.Model(config)), tmp_path / "m")
     (tmp_path / "small.yaml").write_text(CONFIG)
+    for name in ("a", "b"):
+        finished_run(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RWKVX_DEBUG", raising=False)
     monkeypatch.delenv("RWKVX_DATA", raising=False)
@@ -49,6 +52,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "rwkvx_evals.passkey.evaluate.evaluate",
         "rwkvx_evals.passkey.command.evaluate",
         "rwkvx_evals.lm.evaluate.evaluate",
+        "rwkvx_evals.long.evaluate.evaluate",
+        "rwkvx_evals.long.export.export",
         "rwkvx_evals.bench.run.run",
         "rwkvx_evals.bench.load.run",
         "rwkvx_evals.bench.selection.run",
@@ -57,6 +62,19 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(name, reached)
     monkeypatch.setattr(Trainer, "run", reached)
     return tmp_path
+
+
+def finished_run(folder: Path) -> None:
+    """What `eval compare` reads of a run of `eval long`."""
+    row = {
+        "id": "passkey-64-0", "task": "passkey", "length": 64, "index": 0, "status": "ok",
+        "prompt": "hash", "score": 1.0, "answer": "1", "expected": ["1"], "about": {},
+        "prompt_tokens": 60, "answer_tokens": 1, "truncated": 0,
+    }  # fmt: skip
+    results = {"model": folder.name, "weights": "0" * 64, "date": "2026-01-02"}
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
 
 
 def run(args: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
@@ -95,6 +113,12 @@ COMMANDS = {
     "eval passkey": "eval passkey --model m --lengths 1k,2k --depths 2 --seeds 2 --out OUT "
     "--device cpu --dtype float32 --batch 1 --max-new-tokens 4",
     "eval lm": "eval lm --model m --tasks piqa --limit 1 --batch 1 --max-length 100 --out OUT",
+    "eval long": "eval long --model m --tasks passkey --lengths 1k,2k --samples 2 --seed 1 "
+    "--out OUT --haystack small.yaml --batch 1 --device cpu --dtype float32 --truncate left "
+    "--max-length 2048 --concurrency 2 --timeout 5",
+    "eval long --export": "eval long --export OUT --tokenizer bytes --tasks niah_* --lengths 1k "
+    "--samples 2",
+    "eval compare": "eval compare a b --out OUT",
     "train": "train small.yaml --seed 1 --optimizer.lr 1e-3 --threads 1 --steps 1 --out OUT",
     "bench cpu": "bench cpu --model m --lengths 128 --decode 2 --long none --window 1k "
     "--threads 1 --repeats 1 --dtype float32 --out OUT",

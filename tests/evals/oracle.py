@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +41,9 @@ class HistoryTools(StateTools):
 
     def select(self, state: History, rows: Tensor) -> History:
         return History(state.ids_BT[rows])
+
+    def join(self, states: Sequence[History]) -> History:
+        return History(torch.cat([state.ids_BT for state in states]))
 
     def bytes(self, state: History) -> int:
         return state.ids_BT.nbytes

@@ -264,7 +264,7 @@ def test_random_weights_leave_nothing_out(shape_file: Path) -> None:
 
 
 ERRORS = [
-    (["--model", "no-such-model"], "nor a shape (passkey_tiny"),
+    (["--model", "no-such-model"], "nor a shape (chat"),
     (["--model", "./missing.yaml"], "cannot read missing.yaml"),
     (["--model", "SHAPE", "--lengths", "1"], "2 tokens or more"),
     (["--model", "SHAPE", "--lengths", "none"], "nothing to measure"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from rwkvx.decoding import start
 from rwkvx_evals.bench.kernels import chunk_attention, energy, models, wkv7
 from rwkvx_evals.bench.kernels.case import OURS, Case
 from rwkvx_evals.bench.kernels.energy import open_meter
@@ -139,9 +140,10 @@ def test_a_filled_state_is_one_that_a_model_could_have() -> None:
     assert cache.capacity >= 40 + models.ROOM
     means = cache.k_BGSD[:, :, :32].unflatten(2, (2, 16)).mean(dim=3)
     torch.testing.assert_close(cache.means_BGCD[:, :, :2], means)
-    step, ids = models.stepper(model, state), torch.tensor([[3], [5]])
+    ids = torch.tensor([[3], [5]])
     with torch.inference_mode():
-        got = [step(one) for one in ids.split(1)]
+        decoder = start(model, state, models.ROOM)
+        got = [decoder.step(one) for one in ids.split(1)]
         expected = model(ids.view(1, 2), models.filled_state(model, 40))[0]
     torch.testing.assert_close(torch.cat(got, dim=1), expected)
     assert cache.written == 42

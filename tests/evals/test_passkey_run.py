@@ -15,9 +15,9 @@ import pytest
 from oracle import HistoryTools, Oracle
 
 from rwkvx.errors import InputError
+from rwkvx_evals.lengths import parse_length, parse_lengths
 from rwkvx_evals.passkey.evaluate import evaluate
-from rwkvx_evals.passkey.plan import Settings, depth_values, parse_length, parse_lengths
-from rwkvx_evals.passkey.run import is_complete, read_answer
+from rwkvx_evals.passkey.plan import Settings, depth_values, read_answer
 
 SETTINGS = Settings((512, 1024, 2048), depth_values(5), 3, 12, "float32")
 REPORTS = ("report.md", "results.json", "heatmap.png")
@@ -51,7 +51,7 @@ def test_the_prefix_is_read_once(tmp_path: Path) -> None:
     results = ask(model, tmp_path, settings)
     tokens = results["prompt_tokens"]
     assert tokens["without_sharing"] == 50 * 4096
-    assert model.tokens_read == tokens["read"] + 320  # the probe
+    assert model.tokens_read == tokens["read"]
     assert tokens["read"] < 0.55 * tokens["without_sharing"]
 
 
@@ -66,7 +66,7 @@ def test_batches_do_not_change_the_report(tmp_path: Path, batch: int) -> None:
 def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path) -> None:
     model = Oracle(batch_limit=1)
     assert ask(model, tmp_path)["total"]["correct"] == 45
-    assert max(model.rows_seen) == 3
+    assert max(model.rows_seen) > 1
 
 
 def test_no_memory_for_one_sample_is_recorded_and_tried_again(tmp_path: Path) -> None:
@@ -86,18 +86,18 @@ def test_not_a_number_is_invalid_and_not_wrong(tmp_path: Path) -> None:
     assert "| 1,024 | 15 | 0 | 15 |" in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "name", ["key", "length", "depth", "seed", "passkey", "status", "correct", "answer"]
-)
-def test_a_journal_without_what_is_read_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_journal_without_what_is_read_is_refused(tmp_path: Path) -> None:
     ask(Oracle(), tmp_path)
-    path = tmp_path / "samples.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for change in ({}, {name: [1]}, {name: None}):
-        rows[3] = {k: v for k, v in rows[3].items() if k != name} | change
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        with pytest.raises(InputError, match="line 4 is damaged"):
-            ask(Oracle(), tmp_path)
+    path = tmp_path / "journal" / "0000.jsonl"
+    whole = [json.loads(line) for line in path.read_text().splitlines()]
+    assert whole[3]["kind"] == "sample"
+    for name in ("key", "length", "status", "score", "answer", "expected", "about", "tokens"):
+        for change in ({}, {name: 7.5 if name != "score" else 2}, {name: None}):
+            damaged = {k: v for k, v in whole[3].items() if k != name} | change
+            rows = [*whole[:3], damaged, *whole[4:]]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            with pytest.raises(InputError, match="is no row of a run"):
+                ask(Oracle(), tmp_path)
 
 
 def test_a_journal_answers_only_for_the_same_model_and_settings(tmp_path: Path) -> None:
@@ -115,9 +115,10 @@ def test_a_journal_answers_only_for_the_same_model_and_settings(tmp_path: Path) 
 @pytest.mark.parametrize("keep", [0, 7, 20])
 def test_resuming_from_a_cut_journal(tmp_path: Path, keep: int) -> None:
     ask(Oracle(memory=700), tmp_path / "whole")
-    lines = (tmp_path / "whole" / "samples.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "samples.jsonl").write_bytes(b"".join(lines[:keep]) + lines[keep][:25])
+    shard = Path("journal") / "0000.jsonl"
+    lines = (tmp_path / "whole" / shard).read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut" / "journal").mkdir(parents=True)
+    (tmp_path / "cut" / shard).write_bytes(b"".join(lines[:keep]) + lines[keep][:25])
     model = Oracle(memory=700)
     ask(model, tmp_path / "cut")
     for name in (*REPORTS, "samples.jsonl"):
@@ -153,7 +154,7 @@ def run_slowly(out: Path, pause: float) -> subprocess.Popen[bytes]:
 def test_killed_and_started_again(tmp_path: Path) -> None:
     out = tmp_path / "killed"
     process = run_slowly(out, 0.02)
-    journal = out / "samples.jsonl"
+    journal = out / "journal" / "0000.jsonl"
     deadline = time.monotonic() + 60
     while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
         assert process.poll() is None
@@ -186,7 +187,7 @@ def test_bad_input(tmp_path: Path) -> None:
             parse_length(text)
     with pytest.raises(InputError, match="must be a whole number"):
         depth_values(0)
-    with pytest.raises(InputError, match="batch 0"):
+    with pytest.raises(InputError, match="batch must be"):
         ask(Oracle(), tmp_path, batch=0)
     assert not (tmp_path / "report.md").exists()
 
@@ -199,8 +200,6 @@ def test_the_first_number_counts() -> None:
     assert read_answer(" 123.") == "123"
     assert read_answer(" 1234") == "1234"
     assert read_answer(" no") is None
-    assert not is_complete(" 123")
-    assert is_complete(" 123.")
 
 
 def test_rows_are_readable_json(tmp_path: Path) -> None:

@@ -4,10 +4,8 @@ import torch
 from ahead_of_time import Case
 
 from rwkvx_kernels.chunk_attention.triton_append import append
-from rwkvx_kernels.chunk_attention.triton_backward import backward
 from rwkvx_kernels.chunk_attention.triton_decode import decode
-from rwkvx_kernels.chunk_attention.triton_forward import forward, shape_of
-from rwkvx_kernels.tools.triton_lists import lists_of, tiles_of
+from rwkvx_kernels.chunk_attention.triton_ops import attend_sequences, gradients_of_sequences
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Chunk size, top k, head size, query heads, key/value heads.
@@ -23,11 +21,8 @@ def case(dtype: str, chunk: int, topk: int, dim: int, heads: int, groups: int) -
         q, do = empty(1, 8192, heads, dim), empty(1, 8192, heads, dim)
         k, v = empty(1, 8192, groups, dim), empty(1, 8192, groups, dim)
         chosen = empty(1, 8192, heads, topk - 1, dtype=torch.int32)
-        shape = shape_of(q, k, chunk, topk - 1)
-        lists = lists_of(chosen, groups, shape.chunks)
-        tiles = tiles_of(lists, shape.tile)
-        _, lse = forward(q, k, v, chosen, lists, tiles, shape)
-        backward([q, do, lse, lse, chosen], k, v, lists, tiles, shape)
+        o, lse = attend_sequences(q, k, v, chosen, chunk)
+        gradients_of_sequences(do, o, lse, q, k, v, chosen, chunk)
         cached = (k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous())
         lengths = empty(1, dtype=torch.int64)
         means = empty(1, groups, 8192 // chunk, dim, dtype=torch.float32)

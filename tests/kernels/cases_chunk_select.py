@@ -8,6 +8,7 @@ from rwkvx_kernels.chunk_select.common import DENSE_NODES, FANOUT
 from rwkvx_kernels.chunk_select.forest import room_for
 from rwkvx_kernels.chunk_select.triton_decode import select_rows
 from rwkvx_kernels.chunk_select.triton_descent import descend
+from rwkvx_kernels.chunk_select.triton_ops import select_sequences
 
 # Chunks of a forest whose descent has two levels.
 MANY = 2 * DENSE_NODES * FANOUT
@@ -17,6 +18,7 @@ def case(dtype: str, chunk: int, topk: int, dim: int, heads: int, groups: int) -
     def call() -> None:
         q = torch.empty(1, 8192, heads, dim, dtype=DTYPES[dtype], device="meta")
         lengths = torch.empty(1, dtype=torch.int64, device="meta")
+        select_sequences(q, q[:, :, :groups], False, chunk, topk)
         for chunks in (8192 // chunk, MANY):
             means = torch.empty(1, groups, chunks, dim, device="meta")
             forest = room_for(means[0]).tensors() if chunks == MANY else []

@@ -19,13 +19,14 @@ class Counts(TorchDispatchMode):
     """Launches and memory.
 
     Attributes:
-        kernels: names of what was launched, Triton's and torch's, in order.
+        kernels: names of what was launched, Triton's and torch's, in order. grids: Triton's.
         peak: bytes of the tensors made inside that were alive at once.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: list[str] = []
+        self.grids: list[tuple[int, ...]] = []
         self.peak = self._alive = 0
         self._tensors: dict[int, int] = {}  # alive, of each storage
 
@@ -66,8 +67,9 @@ def counted() -> Iterator[Counts]:
     """Triton kernels are counted instead of launched, as on an sm_90."""
     counts = Counts()
 
-    def run(kernel: Any, *_: Any, **__: Any) -> None:
+    def run(kernel: Any, *_: Any, grid: tuple[int, ...], **__: Any) -> None:
         counts.kernels.append(kernel.fn.__name__)
+        counts.grids.append(grid)
 
     with (
         pretend(SM_90),

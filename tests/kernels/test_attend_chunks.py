@@ -16,6 +16,7 @@ from rwkvx_kernels.chunk_attention import (
     attend_chunks,
     cached_chunk_attention,
     chunk_attention,
+    torch_form,
 )
 from rwkvx_kernels.chunk_select import chunk_means, select_chunks
 from rwkvx_kernels.dispatch import UnsupportedError
@@ -163,6 +164,32 @@ def test_what_is_not_finite_spoils_its_readers_alone(
         part = cached_chunk_attention(q[:, -count:], cache, tokens, topk, impl=impl)
         fine = ~spoiled[:, -count:]
         assert relative_error(part[fine], clean[:, -count:][fine]) < 1e-6
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="products of a CPU")
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("mkl", [False, True])
+@pytest.mark.parametrize("queries", [700, 30])  # many of a chunk, and few
+def test_products_of_any_processor(
+    queries: int, mkl: bool, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a cache in bfloat16, whatever the processor multiplies fast; NaN in its readers."""
+    monkeypatch.setattr(torch_form, "mkl_is_fast", lambda: mkl)
+    monkeypatch.setattr(torch_form, "multiplies_bfloat16", lambda: narrow)
+    chunk, tokens, topk, dim = 256, 1500, 3, 24  # 24: the scale is no power of two
+    q, k, v = (x.bfloat16() for x in inputs(queries, tokens, dim=dim))
+    exact = (x.double() for x in (q, k, v))
+    means = chunk_means(k.transpose(1, 2), chunk)
+    chosen = select_chunks(q, means, chunk, topk, tokens - queries)
+    expected = attend_chunks(*exact, chosen, chunk, impl="reference")
+    token = 600
+    v[0, token, :, 3] = torch.nan
+    spoiled = readers(chosen, token, chunk, tokens - queries)
+    cache = KeyValueCache(1, GROUPS, dim, chunk, k).append(0, k, v)
+    got = cached_chunk_attention(q, cache, tokens, topk, impl="torch")
+    assert 0 < int(spoiled.sum()) < spoiled.numel()
+    assert got[spoiled][:, 3].isnan().all()
+    assert relative_error(got[~spoiled], expected[~spoiled]) < FLOOR[torch.bfloat16]
 
 
 @pytest.mark.parametrize("where", ["k", "v"])

@@ -92,15 +92,20 @@ def test_narrow_dtypes(dtype: torch.dtype) -> None:
     assert_as_good(got, run(args, case, "reference"), exact, FACTOR, NAMES)
 
 
-def test_tiles_of_queries_and_segments_of_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chunk that every query reads, in several segments; queries in several tiles."""
-    case = Case(150, 16, 2)
+@pytest.mark.parametrize("share", [1.0, 0.4], ids=["groups", "queries"])
+def test_where_memory_asks_for_parts(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups one after the other, then queries too; a chunk that every query reads, whose list is
+    longer than a program takes."""
+    case = Case(150, 16, 2, groups=2)
     q, k, v = case.inputs()
     k[:, 16:32] += 3 * q[:, -1, :1].mean(dim=1)[:, None, None]
     exact = run((q, k, v), case, "reference", wide=True)
     ours = run((q, k, v), case, "reference")
-    monkeypatch.setattr(triton_ops, "LEAST_TILE", 48)
-    monkeypatch.setattr(triton_backward, "SEGMENT", 32)
+    monkeypatch.setattr(triton_ops, "LEAST_BYTES", int(share * 150 * (16 * 4 + 8)))
+    monkeypatch.setattr(triton_ops, "PART_OF_INPUTS", 0.0)
+    monkeypatch.setattr(triton_backward, "LEAST_SEGMENT", 32)
+    work = triton_ops.works(triton_ops.shape_of(q, k, 16, 1), 4, 0, 0)
+    assert [len(x.parts) for x in work] == [2] * (1 if share == 1 else 4)
     assert_as_good(run((q, k, v), case, "triton"), ours, exact, FACTOR, NAMES)
 
 

@@ -1,15 +1,22 @@
 """Training configs: every field checked, overridden by dotted name."""
 
+import json
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import BASE, TEXT
 
-from rwkvx import InputError
+from rwkvx import InputError, Model, ModelConfig, init_weights
+from rwkvx.checkpoint.folder import save_folder
 from rwkvx.data.sources.text import Text
-from rwkvx.training.config import StageConfig, field_names, read_config
+from rwkvx.data.tokens import write_tokens
+from rwkvx.files import read_yaml
+from rwkvx.tokenizers import get_tokenizer
+from rwkvx.training.config import StageConfig, field_names, parse_config, read_config
+from rwkvx.training.trainer import Trainer
 
 Writer = Callable[..., Path]
 
@@ -25,10 +32,62 @@ def test_values_arrive(write_config: Writer) -> None:
     assert read_config(write_config(out=""), {}).folder == Path("runs/small")
 
 
-@pytest.mark.parametrize("shipped", ["passkey_tiny.yaml"])
-def test_shipped_configs_are_valid(shipped: str) -> None:
-    config = read_config(str(files("rwkvx_configs") / shipped))
-    assert config.model.vocab_size == 256
+SHIPPED = sorted(Path(str(files("rwkvx_configs"))).glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what shipped configs start from: text, conversations, tokens, a model."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "text.txt").write_text(TEXT * 4)
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
+    (folder / "chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 40)
+    write_tokens(folder / "text.tokens", [(TEXT * 4, False), (TEXT, True)], get_tokenizer("bytes"))
+    config = ModelConfig.from_dict(BASE["model"])
+    save_folder(init_weights(Model(config), 0), folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_configs_run(path: Path, shared: Path, tmp_path: Path) -> None:
+    """Two steps of each stage on a tiny model and tiny data; all else is as it is shipped."""
+    found = read_yaml(path)
+    pattern = found.get("model", BASE["model"])["pattern"]
+    small = {**BASE["model"], "pattern": list(dict.fromkeys(pattern))}  # a block of each kind
+    places = {
+        "text": {"paths": [str(shared / "text.txt")]},
+        "passkey": {"paths": [str(shared / "text.txt")]},
+        "tokens": {"path": str(shared / "text.tokens")},
+        "chat": {"paths": [str(shared / "chat.jsonl")]},
+    }
+    length = 320 if found["data"]["kind"] == "passkey" else 32
+    if found.get("init"):
+        found |= {"init": str(shared / "model"), "model": None}
+    else:
+        found["model"] = small
+    found["data"] |= places[found["data"]["kind"]]
+    for stage in found["stages"]:
+        cut = {"recurrent_length": length // 2} if stage.get("recurrent_length") else {}
+        cut |= {"long_ce_window": 8} if stage.get("long_ce") else {}
+        stage |= {"steps": 2, "length": length, "batch": 2, **cut}
+    found |= {"out": str(tmp_path / "run"), "tokenizer": "", "device": "cpu", "compile": False}
+    found |= {"probe": [300] if found.get("probe") else [], "eval_batches": 1}
+    model = Trainer(parse_config(found, str(path))).run()
+    assert all(bool(x.isfinite().all()) for x in model.parameters())
+    assert found["name"] == path.stem
+
+
+def test_a_config_as_it_is_spelled_out_is_the_same(write_config: Writer) -> None:
+    """Fields that one kind of block brings among them."""
+    model = {**BASE["model"], "pattern": ["window", "rwkv7"], "window": 24}
+    config = read_config(write_config(model=model, stages=[{"steps": 1, "length": 8, "batch": 1}]))
+    assert config.model.option("window") == 24
+    assert parse_config(config.to_dict(), "again") == config
+
+
+def test_shipped_sizes() -> None:
+    """What configs say of themselves."""
+    config = read_config(Path(str(files("rwkvx_configs"))) / "passkey_tiny.yaml")
     assert max(s.length for s in config.stages) <= 4096
 
 
@@ -93,6 +152,8 @@ def test_overrides_reach_what_the_file_leaves_out(write_config: Writer) -> None:
     [
         ("depth", "1", "unknown key 'depth'"),
         ("optimizer.speed", "1", "unknown key 'speed'"),
+        ("sequence_paralel", "2", "did you mean sequence_parallel?"),
+        ("stages", "[{steps: 1, lenght: 8, batch: 1}]", "did you mean length?"),
         ("model.depth", "1", "unknown key 'depth'"),
         ("stages", "[{steps: 1, length: 8, batch: 1, rows: 2}]", "unknown key 'rows'"),
         ("steps", "1.5", '"steps" - should be "int"'),

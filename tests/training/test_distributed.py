@@ -125,6 +125,33 @@ def test_parts_of_a_model_do_what_the_whole_does(write_config: Writer, tmp_path:
     assert_same_run(tmp_path / "one", tmp_path / "two", 6)
 
 
+def test_two_processes_share_a_sequence(write_config: Writer, tmp_path: Path) -> None:
+    """Each reads a half of every sequence, states are passed on; and one goes on from two."""
+    # Chunks of 8 tokens: a half holds two. Scores of chunks that tie to rounding may be chosen
+    # otherwise, so the runs agree as nearly as those above, not to the bit.
+    stages = [{"steps": 4, "length": 32, "batch": 3, "state_passing": 0.5}]
+    changes = {**SETTINGS, "stages": stages, "data": read_data(write_config, separate=False)}
+    Trainer(read_config(write_config("one", **changes))).run()
+    path = write_config("two", **changes, probe=[600])
+    run(path, "--sequence-parallel", "2", "--steps", "3")
+    Trainer(read_config(path, {"steps": "4"})).run()
+    assert_same_run(tmp_path / "one", tmp_path / "two", 4)
+
+
+def read_data(write_config: Writer, **changes: Any) -> dict[str, Any]:
+    return {**read_config(write_config()).to_dict()["data"], **changes}
+
+
+def test_what_cannot_be_shared_out(write_config: Writer) -> None:
+    for fields, world, message in (
+        ({"sequence_parallel": "2"}, World(0, 2, 2), "must be a multiple of 16"),
+        ({"sequence_parallel": "2", "stages.0.long_ce": "5", "stages.0.long_ce_window": "12"},
+         World(0, 2, 2), "long_ce must be 0"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            check_division(read_config(write_config(), fields), world.size)
+
+
 def test_rows_are_shared_out() -> None:
     """Every row of a step is read once, by any number of processes."""
     config = read_config_of({"stages": [{"steps": 1, "length": 8, "batch": 4}], "accumulate": 3})

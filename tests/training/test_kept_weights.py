@@ -1,5 +1,6 @@
-"""Which weights become the model: an average of them, the best of the last stage."""
+"""What is kept: the average or the best of the weights, the last checkpoints."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from running import Stopped, Writer, assert_same_bits, stop_at, weights
 
 import rwkvx
+from rwkvx import InputError
 from rwkvx.training.config import read_config
 from rwkvx.training.trainer import Trainer
 
@@ -62,3 +64,18 @@ def test_a_run_that_ends_before_the_last_stage_has_a_best_too(
     config = read_config(write_config(stages=stages, keep="best", steps=1, eval_every=1))
     model = Trainer(config).run()
     assert_same_bits(weights(rwkvx.load(tmp_path / "run" / "small-step-1")), weights(model))
+
+
+def test_the_last_checkpoints_stay(write_config: Writer, tmp_path: Path) -> None:
+    """Of a damaged one, the one before is named as what is gone on from; with the same bits."""
+    config = read_config(write_config(save_every=1, keep_checkpoints=3))
+    whole = Trainer(config).run()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-4", "step-5", "step-6"]
+    shutil.rmtree(tmp_path / "run" / "small-step-6")
+    file = checkpoints / "step-6" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match="to go on from the one before"):
+        Trainer(config).run()
+    shutil.rmtree(checkpoints / "step-6")
+    assert_same_bits(weights(Trainer(config).run()), weights(whole))

@@ -262,7 +262,7 @@ def test_tensors_that_were_dropped_are_missed(write_config: Writer, tmp_path: Pa
     Trainer(read_config(write_config(), {"steps": "4"})).run()
     file = tmp_path / "run" / "checkpoints" / "step-4" / "optimizer.safetensors"
     tensors = load_file(file)
-    tensors.pop("emb.weight.exp_avg")
+    tensors.pop("optimizer.emb.weight.exp_avg")
     save_file(tensors, file)
     with pytest.raises(InputError, match=r"optimizer\.safetensors is damaged or was changed"):
         Trainer(read_config(write_config())).run()

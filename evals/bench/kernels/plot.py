@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 from rwkvx_evals.bench.kernels.case import OURS
-from rwkvx_evals.passkey.plan import length_label
+from rwkvx_evals.lengths import length_label
 
 # Colour-blind safe, told apart by marker and line style as well.
 STYLES = [("#d55e00", "^", "-"), ("#009e73", "v", "-"), ("#cc79a7", "D", "-")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,12 +44,13 @@ def run(
     device: str = "cuda",
     seconds: float = 420,
     say: Callable[[str], None] = print,
+    peers: bool = True,
 ) -> dict[str, Any]:
     """Measures for about `seconds`, and writes results.json (after every case), report.md and
     pictures into `out`.
 
-    lengths: of every family; empty: its own. A case that fails or computes something wrong is
-    recorded, and the others go on.
+    lengths: of every family; empty: its own. peers: whether others are timed beside ours. A case
+    that fails or computes something wrong is recorded, and the others go on.
 
     Raises InputError where there is no GPU.
     """
@@ -70,6 +72,8 @@ def run(
     for name, value in results["ceilings"].items():
         say(f"ceiling: {name} {value:,.4g}")
     cases = ordered(c for family in families for c in FAMILIES[family].cases(device, lengths))
+    if not peers:
+        cases = [replace(case, errors={OURS: case.errors[OURS]}) for case in cases]
     stopped: str | None = None
     for number, case in enumerate(cases, 1):
         row = {"family": case.family, "tokens": case.tokens, "status": "left out"}

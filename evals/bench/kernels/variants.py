@@ -1,0 +1,192 @@
+"""Launch options beside each other: a stage's own, from its family's table, and others.
+
+What is timed is the call that the stage is part of; all else in it stays as it is. So a faster
+variant becomes a change of the table (`options.py` of the family), and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from rwkvx.errors import InputError
+from rwkvx_evals.bench.kernels.case import OURS
+from rwkvx_evals.bench.kernels.chunk_attention import CHUNK, HEADS, SIZE, TOPK
+from rwkvx_evals.bench.kernels.error import relative_error
+from rwkvx_evals.bench.kernels.stopwatch import by_turns
+from rwkvx_evals.bench.machine import describe
+from rwkvx_evals.bench.timing import ratio
+from rwkvx_evals.files import write_json
+from rwkvx_kernels.tools.triton_options import Options, Row, options_for, vary
+
+SECONDS = 2.0  # spent on a stage
+TOKENS = 131072
+# Another order of the same sums in bfloat16.
+TOLERANCE = 1e-2
+Run = Callable[[], Sequence[torch.Tensor]]
+
+
+class Family(NamedTuple):
+    """Stages of a family of kernels.
+
+    Attributes:
+        table: its launch options. calls: for a stage, on a device, at so many tokens in a dtype,
+            the call that it is part of.
+    """
+
+    table: Sequence[Row]
+    calls: Mapping[str, Callable[[str, int, torch.dtype], Run]]
+
+
+def _tensor(device: str, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn((1, tokens, HEADS, SIZE), device=device).to(dtype)
+
+
+def _selection(coarse: bool, device: str, tokens: int, dtype: torch.dtype) -> Run:
+    from rwkvx_kernels.chunk_select.triton_ops import select_sequences  # Triton may be missing
+
+    q, k = (_tensor(device, tokens, dtype) for _ in range(2))
+    return lambda: [select_sequences(q, k, coarse, CHUNK, TOPK)]
+
+
+def _attention(backward: bool, device: str, tokens: int, dtype: torch.dtype) -> Run:
+    from rwkvx_kernels.chunk_attention.triton_ops import attend_sequences, gradients_of_sequences
+    from rwkvx_kernels.chunk_select.triton_ops import select_sequences
+
+    q, k, v, do = (_tensor(device, tokens, dtype) for _ in range(4))
+    chosen = select_sequences(q, k, False, CHUNK, TOPK)
+    if not backward:
+        return lambda: [attend_sequences(q, k, v, chosen, CHUNK)[0]]
+    o, lse = attend_sequences(q, k, v, chosen, CHUNK)
+    return lambda: gradients_of_sequences(do, o, lse, q, k, v, chosen, CHUNK)
+
+
+def families() -> dict[str, Family]:
+    """By the names of the kernels' folders."""
+    from rwkvx_kernels.chunk_attention import options as attention
+    from rwkvx_kernels.chunk_select import options as selection
+
+    flat, coarse = partial(_selection, False), partial(_selection, True)
+    forward, backward = partial(_attention, False), partial(_attention, True)
+    return {
+        "chunk_select": Family(
+            selection.TABLE, {"means": flat, "flat": flat, "level": coarse, "children": coarse}
+        ),
+        "chunk_attention": Family(
+            attention.TABLE,
+            {"pairs": forward, "own": forward}
+            | {"pairs_dq": backward, "own_dq": backward, "keys": backward},
+        ),
+    }
+
+
+def parse(text: str) -> list[Options]:
+    """ "128x64x8x2,64x64x4x2": rows, columns, warps, stages of each.
+
+    Raises InputError for anything else.
+    """
+    found = []
+    for one in text.split(","):
+        numbers = one.split("x")
+        if len(numbers) != 4 or not all(x.isdecimal() and int(x) for x in numbers):
+            raise InputError(f"a variant is ROWSxCOLUMNSxWARPSxSTAGES, as 128x64x8x2, not {one!r}")
+        found.append(Options(*map(int, numbers)))
+    return found
+
+
+def neighbours(own: Options) -> list[Options]:
+    """One step away in every direction."""
+    found = [own._replace(warps=8 if own.warps == 4 else 4), own._replace(stages=own.stages + 1)]
+    if own.stages > 1:
+        found.append(own._replace(stages=own.stages - 1))
+    for name in ("rows", "columns"):
+        size = getattr(own, name)
+        found.append(own._replace(**{name: 2 * size}))
+        if size >= 32:
+            found.append(own._replace(**{name: size // 2}))
+    return found
+
+
+def run(
+    stage: str,
+    variants: list[Options] | None,
+    out: Path,
+    tokens: int = TOKENS,
+    device: str = "cuda",
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Time a stage "FAMILY.STAGE", or all of a "FAMILY", with its own options and with variants.
+
+    variants: None for the neighbours of its own. Writes variants.json into `out` after each stage.
+
+    Raises InputError for a stage that is not there, and where there is no GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("rwkvx bench kernels measures kernels on a GPU, and torch sees none here")
+    known = families()
+    name, _, one = stage.partition(".")
+    if name not in known or (one and one not in known[name].calls):
+        names = ", ".join(f"{x}.{s}" for x, found in known.items() for s in found.calls)
+        raise InputError(f"no stage {stage!r}: choose a family or one of {names}"[:300])
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # the interpreter has no bfloat16
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    results: dict[str, Any] = {"machine": describe() | {"gpu": gpu}, "tokens": tokens, "stages": []}
+    write_json(out / "variants.json", results)
+    family = known[name]
+    for part in [one] if one else family.calls:
+        own = options_for(family.table, part, dtype, SIZE, torch.device(device))
+        others = neighbours(own) if variants is None else variants
+        call = family.calls[part](device, tokens, dtype)
+        results["stages"].append(_beside(f"{name}.{part}", part, own, others, call, device, say))
+        write_json(out / "variants.json", results)
+    return results
+
+
+def _beside(
+    name: str,
+    stage: str,
+    own: Options,
+    others: list[Options],
+    call: Run,
+    device: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The row of a stage; variants that do not run, or err, are left out with the reason."""
+    expected = [x.double() for x in call()]
+
+    def varied(options: Options, check: bool = False) -> None:
+        with vary(stage, options):
+            got = call()
+        if check and not relative_error([x.double() for x in got], expected) <= TOLERANCE:
+            raise ValueError("computes something else")
+
+    calls: dict[str, Callable[[], object]] = {OURS: call}
+    left_out: dict[str, str] = {}
+    for options in others:
+        label = "x".join(map(str, options))
+        try:
+            varied(options, check=True)
+            calls[label] = partial(varied, options)
+        except Exception as error:  # whatever a compiler raises
+            left_out[label] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    seconds, failed = by_turns(calls, device, SECONDS)
+    label = "x".join(map(str, own))
+    say(f"{name}: {label} of the table takes {1e3 * median(seconds[OURS]):.3f} ms")
+    times = {}
+    for other in [x for x in seconds if x != OURS]:
+        times[other] = ratio(seconds[other], seconds[OURS])
+        say(f"  {other:<14} x {times[other]['median']:.3f}")
+    for other, why in (left_out | failed).items():
+        say(f"  {other:<14} left out: {why}")
+    return {
+        "stage": name,
+        "own": label,
+        "seconds": seconds,
+        "times_own": times,
+        "left_out": left_out | failed,
+    }

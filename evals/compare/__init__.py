@@ -1,0 +1,1 @@
+"""Finished long-context runs, sample by sample."""

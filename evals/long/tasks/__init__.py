@@ -1,0 +1,41 @@
+"""The tasks, one file a family: a file here that lists `TASKS` is all that a new one takes."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from rwkvx.errors import InputError
+from rwkvx_evals.long.task import Task
+
+
+def _found() -> dict[str, Task]:
+    tasks: dict[str, Task] = {}
+    for module in pkgutil.iter_modules(__path__):
+        for task in importlib.import_module(f"{__name__}.{module.name}").TASKS:
+            if task.name in tasks:
+                raise ValueError(f"two tasks are named {task.name}")
+            tasks[task.name] = task
+    return tasks
+
+
+TASKS: dict[str, Task] = _found()
+
+
+def find_tasks(names: Iterable[str]) -> list[Task]:
+    """The tasks of these names or patterns ("niah_*"), each once, in the order asked for.
+
+    Raises InputError for a name that is none, with those nearest to it.
+    """
+    found: dict[str, Task] = {}
+    for name in names:
+        matching = [task for task in TASKS if fnmatchcase(task, name)]
+        if not matching:
+            near = get_close_matches(name, TASKS, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see --list"
+            raise InputError(f"unknown task {name!r}: {hint}")
+        found |= {task: TASKS[task] for task in matching}
+    return list(found.values())

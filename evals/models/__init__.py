@@ -1,0 +1,1 @@
+"""Models that the evaluations ask: ours, Hugging Face folders, OpenAI-compatible endpoints."""

@@ -1,0 +1,1 @@
+"""Architectures of equal size, trained alike on the same text and compared."""
