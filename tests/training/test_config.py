@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BASE, TEXT
+from running import BASE, TEXT
 
 from rwkvx import InputError, Model, ModelConfig, init_weights
 from rwkvx.checkpoint.folder import save_folder

@@ -169,7 +169,7 @@ def test_rows_are_shared_out() -> None:
 
 
 def read_config_of(changes: dict[str, Any]) -> Any:
-    from conftest import BASE
+    from running import BASE
 
     from rwkvx.training.config import parse_config
 
