@@ -24,8 +24,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from rwkvx.checkpoint import hub
 from rwkvx.checkpoint.folder import CONFIG
-from rwkvx.checkpoint.hub import CONFIG_KEYS, MODEL_TYPE, TOKENIZER_CLASSES, write_hub_files
 from rwkvx.checkpoint.manifest import write_manifest
 from rwkvx.config import ModelConfig, field_names, hybrid_pattern
 from rwkvx.decoding import Decoder, start
@@ -46,14 +46,14 @@ _DEFAULT = ModelConfig(vocab_size=65536, width=768, pattern=hybrid_pattern(12, 4
 class RwkvxConfig(PreTrainedConfig):
     """The fields of `rwkvx.ModelConfig` (defaults: the 0.22B shape), and Hugging Face's own."""
 
-    model_type = MODEL_TYPE
+    model_type = hub.MODEL_TYPE
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Hugging Face's)
     attribute_map = {"hidden_size": "width"}  # noqa: RUF012
 
     def __init__(self, **kwargs: Any) -> None:
         own = {name: kwargs.pop(name) for name in field_names() if name in kwargs}
         use_cache = kwargs.pop("use_cache", True)
-        common = {name: x for name, x in CONFIG_KEYS.items() if name != "model_type"}
+        common = {name: x for name, x in hub.CONFIG_KEYS.items() if name != "model_type"}
         super().__init__(**{**common, "tie_word_embeddings": False, **kwargs})
         self.use_cache = use_cache
         for name, value in ModelConfig.from_dict({**_DEFAULT.to_dict(), **own}).to_dict().items():
@@ -81,7 +81,7 @@ class RwkvxConfig(PreTrainedConfig):
     @property
     def tokenizer_class(self) -> str | None:
         """For `AutoTokenizer`, in folders without tokenizer_config.json."""
-        return TOKENIZER_CLASSES.get(self.tokenizer)
+        return hub.TOKENIZER_CLASSES.get(self.tokenizer)
 
 
 class StateCache(Cache):
@@ -188,6 +188,13 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         super().__setattr__(name, value)
         if name in self._modules and "model" in vars(self):
             setattr(self.model, name, value)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere in transformers; every weight is finite in the dtype asked for."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        hub.check_finite((loaded[0] if isinstance(loaded, tuple) else loaded).state_dict())
+        return loaded
 
     @can_return_tuple
     def forward(
@@ -314,7 +321,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
             return super().save_pretrained(save_directory, is_main_process, tensors, **kwargs)
         folder = Path(save_directory)
         if is_main_process:  # first: the base class may upload the folder
-            code = write_hub_files(folder, self.config.tokenizer)
+            code = hub.write_hub_files(folder, self.config.tokenizer)
         super().save_pretrained(save_directory, is_main_process, tensors, **kwargs)
         if is_main_process:
             weights = [path.name for path in folder.glob("*.safetensors*")]
@@ -387,7 +394,7 @@ def _block_inputs(
             handle.remove()
 
 
-AutoConfig.register(MODEL_TYPE, RwkvxConfig, exist_ok=True)
+AutoConfig.register(hub.MODEL_TYPE, RwkvxConfig, exist_ok=True)
 AutoModelForCausalLM.register(RwkvxConfig, RwkvxForCausalLM, exist_ok=True)
 for _tokenizer in TOKENIZERS.values():  # the last one for a config that names none
     AutoTokenizer.register(RwkvxConfig, cast(Any, _tokenizer), exist_ok=True)

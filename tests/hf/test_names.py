@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import rwkvx
 from rwkvx.checkpoint.folder import save_folder
+from rwkvx.errors import InputError
 from rwkvx.hf import RwkvxConfig, RwkvxForCausalLM
 
 
@@ -36,6 +37,16 @@ def test_a_file_s_names_are_the_module_s(
     assert not result.missing_keys
     assert not result.unexpected_keys
     assert fresh.model.fingerprint() == trained.model.fingerprint()
+
+
+def test_a_dtype_that_is_too_narrow_is_refused(tmp_path: Path) -> None:
+    """Whoever casts: transformers does it by itself."""
+    model = adapter(torch.float32)
+    model.model.blocks[0].ffn.key.weight.data[3, 5] = 1e5
+    model.save_pretrained(tmp_path)
+    assert RwkvxForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(InputError, match=r"blocks.0.ffn.key.weight .* float16: try dtype bfloat16"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
 
 
 def test_accelerate_loads_a_file_by_name(trained: RwkvxForCausalLM, tmp_path: Path) -> None:
