@@ -1,4 +1,4 @@
-"""The model behind Hugging Face's interface: configuration, causal language model, cache.
+"""The model behind Hugging Face's interface: configuration and causal language model.
 
 Importing this module registers it with transformers' Auto classes; `import rwkvx` sees to that.
 Axes: B batch, T time, C width, V vocabulary.
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    Cache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,12 +27,11 @@ from rwkvx.checkpoint import hub
 from rwkvx.checkpoint.folder import CONFIG
 from rwkvx.checkpoint.manifest import write_manifest
 from rwkvx.config import ModelConfig, field_names, hybrid_pattern
-from rwkvx.decoding import Decoder, start
 from rwkvx.errors import InputError
+from rwkvx.hf_cache import StateCache, one_cache
 from rwkvx.init import init_weights
 from rwkvx.model import Model
 from rwkvx.packing import Packing
-from rwkvx.state import ModelState, repeat_state, select_state
 from rwkvx.tokenizers import TOKENIZERS, ByteTokenizer, WorldTokenizer
 
 __all__ = ["ByteTokenizer", "RwkvxConfig", "RwkvxForCausalLM", "StateCache", "WorldTokenizer"]
@@ -82,83 +80,6 @@ class RwkvxConfig(PreTrainedConfig):
     def tokenizer_class(self) -> str | None:
         """For `AutoTokenizer`, in folders without tokenizer_config.json."""
         return hub.TOKENIZER_CLASSES.get(self.tokenizer)
-
-
-class StateCache(Cache):
-    """`past_key_values`: the model's state after the tokens read so far.
-
-    A call with it goes on from there and puts the new state in. States stay valid, so that
-    `copy.copy(cache)` is a fork that costs nothing.
-    """
-
-    is_croppable = False
-    # Per layer; where all are, `generate` reads the whole prompt again on top of a given cache.
-    is_linear = (False,)
-
-    def __init__(self, state: ModelState | None = None, seen: int = 0) -> None:
-        """seen: columns of `input_ids` read so far, padding included, as `generate` counts."""
-        super().__init__(layers=[])
-        self._state, self.seen = state, seen
-        self.room = 0  # tokens that are expected to follow one by one
-        self._decoder: Decoder | None = None
-
-    @property
-    def state(self) -> ModelState | None:
-        """After the tokens read so far; None before the first."""
-        return self._state if self._decoder is None else self._decoder.state
-
-    @state.setter
-    def state(self, state: ModelState | None) -> None:
-        self._state, self._decoder = state, None
-
-    def step(self, model: Model, ids: Tensor) -> Tensor:
-        """Read ids [B, 1] after a prompt, by a decoder that goes on from step to step."""
-        if self._decoder is None or self._decoder.room == 0:
-            self.state = self.state  # of a decoder without room
-            self._decoder, self.room = start(model, self._state, self.room), 0
-        self.seen += 1
-        return self._decoder.step(ids)
-
-    def __copy__(self) -> Self:
-        return type(self)(self.state, self.seen)
-
-    def __repr__(self) -> str:
-        return f"StateCache(rows={self.batch_size}, seen={self.seen})"
-
-    def __len__(self) -> int:
-        return len(self._state.blocks) if self._state else 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of `input_ids` read so far."""
-        return self.seen
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is none."""
-        return -1
-
-    @property
-    def batch_size(self) -> int:
-        """Rows, -1 before the first call."""
-        return self._state.rows if self._state else -1
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`, in that order, repeats allowed."""
-        self.state = select_state(self.state, indices) if self.state else None
-
-    reorder_cache = batch_select_indices
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, neighbours together."""
-        self.state = repeat_state(self.state, repeats) if self.state else None
-
-    def reset(self) -> None:
-        """Back to the start."""
-        self.state, self.seen = None, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused: a recurrent state cannot go back."""
-        if tokens_to_remove:
-            raise InputError("a recurrent state cannot be cropped: fork it with copy.copy before")
 
 
 class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
@@ -238,7 +159,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         every = self.config.output_hidden_states
         every = bool(every if output_hidden_states is None else output_hidden_states)
-        past = _one_cache(past_key_values, cache)
+        past = one_cache(past_key_values, cache)
         positions = None if past.seen else position_ids
         packing = Packing.of(inputs, attention_mask, positions, cu_seq_lens_q)
         if use_cache and labels is None and not every:
@@ -331,6 +252,18 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Nothing: a saved folder imports this package, no code is copied into it."""
 
+    def _maybe_initialize_input_ids_for_generation(
+        self, inputs: Tensor | None, bos_token_id: Any, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        # A prompt without tokens begins a document, as no prompt does.
+        if inputs is None or inputs.shape[1]:
+            return super()._maybe_initialize_input_ids_for_generation(
+                inputs, bos_token_id, model_kwargs
+            )
+        ones = torch.ones(len(inputs), 1, dtype=torch.int64, device=inputs.device)
+        model_kwargs["attention_mask"] = ones
+        return ones * int(bos_token_id or 0)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
@@ -357,16 +290,6 @@ def _output(
     # No field, since a tuple of the output has none: TRL reads it of what it takes for a backbone.
     output.last_hidden_state = last
     return cast(CausalLMOutputWithPast, output)
-
-
-def _one_cache(past_key_values: Any, cache: Any) -> StateCache:
-    """What was given under either name, or a new one."""
-    if cache is not None and past_key_values is not None:
-        raise InputError("give either past_key_values or cache, two names of one thing")
-    past = past_key_values if cache is None else cache
-    if past is not None and not isinstance(past, StateCache):
-        raise InputError(f"past_key_values must be a StateCache: {type(past)}")
-    return StateCache() if past is None else past
 
 
 @contextmanager

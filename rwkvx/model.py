@@ -157,9 +157,9 @@ class Model(nn.Module):
         """How T tokens of each sequence are cut where no gradient is needed: nearly equal parts."""
         most = SEGMENT_TOKENS.get(self.device.type, SEGMENT_TOKENS["cpu"])
         longest = max(SEGMENT_MULTIPLE, most // batch)
-        count = -(-tokens // longest)
+        count = max(1, -(-tokens // longest))
         step = -(-tokens // (count * SEGMENT_MULTIPLE)) * SEGMENT_MULTIPLE
-        return [min(step, tokens - start) for start in range(0, tokens, step)]
+        return [min(step, tokens - start) for start in range(0, tokens, max(1, step))] or [0]
 
     def fresh_state(self, batch: int, capacity: int = 0) -> ModelState:
         """Before the first token of `batch` sequences, with room for `capacity` tokens."""

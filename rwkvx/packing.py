@@ -43,6 +43,8 @@ class Packing(NamedTuple):
                     f"attention_mask must be [B, past + T] beside {width} tokens, got "
                     f"{list(attention_mask.shape)}"
                 )
+            if not width:
+                return cls(None, None)
             real = attention_mask[:, -width:] != 0
             if not bool(real.any()):
                 raise InputError("attention_mask leaves no token at all")

@@ -39,6 +39,16 @@ def greedy(hf: RwkvxForCausalLM, ids: Tensor, tokens: int = NEW) -> Tensor:
     return ids
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])  # a tokenizer's, of ""
+def test_a_prompt_without_tokens_begins_a_document(
+    hf: RwkvxForCausalLM, dtype: torch.dtype
+) -> None:
+    empty = {"input_ids": torch.zeros(2, 0, dtype=dtype), "attention_mask": torch.zeros(2, 0)}
+    out = hf.generate(**empty, do_sample=False, **KEEP_GOING)
+    assert torch.equal(out, greedy(hf, torch.zeros(2, 1, dtype=torch.int64)))
+    assert torch.equal(out[:1], hf.generate(do_sample=False, **KEEP_GOING))
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_greedy(hf: RwkvxForCausalLM, use_cache: bool) -> None:
     ids = torch.cat(prompts(lengths=[40, 40]))
