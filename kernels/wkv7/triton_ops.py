@@ -67,7 +67,7 @@ def kept_like(r: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r, _, _, v, _, _, state, cu_seqlens, keep = args
-    kept = kept_like(r, v, cu_seqlens) if keep else [state.new_empty(0)] * 2
+    kept = kept_like(r, v, cu_seqlens) if keep else [state.new_empty(0) for _ in range(2)]
     return torch.empty_like(v), torch.empty_like(state), kept[0], kept[1]
 
 

@@ -85,6 +85,8 @@ class Package(NamedTuple):
 def package(tmp_path: Path) -> Package:
     folder = tmp_path / "rwkvx_kernels"
     (folder / "tools").mkdir(parents=True)
+    for part in (folder, folder / "tools"):  # or an installed package of that name came before
+        (part / "__init__.py").touch()
     shutil.copy(numba_loops.__file__, folder / "tools")
     return Package(folder)
 

@@ -43,9 +43,9 @@ def wkv7(tokens: int = TOKENS, sequences: int = 1, grad: bool = False) -> list[T
     return [x.requires_grad_(grad) for x in args]
 
 
-def states(keep: bool) -> Tensor:
-    """Before each chunk, as `wkv7` keeps them."""
-    return torch.ops.rwkvx.wkv7(*wkv7(), None, keep)[2]
+def kept() -> list[Tensor]:
+    """What `wkv7` keeps for its gradients."""
+    return list(torch.ops.rwkvx.wkv7(*wkv7(), None, True)[2:])
 
 
 def cache() -> list[Tensor]:
@@ -95,7 +95,7 @@ CALLS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
         (*wkv7(sequences=2), whole(0, 3, TOKENS), False),
     ],
     "wkv7_backward": lambda: [
-        ([*rows(1), normal(1, 1, DIM, DIM)], [states(True)], *wkv7(), None, True),
+        ([*rows(1), normal(1, 1, DIM, DIM)], kept(), *wkv7(), None, True),
     ],
     "wkv7_plain": lambda: [
         (*wkv7(grad=True), None, "torch"),
