@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from rwkvx.checkpoint import hub
+from rwkvx.checkpoint.checkpoint import check_finite
 from rwkvx.checkpoint.folder import CONFIG
 from rwkvx.checkpoint.manifest import write_manifest
 from rwkvx.config import ModelConfig, field_names, hybrid_pattern
@@ -114,7 +115,7 @@ class RwkvxForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As everywhere in transformers; every weight is finite in the dtype asked for."""
         loaded = super().from_pretrained(*args, **kwargs)
-        hub.check_finite((loaded[0] if isinstance(loaded, tuple) else loaded).state_dict())
+        check_finite((loaded[0] if isinstance(loaded, tuple) else loaded).state_dict())
         return loaded
 
     @can_return_tuple

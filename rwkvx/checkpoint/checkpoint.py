@@ -82,6 +82,21 @@ def cast(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     raise InputError(f"{what} overflows in {name}: try dtype {wider(dtype)}")
 
 
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that a loader which is not ours has read or cast into NaN or infinities.
+
+    Raises:
+        InputError: names the first one, and the dtype to try.
+    """
+    for name, x in tensors.items():
+        if not x.is_meta and not is_finite(x):
+            dtype = str(x.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{name} holds NaN or infinite values in {dtype}: try dtype {wider(dtype)}, and "
+                "check the file if that has them too"
+            )
+
+
 def is_finite(x: Tensor) -> bool:
     """Whether a tensor is free of NaN and infinities; reads it once, copies nothing."""
     if not x.numel() or not x.is_floating_point():

@@ -4,12 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from rwkvx.checkpoint.checkpoint import is_finite
 from rwkvx.config import field_names
-from rwkvx.dtypes import wider
-from rwkvx.errors import InputError
 from rwkvx.files import write_json, write_text
 
 MODEL_TYPE = "rwkvx"
@@ -36,21 +31,6 @@ CONFIG_KEYS: dict[str, Any] = {
     # warning, and tries batches of 64 times as much to find the batch size by itself.
     "max_position_embeddings": 8192,
 }
-
-
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that a loader which is not ours has read or cast into NaN or infinities.
-
-    Raises:
-        InputError: names the first one, and the dtype to try.
-    """
-    for name, x in tensors.items():
-        if not x.is_meta and not is_finite(x):
-            dtype = str(x.dtype).removeprefix("torch.")
-            raise InputError(
-                f"{name} holds NaN or infinite values in {dtype}: try dtype {wider(dtype)}, and "
-                "check the file if that has them too"
-            )
 
 
 def special_ids(tokenizer: Any) -> dict[str, int]:
