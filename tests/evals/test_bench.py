@@ -27,6 +27,8 @@ from rwkvx_evals.bench.floor import (
 from rwkvx_evals.bench.subjects import open_model, random_model
 from rwkvx_evals.bench.timing import Run, by_turns, ratio, spread
 
+pytestmark = pytest.mark.slow
+
 HAS_PEER = find_spec("rwkv_x") is not None
 SHAPE: dict[str, Any] = {
     "vocab_size": 70,

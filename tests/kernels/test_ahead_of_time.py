@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="needs triton (the extra gpu)")
 
 SCRIPT = Path(__file__).parent / "ahead_of_time.py"

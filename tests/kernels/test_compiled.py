@@ -14,6 +14,8 @@ import pytest
 
 from rwkvx_kernels.tools import numba_loops
 
+pytestmark = pytest.mark.slow
+
 CALLED = """
 from rwkvx_kernels.tools.numba_loops import loop
 @loop

@@ -15,6 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from rwkvx import Model, ModelConfig, repeat_state
 
+pytestmark = pytest.mark.slow
+
 KINDS = {"cpu": torch.float64, "triton": torch.float32}
 # The kernels are the same; what is between them may be summed in another order.
 ALLOWED = {"cpu": 1e-12, "triton": 2e-5}

@@ -15,6 +15,8 @@ from rwkvx.decoding import graph as graphs
 from rwkvx.decoding.graph import GraphDecoder, can_capture
 from rwkvx.sampling import generate
 
+pytestmark = pytest.mark.slow
+
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # float32, sums in another order; and what the kernels' products lose on a GPU.

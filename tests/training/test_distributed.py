@@ -21,6 +21,8 @@ from rwkvx.training.config import read_config
 from rwkvx.training.trainer import Trainer
 from rwkvx.training.world import World
 
+pytestmark = pytest.mark.slow
+
 # Sums over two processes round differently from sums over four rows, and Adam turns a rounding of a
 # tiny gradient into one of a step; a step moves a weight by the learning rate.
 RATE = 1e-3
