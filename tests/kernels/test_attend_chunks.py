@@ -169,7 +169,7 @@ def test_what_is_not_finite_spoils_its_readers_alone(
 @pytest.mark.skipif(DEVICE == "cuda", reason="products of a CPU")
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("mkl", [False, True])
-@pytest.mark.parametrize("queries", [700, 30])  # many of a chunk, and few
+@pytest.mark.parametrize("queries", [1000, 30])  # many of a chunk, and few
 def test_products_of_any_processor(
     queries: int, mkl: bool, narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
