@@ -30,11 +30,6 @@ def first_number(answer: str, right: Sequence[str]) -> float:
     return float(found is not None and found[0] in right)
 
 
-def whole_word(answer: str, right: Sequence[str]) -> float:
-    """1 where a right answer is a word of the answer, punctuation aside (InfiniteBench)."""
-    return float(any(one in re.sub(r"[\n:\"'.,?!{}]", " ", answer).split() for one in right))
-
-
 def node_set_f1(answer: str, right: Sequence[str]) -> float:
     """F1 of the set in the last brackets of the answer (GraphWalks); 1 means exactly that set.
 

@@ -108,7 +108,7 @@ class _Files:
         content = written[32:]
         if sha256(content).digest() != written[:32]:
             return None
-        saved, data = pickle.loads(content)
+        saved, data = pickle.loads(content)  # as trusted as the .pyc beside it, like Numba's own
         return data if saved == key else None
 
     def _clean(self) -> None:

@@ -297,11 +297,6 @@ def tensors_of(state: BlockState) -> dict[str, Tensor]:
     return {name: x for name, x in state._asdict().items() if isinstance(x, Tensor)}
 
 
-def count_of(config: "ModelConfig", kind: str) -> int:
-    """Blocks of a kind."""
-    return config.pattern.count(kind)
-
-
 def positions(pattern: Sequence[str], kind: str) -> list[int]:
     """Where the blocks of a kind stand."""
     return [i for i, x in enumerate(pattern) if x == kind]

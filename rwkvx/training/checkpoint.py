@@ -22,10 +22,10 @@ from rwkvx.model import Model
 from rwkvx.settings import from_plain
 from rwkvx.state import ModelState
 from rwkvx.training.distributed import like, whole
+from rwkvx.training.run_folder import PROGRESS
 from rwkvx.training.world import World
 
 MODEL, OPTIMIZER, CARRIED, AVERAGE = "model", "optimizer", "carried", "average"
-PROGRESS = "progress.json"
 Tensors = dict[str, Tensor]
 
 

@@ -27,6 +27,7 @@ from rwkvx.files import flush, read_json, write_json, write_text
 
 __all__ = ["RunFolder"]
 
+PROGRESS = "progress.json"  # of a checkpoint: how far the run had come
 _UNFINISHED = ".*.part*"  # what `replacing` leaves of a process that was killed
 
 
@@ -75,9 +76,18 @@ class RunFolder:
         self._forget_old()
 
     def _forget_old(self) -> None:
+        """Keep the newest checkpoints, and the best models that they name or that came after."""
         numbered = sorted(self.checkpoints.glob("step-*"), key=_number)
         for other in numbered[: -self.keep]:
             remove(other)
+        kept = numbered[-self.keep :]
+        try:
+            named = {read_json(path / PROGRESS)["best_step"] for path in kept}
+        except (InputError, LookupError, TypeError):
+            return  # a damaged checkpoint: nothing is forgotten until it has been dealt with
+        for best in self.checkpoints.glob("best-*"):
+            if kept and _number(best) <= _number(kept[-1]) and _number(best) not in named:
+                remove(best)
 
     # ------------------------------------------------------------- checkpoints
 
@@ -121,12 +131,6 @@ class RunFolder:
     def best(self, step: int) -> Path:
         """Folder of the best model so far, that of step N."""
         return self.checkpoints / f"best-{step}"
-
-    def remove_best(self, but: Path | None = None) -> None:
-        """Remove the best models but that one."""
-        for other in self.checkpoints.glob("best-*"):
-            if other != but:
-                remove(other)
 
     def model(self, name: str, step: int) -> Path:
         """Folder of the model that a run of that name made in that many steps."""
@@ -187,6 +191,6 @@ def remove(path: Path) -> None:
 
 
 def _number(path: Path) -> int:
-    """N of step-N; -1 for a name that is none."""
-    text = path.name.removeprefix("step-")
+    """N of step-N or best-N; -1 for a name that is none."""
+    text = path.name.removeprefix("step-").removeprefix("best-")
     return int(text) if text.isdigit() and path.is_dir() else -1

@@ -22,8 +22,8 @@ from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.manifest import MANIFEST, write_manifest
 from rwkvx.errors import WriteError
 from rwkvx.files import flush, write_json
-from rwkvx.training.checkpoint import PROGRESS, Progress, Running, tensors_by_file
-from rwkvx.training.run_folder import RunFolder, remove
+from rwkvx.training.checkpoint import Progress, Running, tensors_by_file
+from rwkvx.training.run_folder import PROGRESS, RunFolder, remove
 from rwkvx.training.world import World
 
 __all__ = ["Saver"]

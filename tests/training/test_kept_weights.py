@@ -55,6 +55,8 @@ def test_the_best_of_the_last_stage_becomes_the_model(
                 Trainer(config).run()
     assert_same_bits(weights(Trainer(config).run()), seen[4])
     assert_same_bits(weights(rwkvx.load(tmp_path / "run" / "small-step-6")), seen[4])
+    left = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left == {"step-6", "best-4"}  # that of step 3 is worse, and of no use
 
 
 def test_a_run_that_ends_before_the_last_stage_has_a_best_too(
