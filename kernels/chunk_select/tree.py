@@ -60,18 +60,6 @@ def empty_tree(means_NCD: Tensor) -> ChunkTree:
     return ChunkTree(means_NCD.new_empty((len(means_NCD), 0), dtype=torch.int64), (), ())
 
 
-def trees_of(means_NCD: Tensor) -> TreeOf:
-    """The tree over so many of the chunks; cheap when asked for in rising order."""
-    tree = empty_tree(means_NCD)
-
-    def grow(chunks: int) -> ChunkTree:
-        nonlocal tree
-        tree = grow_tree(tree, means_NCD, chunks)
-        return tree
-
-    return grow
-
-
 def grow_tree(tree: ChunkTree, means_NCD: Tensor, chunks: int) -> ChunkTree:
     """The tree over the first `chunks` (rounded down to whole runs).
 

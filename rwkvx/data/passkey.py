@@ -191,10 +191,3 @@ class PasskeyBuilder:
             self.prefix(filler, length, depth, offset=offset),
             self.tail(filler, length, depth, key, offset=offset),
         )
-
-
-def build_passkey(
-    tokenizer: Encoder, filler: Filler, length: int, depth: float, key: int, *, offset: int = 0
-) -> PasskeyPrompt:
-    """One prompt of exactly `length` tokens; for many prompts keep a `PasskeyBuilder`."""
-    return PasskeyBuilder(tokenizer).build(filler, length, depth, key, offset=offset)

@@ -14,7 +14,6 @@ from rwkvx.data.passkey import (
     TASK,
     Encoder,
     PasskeyBuilder,
-    build_passkey,
     draw_key,
     needle_text,
     prose_filler,
@@ -68,7 +67,7 @@ def test_no_key_has_a_longer_needle(tokenizer: Encoder) -> None:
 
 def test_the_text_is_the_published_one() -> None:
     tokenizer = ByteTokenizer()
-    prompt = build_passkey(tokenizer, standard_filler(tokenizer), 700, 0.5, 4321)
+    prompt = PasskeyBuilder(tokenizer).build(standard_filler(tokenizer), 700, 0.5, 4321)
     text = tokenizer.decode(prompt.ids.tolist())
     start = f"{TASK}\n{STANDARD_FILLER} {STANDARD_FILLER} "
     assert text.startswith(start)

@@ -20,7 +20,8 @@ from rwkvx_kernels.chunk_select import common
 from rwkvx_kernels.chunk_select.common import FANOUT, RUN, node_queries
 from rwkvx_kernels.chunk_select.numba_largest import largest
 from rwkvx_kernels.chunk_select.reference import ordered_chunks
-from rwkvx_kernels.chunk_select.tree import ChunkTree, trees_of
+from rwkvx_kernels.chunk_select.tree import ChunkTree
+from rwkvx_kernels.chunk_select.trees import Trees
 
 COARSE = "coarse_to_fine"
 
@@ -58,7 +59,7 @@ def check_tree(built: ChunkTree, means: Tensor) -> None:
 def test_tree_by_hand() -> None:
     """1,024 + 2 · 256 chunks: one run of each length that there can be, none across another."""
     means = torch.randn(1, 1600, 5).double()
-    built = trees_of(means)(1600)
+    built = Trees(means).tree(1600)
     assert built.chunks == 1536
     check_tree(built, means)
     assert torch.equal(built.order_NP, ordered_chunks(means, 1536))
@@ -73,7 +74,7 @@ def test_likes_stand_together() -> None:
     kind = torch.arange(RUN) % 8
     kind = kind[torch.randperm(RUN)]
     means = torch.randn(8, 16)[kind] * 10 + torch.randn(RUN, 16) * 0.01
-    built = trees_of(means[None])(RUN)
+    built = Trees(means[None]).tree(RUN)
     nodes = kind[built.order_NP[0]].view(-1, FANOUT)
     assert (nodes == nodes[:, :1]).all()
 
@@ -81,10 +82,10 @@ def test_likes_stand_together() -> None:
 @pytest.mark.parametrize("steps", [[1536], [256, 1300, 1536], list(range(256, 1537, 256))])
 def test_growing_is_building(steps: list[int]) -> None:
     means = torch.randn(2, 1600, 5).double()
-    grow = trees_of(means)
+    grow = Trees(means).tree
     for chunks in steps:
         grown = grow(chunks)
-    whole = trees_of(means)(1536)
+    whole = Trees(means).tree(1536)
     assert torch.equal(grown.order_NP, whole.order_NP)
     for a, b in zip(grown.nodes, whole.nodes, strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
@@ -238,7 +239,7 @@ def test_largest_among_nan(count: int, wanted: int, odd: float) -> None:
 
 def test_leaves_are_the_means_in_order() -> None:
     means = torch.randn(2, 1600, 5)
-    grow = trees_of(means)
+    grow = Trees(means).tree
     for chunks in (300, 800, 1536):
         built = grow(chunks)
         order = built.order_NP.unsqueeze(-1).expand(-1, -1, 5)

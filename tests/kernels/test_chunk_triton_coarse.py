@@ -20,7 +20,7 @@ from rwkvx_kernels.chunk_attention import (
     chunk_attention,
     triton_ops,
 )
-from rwkvx_kernels.chunk_select import common, forest, tree, triton_decode, triton_descent
+from rwkvx_kernels.chunk_select import common, forest, triton_decode, triton_descent
 from rwkvx_kernels.chunk_select.trees import Trees
 from rwkvx_kernels.chunk_select.triton_descent import descend
 from rwkvx_kernels.chunk_select.triton_ops import select_triton, select_whole
@@ -88,7 +88,7 @@ def test_growing_is_building(cuts: list[int]) -> None:
         forest.grow(room, means, grown, chunks)
         grown = chunks
     for length in (256, 1024, 1280, 1792):
-        built = tree.trees_of(means)(length)
+        built = Trees(means).tree(length)
         for kept in (whole, room):
             start = 0
             for i, run in reversed(list(enumerate(forest.run_lengths(length)))):
