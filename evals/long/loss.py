@@ -189,9 +189,15 @@ def measure(model: Reader, ids: Ids, advance: Advance) -> dict[str, Any]:
         scored = SHORT - STRIDE
         for start, found in zip(starts, losses(model, batch_BT, scored, advance), strict=True):
             far[start + scored - 1 : start + width - 1] = found
-    compared = np.isfinite(far)
+    return measured(long, far)
+
+
+def measured(long: Losses, far: Losses | None = None) -> dict[str, Any]:
+    """The part of a row that losses decide; far: the same with a short context, inf where none."""
+    far = np.full(len(long), np.inf) if far is None else far
     if not (np.isfinite(long).all() and not np.isnan(far).any()):
         return {"status": "invalid"}
+    compared = np.isfinite(far)
     key = compared & (far - long > ALPHA) & (-long > BETA)
     return {
         "status": "ok",
