@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import assert_as_good, relative_error
+from measure import assert_as_good, relative_error, wkv7_error
 from torch import Tensor
 
 from rwkvx_kernels.wkv7 import wkv7
@@ -43,10 +43,10 @@ def test_all_gradients(dtype: torch.dtype, size: int) -> None:
     args = inputs(2000, 4, size, dtype)
     exact = run([x.double() for x in args], "reference")
     reference = run(args, "reference")
-    # tf32 products have 11 bits, where float32 has 24 and bfloat16 8: of float16's 11 and of the
-    # decays' gradients, differences of larger sums, more is asked than such products give.
+    # Of the decays' gradients, differences of larger sums, float32 loses more than its reference.
     factor = 50.0 if dtype == torch.float32 else 10.0
-    assert_as_good(run(args, "triton"), reference, exact, factor, NAMES)
+    least = wkv7_error(dtype)
+    assert_as_good(run(args, "triton"), reference, exact, factor, NAMES, least)
 
 
 def test_packed_sequences_equal_those_alone() -> None:
@@ -74,6 +74,7 @@ def test_past_two_to_the_31_elements() -> None:
     args = [x.expand(1, tokens, heads, size) for x in one]
     assert args[0].numel() > 2**31
     y, final = wkv7(*args, impl="triton")
+    # Fewer heads are cut into more segments: the same sums in another order.
     expected, end = wkv7(*one, impl="triton")
-    assert torch.equal(y[:, -1000:, -1:], expected[:, -1000:])
-    assert torch.equal(final[:, -1:], end)
+    assert relative_error(y[:, -1000:, -1:], expected[:, -1000:]) < 1e-2
+    assert relative_error(final[:, -1:], end) < wkv7_error(torch.bfloat16)
