@@ -8,10 +8,12 @@ import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rwkvx_kernels.names import IMPLEMENTATIONS
 
@@ -147,10 +149,51 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int) -> list[int]:
         ValueError: offsets that do not describe `tokens` packed tokens.
     """
     check_packed(cu_seqlens, batch)
-    offsets = [int(o) for o in cu_seqlens.tolist()]
+    offsets = _values(cu_seqlens)
     if offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets):
         raise ValueError(f"cu_seqlens must rise from 0 to T = {tokens}, got {offsets[:8]}")
     return offsets
+
+
+class Run(NamedTuple):
+    """Neighbouring packed sequences of one length: tokens `start` to `stop`."""
+
+    start: int
+    stop: int
+    count: int
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Packed [1, T, ...] -> a row for each sequence, [count, length, ...]: a view."""
+        return x[0, self.start : self.stop].unflatten(0, (self.count, -1))
+
+
+def runs_of(cu_seqlens: Tensor, batch: int, tokens: int) -> list[Run]:
+    """The packed sequences that are not empty, those together that can be a batch of their own.
+
+    Arguments and errors as for `check_cu_seqlens`.
+    """
+    runs: list[Run] = []
+    for a, b in pairwise(check_cu_seqlens(cu_seqlens, batch, tokens)):
+        last = runs[-1] if runs else Run(0, 0, 0)
+        if last.count and last.stop - last.start == last.count * (b - a):
+            runs[-1] = Run(last.start, b, last.count + 1)
+        elif a < b:
+            runs.append(Run(a, b, 1))
+    return runs
+
+
+def _values(cu_seqlens: Tensor) -> list[int]:
+    """Its numbers; every layer asks for the same ones, and a GPU is waited for once."""
+    if cu_seqlens.device.type == "cpu" or cu_seqlens.is_inference():
+        return cu_seqlens.tolist()
+    version, values = _SEEN.get(cu_seqlens, (None, []))
+    if version != cu_seqlens._version:
+        values = cu_seqlens.tolist()
+        _SEEN[cu_seqlens] = (cu_seqlens._version, values)
+    return values
+
+
+_SEEN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def check_packed(cu_seqlens: Tensor, batch: int) -> int:

@@ -50,7 +50,8 @@ class Block(nn.Module):
         y, state, v_first = self.att(self.ln1(x), state, v_first, cu_seqlens, keep_cache)
         x = x + y
         y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, cu_seqlens)
-        return x + y, state._replace(ffn_shift=ffn_shift), v_first
+        # torch 2.11 compiles a call of the class, and no `_replace`.
+        return x + y, self.att.State(*state[:-1], ffn_shift), v_first
 
 
 class Blocks(nn.ModuleList):

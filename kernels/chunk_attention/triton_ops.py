@@ -6,7 +6,6 @@ beside inputs and outputs stays below their size.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from rwkvx_kernels.chunk_attention.triton_backward import SEGMENT_BYTES, backwar
 from rwkvx_kernels.chunk_attention.triton_decode import decode
 from rwkvx_kernels.chunk_attention.triton_forward import Shape, forward, shape_of
 from rwkvx_kernels.chunk_select.triton_decode import select_rows
-from rwkvx_kernels.dispatch import check_cu_seqlens
+from rwkvx_kernels.dispatch import runs_of
 from rwkvx_kernels.tools.operators import adjacent, operator
 from rwkvx_kernels.tools.triton_lists import MOST_GROUPS, MOST_PAIRS, lists_of
 
@@ -125,13 +124,12 @@ def _gradients(grads: list[Tensor], kept: list[Tensor], args: tuple[Any, ...]) -
     (do,), (o, lse) = grads, kept
     if cu_seqlens is None:
         return gradients_of_sequences(do, o, lse, q, k, v, chosen, chunk)
-    made = []
-    for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])):
-        if a < b:
-            do_o_lse = (do[:, a:b], o[:, a:b], lse[:, a:b])
-            own = (q[:, a:b], k[:, a:b], v[:, a:b], chosen[:, a:b])
-            made.append(gradients_of_sequences(*do_o_lse, *own, chunk))
-    return [torch.cat(x, dim=1) for x in zip(*made, strict=True)]
+    made = [torch.empty_like(x) for x in (q, k, v)]
+    for run in runs_of(cu_seqlens, *q.shape[:2]):
+        own = map(run.rows, (do, o, lse, q, k, v, chosen))
+        for into, x in zip(made, gradients_of_sequences(*own, chunk), strict=True):
+            run.rows(into).copy_(x)
+    return made
 
 
 @operator("attend_chunks", _fake, _gradients, outputs=1, kept=slice(0, 2))
@@ -148,10 +146,10 @@ def attend_triton(
     if cu_seqlens is None:
         return attend_sequences(q, k, v, chosen, chunk_size)
     o, lse = _fake(q)
-    for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])):
-        if a < b:
-            own = (q[:, a:b], k[:, a:b], v[:, a:b], chosen[:, a:b])
-            o[:, a:b], lse[:, a:b] = attend_sequences(*own, chunk_size)
+    for run in runs_of(cu_seqlens, *q.shape[:2]):
+        made = attend_sequences(*map(run.rows, (q, k, v, chosen)), chunk_size)
+        for into, x in zip((o, lse), made, strict=True):
+            run.rows(into).copy_(x)
     return o, lse
 
 

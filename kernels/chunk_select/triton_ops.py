@@ -3,7 +3,6 @@
 Importing this module registers `torch.ops.rwkvx.select_chunks*`.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from rwkvx_kernels.chunk_select import common
 from rwkvx_kernels.chunk_select.trees import Trees
 from rwkvx_kernels.chunk_select.triton_descent import descend
 from rwkvx_kernels.chunk_select.triton_means import means_of
-from rwkvx_kernels.dispatch import check_cu_seqlens
+from rwkvx_kernels.dispatch import runs_of
 from rwkvx_kernels.tools.operators import adjacent, operator
 
 
@@ -47,7 +46,7 @@ def select_whole(
     if cu_seqlens is None:
         return select_sequences(q, k, coarse, chunk_size, topk)
     chosen = q.new_empty((*q.shape[:3], topk - 1), dtype=torch.int32)
-    for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])):
-        if a < b:
-            chosen[:, a:b] = select_sequences(q[:, a:b], k[:, a:b], coarse, chunk_size, topk)
+    for run in runs_of(cu_seqlens, *q.shape[:2]):
+        own = run.rows(q), run.rows(k)
+        run.rows(chosen).copy_(select_sequences(*own, coarse, chunk_size, topk))
     return chosen

@@ -9,14 +9,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkvx_kernels.dispatch import autocast_dtype, without_autocast
+from rwkvx_kernels.dispatch import (
+    Choice,
+    Facts,
+    autocast_dtype,
+    decide,
+    facts_of,
+    remembered,
+    triton_lacks,
+    without_autocast,
+)
 
 # Up to so many logits are made at once (in float32, 256 MB; their gradient takes their place).
 MOST_LOGITS = 2**26
 
 
+@remembered
+def choose(facts: Facts, impl: str = "auto") -> Choice:
+    """Which implementation a tile of `linear_cross_entropy` runs."""
+    return decide(impl, facts, {"triton": triton_lacks(facts), "torch": ""})
+
+
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, most_logits: int = MOST_LOGITS
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    most_logits: int = MOST_LOGITS,
+    impl: str = "auto",
 ) -> Tensor:
     """Sum over tokens of `weights * cross_entropy(x @ weight.T, targets)`, differentiable once.
 
@@ -26,9 +46,13 @@ def linear_cross_entropy(
     Args:
         x: [T, C]. weight: [V, C]. Under `torch.autocast` the product is in its dtype.
         targets: [T] int64. weights: [T], of which no gradient is wanted.
+        impl: of a tile: "auto", "torch" or "triton" (one pass over the logits).
 
     Returns:
         the loss, a float32 scalar (float64 for float64).
+
+    Raises:
+        UnsupportedError: Triton kernels for float64 or without a GPU.
     """
     if x.dim() != 2 or x.shape[0] != len(targets) or x.shape[0] != len(weights):
         shapes = [list(t.shape) for t in (x, targets, weights)]
@@ -37,7 +61,8 @@ def linear_cross_entropy(
         return _loss(F.linear(x, weight), targets, weights)
     dtype = autocast_dtype(x)
     tile = max(1, most_logits // weight.shape[0])
-    return _tiled(x.to(dtype), weight.to(dtype), targets, weights, tile)
+    x, weight = x.to(dtype), weight.to(dtype)
+    return _tiled(x, weight, targets, weights, tile, choose(facts_of(x), impl).impl)
 
 
 def _loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -45,11 +70,28 @@ def _loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return (F.cross_entropy(logits.to(wide), targets, reduction="none") * weights).sum()
 
 
+def _losses_and_gradients(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """As `triton_entropy.losses_and_gradients`, in float32 between."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_shares = wide.sub_(torch.logsumexp(wide, dim=1, keepdim=True))
+    own = targets.unsqueeze(1)
+    losses = -log_shares.gather(1, own).squeeze(1) * weights
+    # weights (softmax - one at the target)
+    gradients = log_shares.exp_()
+    gradients.scatter_add_(1, own, gradients.new_full((1, 1), -1.0).expand_as(own))
+    logits.copy_(gradients.mul_(weights.unsqueeze(1)))
+    return losses
+
+
 class _Tiles(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, tile: int
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, tile: int, impl: str
     ) -> Tensor:
+        if impl == "triton":
+            from rwkvx_kernels.linear.triton_entropy import losses_and_gradients  # may be missing
+        else:
+            losses_and_gradients = _losses_and_gradients
         wide = torch.promote_types(x.dtype, torch.float32)
         wants = ctx.needs_input_grad
         loss = x.new_zeros((), dtype=wide)
@@ -57,18 +99,12 @@ class _Tiles(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=wide) if wants[1] else None
         for start in range(0, len(x), tile):
             part = slice(start, start + tile)
-            logits = F.linear(x[part], weight).to(wide)
-            logits -= torch.logsumexp(logits, dim=1, keepdim=True)
-            own = targets[part].unsqueeze(1)
-            loss -= (logits.gather(1, own).squeeze(1) * weights[part]).sum()
-            # weights (softmax - one at the target), in place of the logits
-            dlogits = logits.exp_()
-            dlogits.scatter_add_(1, own, dlogits.new_full((1, 1), -1.0).expand_as(own))
-            dlogits = dlogits.mul_(weights[part].unsqueeze(1)).to(x.dtype)
+            logits = F.linear(x[part], weight)
+            loss += losses_and_gradients(logits, targets[part], weights[part]).sum()
             if dx is not None:
-                dx[part] = dlogits @ weight
+                dx[part] = logits @ weight  # gradients by now
             if dweight is not None:
-                dweight += dlogits.T @ x[part]
+                dweight += logits.T @ x[part]
         ctx.save_for_backward(dx, None if dweight is None else dweight.to(weight.dtype))
         return loss
 
@@ -76,10 +112,12 @@ class _Tiles(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = (t if t is None else t * dloss.to(t.dtype) for t in ctx.saved_tensors)
-        return dx, dweight, None, None, None
+        return dx, dweight, None, None, None, None
 
 
 @without_autocast
-def _tiled(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, tile: int) -> Tensor:
-    loss: Tensor = _Tiles.apply(x, weight, targets, weights, tile)
+def _tiled(
+    x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, tile: int, impl: str
+) -> Tensor:
+    loss: Tensor = _Tiles.apply(x, weight, targets, weights, tile, impl)
     return loss

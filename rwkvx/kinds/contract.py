@@ -54,8 +54,8 @@ class BlockState(Protocol):
     """What a block remembers: a NamedTuple of tensors whose first axis is rows, None for what a
     config leaves out, and caches of keys and values (rwkvx/cache.py).
 
-    `ffn_shift` [B, C] is the last input of the channel mix. The tensors are what state passing
-    saves; states are never changed, only replaced.
+    `ffn_shift` [B, C], the last field, is the last input of the channel mix. The tensors are what
+    state passing saves; states are never changed, only replaced.
     """
 
     @property

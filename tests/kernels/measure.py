@@ -28,6 +28,14 @@ def wkv7_error(dtype: torch.dtype) -> float:
     return 4 * 3 * FACTOR_ERROR[dtype]
 
 
+def attention_error(dtype: torch.dtype) -> float:
+    """Bound of the relative error of attention and its gradients from products on a GPU.
+
+    Three of them stand one after the other (scores, their gradients, those of q and k).
+    """
+    return 3 * 3 * FACTOR_ERROR[dtype]
+
+
 def relative_error(x: Tensor, exact: Tensor) -> float:
     """Root of the mean squared error, in units of the exact values' own size."""
     assert x.shape == exact.shape

@@ -10,6 +10,7 @@ from rwkvx_kernels.linear import linear_cross_entropy
 from rwkvx_kernels.linear.cross_entropy import MOST_LOGITS
 
 NAMES = ("loss", "dx", "dweight")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Logits and gradients are rounded to bfloat16, which has 8 bits, once each.
 ROUNDING = 1e-2
 
@@ -20,7 +21,9 @@ def inputs(tokens: int = 37, width: int = 12, vocabulary: int = 50) -> list[Tens
     return [x, weight, torch.randint(vocabulary, (tokens,)), torch.rand(tokens)]
 
 
-def run(args: list[Tensor], most: int | None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def run(
+    args: list[Tensor], most: int | None, dtype: torch.dtype = torch.float32, impl: str = "auto"
+) -> list[Tensor]:
     """Loss and gradients; with None of plain torch."""
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in args[:2]]
     weights = args[3].to(dtype)
@@ -28,7 +31,7 @@ def run(args: list[Tensor], most: int | None, dtype: torch.dtype = torch.float32
         losses = F.cross_entropy(leaves[0] @ leaves[1].T, args[2], reduction="none")
         loss = (losses * weights).sum()
     else:
-        loss = linear_cross_entropy(*leaves, args[2], weights, most)
+        loss = linear_cross_entropy(*leaves, args[2], weights, most, impl)
     (loss * 3).backward()
     return [loss.detach(), *(x.grad for x in leaves if x.grad is not None)]
 
@@ -39,6 +42,29 @@ def test_any_tile_gives_loss_and_gradients(most: int) -> None:
     exact, reference = run(args, None, torch.float64), run(args, None)
     assert_as_good(run(args, most), reference, exact, 4.0, NAMES)
     assert_as_good(run(args, most, torch.float64), exact, exact, 4.0, NAMES)
+
+
+@pytest.mark.parametrize("vocabulary", [50, 64, 9000])
+def test_triton_in_one_pass(vocabulary: int) -> None:
+    """Less than a block, a whole one, more than one."""
+    pytest.importorskip("triton", reason="needs triton (the extra gpu)")
+    args = [x.to(DEVICE) for x in inputs(vocabulary=vocabulary)]
+    exact, reference = run(args, None, torch.float64), run(args, None)
+    got = run(args, 10 * vocabulary, impl="triton")
+    assert_as_good(got, reference, exact, 4.0, NAMES)
+
+
+def test_triton_spoils_no_other_token() -> None:
+    """A token that is NaN, and a target that is no column."""
+    pytest.importorskip("triton", reason="needs triton (the extra gpu)")
+    from rwkvx_kernels.linear.triton_entropy import losses_and_gradients
+
+    logits, targets = torch.randn(4, 20, device=DEVICE), torch.tensor([3, 5, 20, 7], device=DEVICE)
+    logits[1, 4] = float("nan")
+    exact = F.cross_entropy(logits[[0, 3]], targets[[0, 3]], reduction="none")
+    losses = losses_and_gradients(logits, targets, torch.ones(4, device=DEVICE))
+    torch.testing.assert_close(losses[[0, 3]], exact)
+    assert losses[1:3].isnan().all()
 
 
 def test_autocast_makes_the_product_narrow() -> None:
