@@ -36,7 +36,10 @@ __all__ = [
 
 FLOAT = 4  # bytes: weights, gradients and moments are float32 in every precision
 SAMPLE_TOKENS = 512
-PRODUCT = 1024  # rows and columns of the product that a machine's speed is measured with
+PRODUCT = {
+    "cpu": 1024,
+    "cuda": 8192,
+}  # sides of a large product: a GPU needs larger ones to be full
 
 
 class Plan(NamedTuple):
@@ -215,14 +218,15 @@ def _tokens(config: TrainConfig) -> list[tuple[StageConfig, int]]:
 
 def product_speed(device: str, precision: str) -> float:
     """Floating-point operations a second of a large product, the best of some."""
-    a = torch.randn(PRODUCT, PRODUCT, device=device)
+    side = PRODUCT.get(torch.device(device).type, PRODUCT["cuda"])
+    a = torch.randn(side, side, device=device)
     a = a.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     best = float("inf")
     for _ in range(8):
         began = time.perf_counter()
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - began)
-    return 2 * PRODUCT**3 / best
+    return 2 * side**3 / best
 
 
 def _memory(device: str) -> int:
