@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from rwkvx.errors import InputError
 from rwkvx.files import is_there, read_json
+from rwkvx.training.facts import command_line
 from rwkvx_evals.bench.machine import describe
 from rwkvx_evals.files import digest, short, write_json
 
@@ -118,10 +117,9 @@ def provenance(packages: Sequence[str] = ()) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     return {
         "date": machine.pop("date"),
-        "command": shlex.join(command),
+        "command": command_line(),
         "commit": machine.pop("commit"),
         "versions": versions,
         "machine": machine,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from rwkvx.cli.options import Within, device_option, dtype_option
 from rwkvx.data.folder import data_folder
 from rwkvx.errors import InputError, shown
 from rwkvx.ranges import COUNT, SEED, TOKENS, Number, Whole
+from rwkvx.training.facts import command_line
 from rwkvx_evals.folder import default_folder
 from rwkvx_evals.lengths import length_label, parse_lengths
 from rwkvx_evals.long.loss import ABOUT, NAME
@@ -161,7 +160,7 @@ def _run(tasks: dict[str, Task], loss: bool, options: dict[str, Any]) -> None:
     request = Request(
         tasks, lengths, options["samples"], settings, loss=loss, batch=options["batch"],
         share=not options["no_sharing"], concurrency=options["concurrency"],
-        command=shlex.join(["rwkvx", *sys.argv[1:]]),
+        command=command_line(),
     )  # fmt: skip
     writer = Writer(
         model.tokenizer, seed=options["seed"], data=data, book=_book(options["haystack"], data)

@@ -27,7 +27,8 @@ def find_book(folder: Path | None) -> Path | None:
 def loss_by_position(
     model: LanguageModel, text: str, length: int, rows: int, quiet: bool = False
 ) -> dict[str, Any]:
-    """Read `rows` windows, spread evenly over the text, of which `length` tokens are asked for.
+    """Read `rows` windows of `length` tokens, spread evenly over the text; all but the first token
+    are asked for.
 
     Returns:
         "buckets": for so many tokens before, "from" to "to": mean "loss" in nats a token with its
@@ -38,13 +39,13 @@ def loss_by_position(
         InputError: the text has no window of that length; a loss that is not finite.
     """
     ids = np.asarray(model.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
-    if len(ids) <= length:
+    if len(ids) < length:
         raise InputError(f"the text has {len(ids):,} tokens, too few for a window of {length:,}")
-    starts = np.linspace(0, len(ids) - length - 1, rows).astype(int)
+    starts = np.linspace(0, len(ids) - length, rows).astype(int)
     windows = []
-    with progress(rows * (length + 1), "loss", quiet=quiet) as bar:
+    with progress(rows * length, "loss", quiet=quiet) as bar:
         for start in starts:
-            window = ids[None, start : start + length + 1]
+            window = ids[None, start : start + length]
             row = measured(losses(OwnModel(model), window, 1, bar.update)[0])
             if row["status"] != "ok":
                 raise InputError("a loss is not finite: try a wider dtype, and check the weights")

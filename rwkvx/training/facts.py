@@ -13,19 +13,25 @@ import torch
 
 import rwkvx
 
-__all__ = ["facts"]
+__all__ = ["command_line", "facts"]
 
 
 def facts() -> dict[str, Any]:
     """Date, command, machine, versions and commit; None for what is not known."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "machine": _machine(),
         "rwkvx": rwkvx.__version__,
         "torch": torch.__version__,
         "commit": _commit(),
     }
+
+
+def command_line() -> str:
+    """What was typed to start this process, without folders of the program."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["rwkvx" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 def _machine() -> str:

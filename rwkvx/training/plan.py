@@ -36,10 +36,8 @@ __all__ = [
 
 FLOAT = 4  # bytes: weights, gradients and moments are float32 in every precision
 SAMPLE_TOKENS = 512
-PRODUCT = {
-    "cpu": 1024,
-    "cuda": 8192,
-}  # sides of a large product: a GPU needs larger ones to be full
+# Rows and columns of the product that measures the speed of a device; a GPU needs more.
+PRODUCT = {"cpu": 1024, "cuda": 8192}
 
 
 class Plan(NamedTuple):

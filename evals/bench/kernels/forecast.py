@@ -25,7 +25,7 @@ from rwkvx_evals.bench.kernels.chunk_attention import (
 COPY, GATHERED, STREAMED = 2.983e12, 0.44, 0.64
 PRODUCTS, KEY_PRODUCTS, SCORES, LAUNCH = 166e12, 84e12, 0.307e12, 4e-6
 LENGTHS = (8192, 131072, 524288)
-# Milliseconds that this took: on that card with the kernels before (commit 262a1fa), and on an H200,
+# Milliseconds that this took: on that card with other kernels (commit 262a1fa), and on an H200,
 # whose memory is 1.4 times as fast, with these (docs/results/h200).
 MEASURED = {
     ("selection", 131072): (26.6, 6.6),
@@ -108,7 +108,7 @@ def render() -> str:
         "parts, launches repeat. *Before*: an H100 with the kernels of commit 262a1fa. *Measured*:",
         "an H200 with these kernels (selection: the difference of two rows).",
         "",
-        "| tokens | what | launches | GB | over the floor | before, ms | forecast, ms | measured, ms |",
+        "| tokens | what | launches | GB | over floor | before, ms | forecast, ms | measured, ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for tokens in LENGTHS:
