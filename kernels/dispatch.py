@@ -160,11 +160,11 @@ class Run(NamedTuple):
 
     start: int
     stop: int
-    count: int
+    sequences: int
 
     def rows(self, x: Tensor) -> Tensor:
-        """Packed [1, T, ...] -> a row for each sequence, [count, length, ...]: a view."""
-        return x[0, self.start : self.stop].unflatten(0, (self.count, -1))
+        """Packed [1, T, ...] -> a row for each sequence, [sequences, length, ...]: a view."""
+        return x[0, self.start : self.stop].unflatten(0, (self.sequences, -1))
 
 
 def runs_of(cu_seqlens: Tensor, batch: int, tokens: int) -> list[Run]:
@@ -175,8 +175,8 @@ def runs_of(cu_seqlens: Tensor, batch: int, tokens: int) -> list[Run]:
     runs: list[Run] = []
     for a, b in pairwise(check_cu_seqlens(cu_seqlens, batch, tokens)):
         last = runs[-1] if runs else Run(0, 0, 0)
-        if last.count and last.stop - last.start == last.count * (b - a):
-            runs[-1] = Run(last.start, b, last.count + 1)
+        if last.sequences and last.stop - last.start == last.sequences * (b - a):
+            runs[-1] = Run(last.start, b, last.sequences + 1)
         elif a < b:
             runs.append(Run(a, b, 1))
     return runs

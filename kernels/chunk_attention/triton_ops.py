@@ -126,8 +126,10 @@ def _gradients(grads: list[Tensor], kept: list[Tensor], args: tuple[Any, ...]) -
         return gradients_of_sequences(do, o, lse, q, k, v, chosen, chunk)
     made = [torch.empty_like(x) for x in (q, k, v)]
     for run in runs_of(cu_seqlens, *q.shape[:2]):
-        own = map(run.rows, (do, o, lse, q, k, v, chosen))
-        for into, x in zip(made, gradients_of_sequences(*own, chunk), strict=True):
+        rows = run.rows
+        do_o_lse = (rows(do), rows(o), rows(lse))
+        own = (rows(q), rows(k), rows(v), rows(chosen))
+        for into, x in zip(made, gradients_of_sequences(*do_o_lse, *own, chunk), strict=True):
             run.rows(into).copy_(x)
     return made
 
@@ -147,7 +149,8 @@ def attend_triton(
         return attend_sequences(q, k, v, chosen, chunk_size)
     o, lse = _fake(q)
     for run in runs_of(cu_seqlens, *q.shape[:2]):
-        made = attend_sequences(*map(run.rows, (q, k, v, chosen)), chunk_size)
+        own = (run.rows(q), run.rows(k), run.rows(v), run.rows(chosen))
+        made = attend_sequences(*own, chunk_size)
         for into, x in zip((o, lse), made, strict=True):
             run.rows(into).copy_(x)
     return o, lse

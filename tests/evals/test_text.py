@@ -60,7 +60,7 @@ def test_losses_stand_at_their_positions() -> None:
     assert found["loss"] == pytest.approx(whole, rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(whole / math.log(2), rel=1e-5)
     with pytest.raises(InputError, match="too few for a window"):
-        loss_by_position(Guesser(text, 0), text, 6000, 1, quiet=True)
+        loss_by_position(Guesser(text, 0), text, 6001, 1, quiet=True)
 
 
 @pytest.fixture

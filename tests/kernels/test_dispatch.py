@@ -1,6 +1,7 @@
 """Choosing an implementation, and packed-sequence offsets."""
 
 from importlib.util import find_spec
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rwkvx_kernels.dispatch import (
     check_cu_seqlens,
     compiled_lacks,
     decide,
+    runs_of,
     triton_lacks,
 )
 from rwkvx_kernels.linear import api as linear
@@ -171,3 +173,20 @@ def test_autocast_changes_nothing() -> None:
     assert torch.equal(y, expected[0])
     assert torch.equal(state, expected[1])
     assert torch.equal(o, attended)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "runs"),
+    [
+        ([0, 4, 8, 8, 12, 13, 14, 20], [(0, 12, 3), (12, 14, 2), (14, 20, 1)]),
+        ([0, 0, 5], [(0, 5, 1)]),
+        ([0, 3, 6, 12], [(0, 6, 2), (6, 12, 1)]),
+        ([0], []),
+    ],
+)
+def test_sequences_of_one_length_are_a_batch(offsets: list[int], runs: list[tuple[int]]) -> None:
+    x = torch.arange(offsets[-1]).unsqueeze(0)
+    found = runs_of(torch.tensor(offsets), 1, offsets[-1])
+    assert found == runs
+    alone = [x[0, a:b].tolist() for a, b in pairwise(offsets) if a < b]
+    assert [row for run in found for row in run.rows(x).tolist()] == alone
