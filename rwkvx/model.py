@@ -258,7 +258,7 @@ class Model(nn.Module):
 
     @property
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer that the config names."""
+        """The Hugging Face tokenizer that the config names, with what its folder adds to it."""
         if self._tokenizer is None:
             from rwkvx.tokenizers import get_tokenizer
 
@@ -266,12 +266,14 @@ class Model(nn.Module):
         return self._tokenizer
 
     @property
-    def tokenizer_of_file(self) -> Any:
-        """What `use_tokenizer` was given, for a config that says "file"; else None."""
-        return self._tokenizer if self.config.tokenizer == TOKENIZER_FILE else None
+    def tokenizer_to_save(self) -> Any:
+        """The tokenizer that a folder of this model must hold; None where its name says it all."""
+        found = self._tokenizer
+        named = self.config.tokenizer != TOKENIZER_FILE and found is not None
+        return None if named and not found.is_customised else found
 
     def use_tokenizer(self, tokenizer: Any) -> None:
-        """Take a tokenizer that was read from a file."""
+        """Take a tokenizer that was read from a file or folder."""
         self._tokenizer = tokenizer
 
     def fingerprint(self) -> str:
