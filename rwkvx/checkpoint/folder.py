@@ -35,7 +35,26 @@ def matches(path: Path) -> bool:
 
 
 def save_folder(model: Model, folder: str | Path) -> None:
-    """Write a model; see `write`."""
+    """Write a model as a folder that `rwkvx.load`, and Hugging Face's Auto classes, read.
+
+    Into `model.safetensors` go the parameters by their names in `model.state_dict()`, each of the
+    shape and dtype that it has in memory (float64, float32, bfloat16 or float16), beyond 5 GB in
+    shards with `model.safetensors.index.json`. Beside them: `config.json` (the fields of
+    `ModelConfig`, special ids), `SHA256SUMS`, which `load(..., verify=True)` checks, and what the
+    Auto classes want (`modeling_rwkvx.py`, an import of this package, and
+    `tokenizer_config.json`). A tokenizer that is more than a name (`tokenizer.json`, added
+    tokens, a chat template) is written whole. The state of an optimiser is not.
+
+    Args:
+        model: on any device; it is not changed.
+        folder: made, with its parents, where there is none. In one that is there, files of these
+            names and weights of an earlier model are replaced, others stay; nothing is replaced
+            before everything is written.
+
+    Raises:
+        InputError: int8 weights: save the model that was loaded, in its own dtype.
+        WriteError: the disk refuses; then nothing has changed. Also an `OSError`.
+    """
     write(Checkpoint.of(model), Path(folder))
 
 

@@ -38,6 +38,11 @@ def example_run(overrides: Mapping[str, str]) -> str:
         InputError: as `read_config`.
     """
     data = yaml.safe_load(yaml.safe_dump(EXAMPLE))
+    # The example's own would not suit another kind of data, or the model of init.
+    if "data.kind" in overrides:
+        data["data"] = {}
+    if "init" in overrides:
+        del data["model"]
     for name, text in overrides.items():
         override(data, name, text)
     run = parse_config(data, "the example").to_dict()
@@ -46,7 +51,9 @@ def example_run(overrides: Mapping[str, str]) -> str:
     parts = run["data"] if isinstance(run["data"], list) else [run["data"]]
     own = [KINDS[part["kind"]] for part in parts]
     classes = {"model": (ModelConfig,), "stages": (StageConfig,), "data": (Part, *own)}
-    out, top = [HEAD], _required(TrainConfig)
+    if run["init"]:
+        del classes["model"]
+    out, top = [HEAD], [x for x in _required(TrainConfig) if x in ("name", "data", *classes)]
     for name, value in run.items():
         text = yaml.safe_dump({name: value}, sort_keys=False, width=100)
         inner = [x for kind in classes.get(name, ()) for x in _required(kind)]

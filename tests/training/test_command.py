@@ -286,12 +286,16 @@ def test_a_run_to_begin_from(tmp_path: Path, capsys: Captured) -> None:
                 parse_config(without, "shorter")
         else:
             assert parse_config(without, "shorter") == run, path
-    changed = ["--seed", "7", "--show-config", "--data.kind", "tokens", "--data.paths", "[a]"]
-    status, _, err = run_command(changed, capsys)
-    assert err.startswith("error: data (tokens)"), err
-    status, out, err = run_command([*changed[:3], "--model.width=128"], capsys)
+    changed = ["--seed", "7", "--show-config", "--data.kind", "tokens", "--data.path", "a"]
+    status, out, err = run_command([*changed, "--init", "passkey-tiny"], capsys)
+    assert status == 0, err
     run = parse_config(yaml.safe_load(out), "shown")
-    assert (run.seed, run.model.width) == (7, 128), err
+    assert (run.seed, run.data.parts[0].kind) == (7, "tokens")
+    assert run.model == rwkvx.load("passkey-tiny").config
+    assert out.count("  # required") == 8
+    status, _, err = run_command(["--show-config", "--optimizer.lrr", "1"], capsys)
+    assert status == 2
+    assert "did you mean optimizer.lr?" in err
     status, _, err = run_command([], capsys)
     assert status == 2
     assert "--show-config" in err
