@@ -306,6 +306,7 @@ def test_the_run_to_begin_from_trains(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     small = ["--model.vocab_size=256", "--model.tokenizer=bytes", "--model.width=64"]
+    small.append("--model.pattern=[rwkv7, sparse]")
     stage = ["--stages.0.steps=2", "--stages.0.length=16", "--stages.0.batch=1"]
     _, out, _ = run_command(["--show-config", *small, *stage], capsys)
     Path("my.yaml").write_text(out)
