@@ -49,7 +49,15 @@ def check(model: Model, tokens: int = 96, seed: int = 0) -> Iterator[Row]:
     Args:
         model: its weights in any dtype; they are not changed. Slow for large models: the equations
             read token by token in numpy.
-        tokens: random ones, enough to fill several chunks.
+        tokens: of one random sequence, at least 2: enough to fill several chunks of the model.
+        seed: of that sequence.
+
+    Returns:
+        A `Row` for each implementation ("reference" and "torch" in float64 and float32, others in
+        float32) and way of reading, as soon as it is measured: `error`, the root mean square of
+        the difference of all logits [1, T, V] over that of the expected ones; `allowed`, four
+        times that of "reference" in the same dtype, and at least what float64 equations round;
+        `passed`; `why`, where an implementation is not there.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=generator)

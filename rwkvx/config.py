@@ -11,6 +11,7 @@ from rwkvx_kernels.names import SELECTIONS
 
 TOKENIZERS = {"world": 65536, "bytes": 256}  # and how many ids they have
 TOKENIZER_FILE, TOKENIZER_JSON = "file", "tokenizer.json"  # the latter beside the weights
+TOKENIZER_CONFIG = "tokenizer_config.json"  # what is added to a tokenizer, beside it
 
 # Far beyond any model, far below what would only be found out by running out of memory.
 _Width = Whole(1, 1 << 16)

@@ -16,6 +16,7 @@ from rwkvx.config import TOKENIZER_FILE, ModelConfig
 from rwkvx.errors import InputError
 from rwkvx.kinds import Mixer, kind_of
 from rwkvx.layers import ChannelMix, Linear
+from rwkvx.ranges import check, range_of
 from rwkvx.sequence import SequenceParallel
 from rwkvx.state import ModelState
 from rwkvx_kernels.dispatch import check_cu_seqlens
@@ -163,7 +164,17 @@ class Model(nn.Module):
         return [min(step, tokens - start) for start in range(0, tokens, max(1, step))] or [0]
 
     def fresh_state(self, batch: int, capacity: int = 0) -> ModelState:
-        """Before the first token of `batch` sequences, with room for `capacity` tokens."""
+        """The state before the first token.
+
+        Args:
+            batch: sequences B, at least 1.
+            capacity: tokens that caches of keys and values have room for at once; they grow beyond.
+
+        Returns:
+            A state of B rows on the model's device: zeros [B, C] in the dtype of the weights for
+            token shifts, zeros [B, H, N, N] in float32 (float64 beside float64 weights) for WKV7,
+            and empty caches. Memory for `capacity` tokens is taken here.
+        """
         weight = self.emb.weight
         blocks = (b.att.fresh_state(self._rows(b, batch), weight, capacity) for b in self.blocks)
         return ModelState(tuple(blocks), 0)
@@ -187,7 +198,16 @@ class Model(nn.Module):
         return batch * (self.recurrent_pieces if block.att.recurrent else 1)
 
     def set_topk(self, topk: int) -> None:
-        """Let every sparse block read `topk` chunks, in place of the config's number."""
+        """Let every sparse block read other many chunks than the config says, from now on.
+
+        Args:
+            topk: chunks a query reads, its own included, from 1 to 1048576. The config, and so
+                what is saved, stays.
+
+        Raises:
+            InputError: a number outside of that.
+        """
+        check("topk", topk, range_of(ModelConfig, "topk"))
         for module in self.modules():
             if hasattr(module, "topk"):
                 setattr(module, "topk", topk)  # noqa: B010 (a plain attribute)
@@ -258,7 +278,7 @@ class Model(nn.Module):
 
     @property
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer that the config names."""
+        """The Hugging Face tokenizer that the config names, with what its folder adds to it."""
         if self._tokenizer is None:
             from rwkvx.tokenizers import get_tokenizer
 
@@ -266,12 +286,14 @@ class Model(nn.Module):
         return self._tokenizer
 
     @property
-    def tokenizer_of_file(self) -> Any:
-        """What `use_tokenizer` was given, for a config that says "file"; else None."""
-        return self._tokenizer if self.config.tokenizer == TOKENIZER_FILE else None
+    def tokenizer_to_save(self) -> Any:
+        """The tokenizer that a folder of this model must hold; None where its name says it all."""
+        found = self._tokenizer
+        named = self.config.tokenizer != TOKENIZER_FILE and found is not None
+        return None if named and not found.is_customised else found
 
     def use_tokenizer(self, tokenizer: Any) -> None:
-        """Take a tokenizer that was read from a file."""
+        """Take a tokenizer that was read from a file or folder."""
         self._tokenizer = tokenizer
 
     def fingerprint(self) -> str:

@@ -9,7 +9,18 @@ from rwkvx.kinds import BlockState
 
 
 class ModelState(NamedTuple):
-    """Of a whole model: one state per block, and how many tokens were read."""
+    """What a model remembers of B sequences; made by `Model.fresh_state` and every call of a model.
+
+    It is never changed, only replaced: an older one stays valid, and can be kept, continued
+    several times, or pickled.
+
+    Attributes:
+        blocks: one state per block, a NamedTuple of tensors whose first axis is B: the last input
+            of the channel mix [B, C]; in RWKV-7 blocks also that of the time mix [B, C] and the
+            matrix state [B, H, N, N] (value, key), float32 or, for float64 weights, float64; in
+            blocks that attend, caches of keys and values, shared with the states before.
+        length: tokens that were read: of each sequence, or of packed ones together.
+    """
 
     blocks: tuple[Any, ...]
     length: int
@@ -28,7 +39,19 @@ class ModelState(NamedTuple):
 
 
 def select_state(state: ModelState, rows: Tensor | list[int]) -> ModelState:
-    """The batch rows `rows` (integer indices, repeats allowed) as a state of their own."""
+    """Some rows of a state as a state of their own, such as the beams that are kept.
+
+    Args:
+        state: of B sequences.
+        rows: [R] indices from 0 to B - 1, int64 on any device or a list; repeats are allowed.
+
+    Returns:
+        A state of R rows of the same dtypes and device; row i is row rows[i] of `state`, which
+        stays valid. Gradients pass.
+
+    Raises:
+        IndexError: an index out of range (on a GPU, the device's own assertion).
+    """
     if not isinstance(rows, Tensor):
         rows = torch.tensor(rows, dtype=torch.int64)
     blocks: list[BlockState] = []
@@ -38,7 +61,16 @@ def select_state(state: ModelState, rows: Tensor | list[int]) -> ModelState:
 
 
 def repeat_state(state: ModelState, n: int) -> ModelState:
-    """Every batch row `n` times, neighbours together (as `repeat_interleave`)."""
+    """Every row of a state several times: several continuations of one prompt.
+
+    Args:
+        state: of B sequences.
+        n: copies of each row; 1 for one.
+
+    Returns:
+        A state of B * n rows, of the same dtypes and device, the copies of a row beside one another
+        (rows 0 to n - 1 are copies of row 0).
+    """
     return select_state(state, torch.arange(state.rows).repeat_interleave(n))
 
 

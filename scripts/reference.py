@@ -20,34 +20,13 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from rwkvx.config import ModelConfig
 from rwkvx.data.sources import KINDS, Data, Part
-from rwkvx.data.sources.passkey import Passkey
 from rwkvx.kinds import options
 from rwkvx.ranges import ranges_of
-from rwkvx.training.config import OptimizerConfig, StageConfig, TrainConfig
+from rwkvx.training.config import StageConfig, TrainConfig
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 GENERATED = "<!-- Made by scripts/reference.py from the docstrings; do not edit. -->\n"
 SECTION_NAMES = ("Args", "Attributes", "Returns", "Yields", "Raises")
-
-# Fields that the docstrings of their classes leave out. One that is described there is an error.
-UNDESCRIBED = {
-    (OptimizerConfig, "betas"): "decay of AdamW's first and second moment.",
-    (OptimizerConfig, "eps"): "added to the root of the second moment.",
-    (
-        OptimizerConfig,
-        "weight_decay",
-    ): "of the projections, the embedding and the head; other weights have none.",
-    (OptimizerConfig, "clip"): "largest norm of the gradient, over all weights.",
-    (OptimizerConfig, "decay"): 'share of the run, at its end, over which "wsd" falls to `final`.',
-    (TrainConfig, "optimizer"): "AdamW and its schedule.",
-    (TrainConfig, "device"): '"cpu", "cuda", "cuda:1", "mps".',
-    (TrainConfig, "gradient_checkpointing"): "keep one tensor for each block and compute the rest "
-    "again in the backward pass: less memory, more arithmetic.",
-    (TrainConfig, "eval_batches"): "batches of an evaluation.",
-    (Passkey, "limit_mb"): "read at most so many megabytes of text.",
-    (Part, "kind"): "one of the kinds below.",
-    (Part, "options"): "",
-}
 
 CONFIG_INTRO = """# Every configuration field
 
@@ -59,9 +38,10 @@ value in YAML syntax, where it overrides the file:
 rwkvx train passkey_tiny --seed 1 --optimizer.lr 1e-3 --stages.0.steps 100 --show-config
 ```
 
-`--show-config` prints the run with every field spelled out and trains nothing. A value outside its
-range is refused by name before anything is read. Fields without a default must be given. `null` is
-what the descriptions call None.
+`--show-config` prints the run with every field spelled out and trains nothing; without CONFIG, one
+to begin from (`rwkvx train --show-config > my.yaml`), where what must be given is marked. A value
+outside its range is refused by name before anything is read. Fields without a default must be
+given. `null` is what the descriptions call None.
 """
 
 API_INTRO = """# Python API
@@ -182,16 +162,12 @@ def _paragraphs(text: str) -> str:
 # Configuration
 
 
-UNCLEAR: list[str] = []  # fields that are described nowhere, or twice
-
-
 def config_page() -> str:
     """docs/config.md.
 
     Raises:
-        SystemExit: a field that neither its docstring nor `UNDESCRIBED` describes, or both do.
+        SystemExit: a field that the docstring of its class does not describe.
     """
-    UNCLEAR.clear()
     sections = [
         ("The run", _class(TrainConfig)),
         ("model", _class(ModelConfig, extra=_option_rows(), without=("options",))),
@@ -203,8 +179,6 @@ def config_page() -> str:
             sections.append((f.name, _class(kind)))
     sections.append(("data", DATA_INTRO + _class(Part, without=("options",))))
     sections += [(f"data, kind: {name}", _class(kind)) for name, kind in KINDS.items()]
-    if UNCLEAR:
-        raise SystemExit(f"described nowhere, or in two places: {', '.join(UNCLEAR)}")
     text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections)
     return f"{GENERATED}{CONFIG_INTRO}\n{text}\n"
 
@@ -224,12 +198,11 @@ def _class(kind: type, extra: tuple[str, ...] = (), without: tuple[str, ...] = (
     for f in fields(kind):
         if f.name in without:
             continue
-        own = UNDESCRIBED.get((kind, f.name))
-        if (own is None) == (f.name not in words):
-            UNCLEAR.append(f"{kind.__name__}.{f.name}")
+        if f.name not in words:
+            raise SystemExit(f"the docstring of {kind.__name__} does not describe {f.name}")
         default = f.default if f.default_factory is MISSING else f.default_factory()
-        told = own if own is not None else words.get(f.name, "")
-        rows.append(_row(f.name, *_values(kind, f.name), _default(default), told))
+        cells = (*_values(kind, f.name), _default(default), words[f.name])
+        rows.append(_row(f.name, *cells))
     intro = parts[""] if "Attributes" in parts else text[: text.find(". ") + 1]
     return "\n".join([_paragraphs(intro), "", *HEAD, *rows, *extra])
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rwkvx import memory
-from rwkvx.config import TOKENIZER_FILE, TOKENIZERS, ModelConfig
+from rwkvx.config import TOKENIZERS, ModelConfig
 from rwkvx.dtypes import wider
 from rwkvx.errors import InputError
 from rwkvx.model import Model
@@ -16,7 +16,7 @@ from rwkvx.model import Model
 class Checkpoint(NamedTuple):
     """A whole model as data; the names are those of `Model(config).state_dict()`.
 
-    tokenizer: Hugging Face's, where the config says "file".
+    tokenizer: Hugging Face's, where it is more than what the config names.
     """
 
     config: ModelConfig
@@ -36,7 +36,7 @@ class Checkpoint(NamedTuple):
                     f"{name} is int8: save the model that was loaded, in its own dtype"
                 )
         tensors = {n: x.detach() for n, x in model.state_dict().items()}
-        return cls(model.config, tensors, model.tokenizer_of_file)
+        return cls(model.config, tensors, model.tokenizer_to_save)
 
     def model(self) -> Model:
         """A model in evaluation mode on these very tensors, whatever their dtypes."""
@@ -109,17 +109,17 @@ def is_finite(x: Tensor) -> bool:
 def check_vocabulary(config: ModelConfig, origin: str, tokenizer: Any = None) -> None:
     """Refuse an embedding with fewer rows than the tokenizer has ids.
 
-    tokenizer: the one that "file" stands for, if it is at hand.
+    tokenizer: the model's, if it is at hand; without it, what the config names is counted.
 
     Raises:
         InputError: it has.
     """
-    if config.tokenizer == TOKENIZER_FILE:
+    if tokenizer is not None:
         from rwkvx.tokenizers.file import count_ids
 
-        ids = count_ids(tokenizer) if tokenizer is not None else 0
+        ids = count_ids(tokenizer)
     else:
-        ids = 0 if config.tokenizer is None else TOKENIZERS[config.tokenizer]
+        ids = TOKENIZERS.get(config.tokenizer or "", 0)
     if config.vocab_size < ids:
         raise InputError(
             f"{origin}: emb.weight has {config.vocab_size} rows, but the tokenizer "

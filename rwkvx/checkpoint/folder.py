@@ -9,18 +9,17 @@ from rwkvx.checkpoint.checkpoint import Checkpoint, merge_config
 from rwkvx.checkpoint.foreign import by_config, by_folder
 from rwkvx.checkpoint.hub import (
     CONFIG_KEYS,
-    TOKENIZER_CONFIG,
     own_keys,
     special_ids,
+    tokenizer_is_described,
     write_hub_files,
 )
 from rwkvx.checkpoint.layout import BLOCK, NOTHING, Layout, without_prefix
 from rwkvx.checkpoint.manifest import verify_manifest, write_manifest
 from rwkvx.checkpoint.shards import SHARD_BYTES, read_weights, remove_other_weights, write_weights
-from rwkvx.config import TOKENIZER_FILE, TOKENIZER_JSON, ModelConfig
+from rwkvx.config import TOKENIZER_CONFIG, TOKENIZER_FILE, TOKENIZER_JSON, ModelConfig
 from rwkvx.errors import InputError
-from rwkvx.files import is_there, replacing_folder, write_json
-from rwkvx.files import read_json as read_json_file
+from rwkvx.files import is_there, read_mapping, replacing_folder, write_json
 from rwkvx.model import Model
 
 TITLE = "folder of rwkvx"
@@ -36,7 +35,26 @@ def matches(path: Path) -> bool:
 
 
 def save_folder(model: Model, folder: str | Path) -> None:
-    """Write a model; see `write`."""
+    """Write a model as a folder that `rwkvx.load`, and Hugging Face's Auto classes, read.
+
+    Into `model.safetensors` go the parameters by their names in `model.state_dict()`, each of the
+    shape and dtype that it has in memory (float64, float32, bfloat16 or float16), beyond 5 GB in
+    shards with `model.safetensors.index.json`. Beside them: `config.json` (the fields of
+    `ModelConfig`, special ids), `SHA256SUMS`, which `load(..., verify=True)` checks, and what the
+    Auto classes want (`modeling_rwkvx.py`, an import of this package, and
+    `tokenizer_config.json`). A tokenizer that is more than a name (`tokenizer.json`, added
+    tokens, a chat template) is written whole. The state of an optimiser is not.
+
+    Args:
+        model: on any device; it is not changed.
+        folder: made, with its parents, where there is none. In one that is there, files of these
+            names and weights of an earlier model are replaced, others stay; nothing is replaced
+            before everything is written.
+
+    Raises:
+        InputError: int8 weights: save the model that was loaded, in its own dtype.
+        WriteError: the disk refuses; then nothing has changed. Also an `OSError`.
+    """
     write(Checkpoint.of(model), Path(folder))
 
 
@@ -63,7 +81,7 @@ def write_about(checkpoint: Checkpoint, folder: Path, known_tokenizer: bool = Fa
     ends = special_ids(checkpoint.tokenizer)
     write_json(folder / CONFIG, {**CONFIG_KEYS, **ends, **checkpoint.config.to_dict()})
     code = write_hub_files(folder, None if known_tokenizer else checkpoint.config.tokenizer)
-    return [CONFIG, code, *written]
+    return list(dict.fromkeys([CONFIG, code, *written]))
 
 
 def read(folder: Path, overrides: Mapping[str, Any], meta: bool = False) -> Checkpoint:
@@ -85,7 +103,7 @@ def read(folder: Path, overrides: Mapping[str, Any], meta: bool = False) -> Chec
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Write the tokenizer, if the model's is a file; the names of the files."""
+    """Write the tokenizer, if it is more than a name in the config; the names of the files."""
     if checkpoint.tokenizer is None:
         return []
     from rwkvx.tokenizers.file import save_tokenizer
@@ -94,12 +112,22 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
 
 def tokenizer_beside(config: ModelConfig, folder: Path) -> Any:
-    """The tokenizer that lies in the folder, if the config says that one does."""
-    if config.tokenizer != TOKENIZER_FILE or not is_there(folder / TOKENIZER_JSON):
-        return None
-    from rwkvx.tokenizers.file import read_tokenizer
+    """The tokenizer that lies in the folder: the file, if the config says that there is one, or a
+    vocabulary of ours with the tokens that were added to it; else None.
 
-    return read_tokenizer(folder)
+    Raises:
+        InputError: a file of it is damaged.
+    """
+    if config.tokenizer == TOKENIZER_FILE and is_there(folder / TOKENIZER_JSON):
+        from rwkvx.tokenizers.file import read_tokenizer
+
+        return read_tokenizer(folder)
+    if tokenizer_is_described(folder, config.tokenizer):
+        from rwkvx.tokenizers import TOKENIZERS
+        from rwkvx.tokenizers.file import from_folder
+
+        return from_folder(TOKENIZERS[str(config.tokenizer)], folder)
+    return None
 
 
 def verify(folder: Path) -> str:
@@ -132,7 +160,4 @@ def read_json(folder: Path) -> dict[str, Any]:
             if words
             else f"{folder} is no model folder: cannot read {path}"
         )
-    data = read_json_file(path, CONFIG_BYTES)
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is damaged: it holds no mapping")
-    return data
+    return read_mapping(path, CONFIG_BYTES)

@@ -4,12 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkvx.config import field_names
-from rwkvx.files import write_json, write_text
+from rwkvx.config import TOKENIZER_CONFIG, field_names
+from rwkvx.files import is_there, read_mapping, write_json, write_text
 
 MODEL_TYPE = "rwkvx"
 TOKENIZER_CLASSES = {"world": "WorldTokenizer", "bytes": "ByteTokenizer"}
-TOKENIZER_CONFIG = "tokenizer_config.json"
+# Where Hugging Face keeps what is added to a tokenizer, beside TOKENIZER_CONFIG.
+TOKENIZER_EXTRAS = (
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
 _MODULE = "modeling_rwkvx"
 _CODE = """\
 # Loads this folder with trust_remote_code=True, through the installed package: pip install rwkvx
@@ -49,6 +55,24 @@ def own_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def tokenizer_auto_map(name: str) -> dict[str, Any]:
     """The `auto_map` of tokenizer_config.json for the tokenizer class of that name."""
     return {"AutoTokenizer": [f"{_MODULE}.{name}", None]}
+
+
+def tokenizer_is_described(folder: Path, tokenizer: str | None) -> bool:
+    """Whether a folder says more of a tokenizer of ours than `write_hub_files` does.
+
+    A description of a class that is not ours belongs to code that is not run here: it is left.
+
+    Raises:
+        InputError: tokenizer_config.json is damaged.
+    """
+    if tokenizer not in TOKENIZER_CLASSES:
+        return False
+    path, own = folder / TOKENIZER_CONFIG, TOKENIZER_CLASSES[tokenizer]
+    data = read_mapping(path) if is_there(path) else {}
+    if data.get("tokenizer_class", own) != own:
+        return False
+    more = set(data) - {"auto_map", "tokenizer_class"}
+    return bool(more) or any(is_there(folder / name) for name in TOKENIZER_EXTRAS)
 
 
 def write_code(folder: Path) -> str:

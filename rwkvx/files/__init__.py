@@ -14,6 +14,7 @@ from rwkvx.files.plain import (
     parse_json,
     read_bytes,
     read_json,
+    read_mapping,
     user_path,
 )
 from rwkvx.files.written import (
@@ -40,6 +41,7 @@ __all__ = [
     "read_bytes",
     "read_json",
     "read_lines",
+    "read_mapping",
     "read_text",
     "read_yaml",
     "replacing",

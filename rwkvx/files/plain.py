@@ -117,6 +117,18 @@ def read_json(path: Path, most: int = JSON_BYTES) -> Any:
     return parse_json(read_bytes(path, most), path)
 
 
+def read_mapping(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
+    """What a JSON file holds that is a mapping.
+
+    Raises:
+        InputError: as `read_json`, or it is something else.
+    """
+    data = read_json(path, most)
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is damaged: it holds no mapping")
+    return data
+
+
 def parse_json(data: bytes | str, origin: str | Path) -> Any:
     """The value that JSON spells; a name that is given twice in one object is a mistake.
 

@@ -12,6 +12,14 @@ from rwkvx.errors import InputError, shown
 
 __all__ = ["ExactTokenizer"]
 
+_OPTIONS = (  # of Hugging Face's, which `save_pretrained` keeps
+    "chat_template",
+    "model_max_length",
+    "padding_side",
+    "split_special_tokens",
+    "truncation_side",
+)
+
 
 class ExactTokenizer(PreTrainedTokenizer):
     """A Hugging Face tokenizer over a vocabulary of byte strings, to which tokens can be added.
@@ -35,6 +43,7 @@ class ExactTokenizer(PreTrainedTokenizer):
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("split_special_tokens", True)
         super().__init__(**kwargs)
+        self._check_added()
 
     # ------------------------------------------------------------- what a subclass provides
 
@@ -68,11 +77,11 @@ class ExactTokenizer(PreTrainedTokenizer):
     def _joined(self, ids: list[int], table: Sequence[bytes], named: bool) -> bytes:
         """Bytes of checked ids; special tokens that were added by their names, or as nothing."""
         size = self.vocab_size
-        if len(self) == size:
+        added = {i: t for i, t in self._added_tokens_decoder.items() if i >= size or not table[i]}
+        grown = {i: utf8(t.content) for i, t in added.items() if named or not t.special}
+        if not grown and len(self) == size:
             return b"".join(map(table.__getitem__, ids))
-        added = {i: t for i, t in self._added_tokens_decoder.items() if i >= size}
-        grown = {i: utf8(t.content) if named or not t.special else b"" for i, t in added.items()}
-        return b"".join(table[i] if i < size else grown[i] for i in ids)
+        return b"".join((table[i] if i < size else b"") or grown.get(i, b"") for i in ids)
 
     def _checked(self, ids: Any) -> list[int]:
         """`ids` as a list of ints inside the vocabulary."""
@@ -159,8 +168,36 @@ class ExactTokenizer(PreTrainedTokenizer):
     # ------------------------------------------------------------- vocabulary
 
     def __len__(self) -> int:
-        """Ids of the vocabulary and of added tokens: rows that a model's embedding must have."""
-        return self.vocab_size + sum(i >= self.vocab_size for i in self._added_tokens_decoder)
+        """The largest id, of the vocabulary or of an added token, and one: rows that a model's
+        embedding must have."""
+        return max([self.vocab_size, *(i + 1 for i in self._added_tokens_decoder)])
+
+    @property
+    def added_tokens(self) -> list[tuple[Any, ...]]:
+        """Id, text, special, lstrip, rstrip and single_word of each added token, by id."""
+        return [
+            (i, t.content, t.special, t.lstrip, t.rstrip, t.single_word)
+            for i, t in sorted(self._added_tokens_decoder.items())
+        ]
+
+    @property
+    def is_customised(self) -> bool:
+        """Whether it differs from a new one of its class: in its tokens, their parts, or in what
+        Hugging Face's methods do with texts."""
+
+        def about(tokenizer: ExactTokenizer) -> list[Any]:
+            names = ("added_tokens", "special_tokens_map", *_OPTIONS)
+            return [getattr(tokenizer, name) for name in names]
+
+        return about(self) != about(type(self)())
+
+    def _check_added(self) -> None:
+        """Refuse added tokens, read from a folder, that no text could come back from."""
+        table = self.token_bytes()
+        for i, token in self._added_tokens_decoder.items():
+            own = table[i] if 0 <= i < self.vocab_size else b""
+            if i < 0 or not token.content or (own and own != utf8(token.content)):
+                raise InputError(f"id {i} cannot be that of the added token {shown(token.content)}")
 
     def get_vocab(self) -> dict[str, int]:
         """Token string (bytes as Latin-1) to id for every slot; added tokens as they are."""
@@ -169,23 +206,26 @@ class ExactTokenizer(PreTrainedTokenizer):
 
     def _name_of(self, index: int) -> str:
         """Token string of an id of the vocabulary that there was at first."""
-        return self.token_bytes()[index].decode("latin-1") or f"<|unused_{index}|>"
+        name = "" if self._is_new(index) else self.token_bytes()[index].decode("latin-1")
+        return name or f"<|unused_{index}|>"
 
     def _convert_id_to_token(self, index: int) -> str:
         (index,) = self._checked(index)
-        if index >= self.vocab_size:
+        if index in self._added_tokens_decoder and self._is_new(index):
             return str(self._added_tokens_decoder[index].content)
         return self._name_of(index)
+
+    def _is_new(self, index: int) -> bool:
+        """Whether an id stands for nothing in the vocabulary that there was at first."""
+        return index >= self.vocab_size or not self.token_bytes()[index]
 
     def _convert_token_to_id(self, token: str) -> int | None:
         return self.get_vocab().get(token)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Join token strings (bytes as Latin-1, added tokens as written) into the text of them."""
-        added = self._added_tokens_encoder
-        data = (
-            utf8(t) if added.get(t, 0) >= self.vocab_size else t.encode("latin-1") for t in tokens
-        )
+        new = {t for t, i in self._added_tokens_encoder.items() if self._is_new(i)}
+        data = (utf8(t) if t in new else t.encode("latin-1") for t in tokens)
         return b"".join(data).decode("utf-8", errors="replace")
 
     def add_special_tokens(self, special_tokens_dict: Any, *args: Any, **kwargs: Any) -> int:

@@ -69,7 +69,7 @@ def whole_model(model: Model, keep: bool = True) -> Checkpoint:
         gathered = whole(x.detach())
         if keep:
             tensors[name] = gathered.cpu()
-    return Checkpoint(model.config, tensors, model.tokenizer_of_file)
+    return Checkpoint(model.config, tensors, model.tokenizer_to_save)
 
 
 def tensors_by_file(running: Running, world: World) -> dict[str, Tensors]:

@@ -15,6 +15,7 @@ EPILOG = """Examples:
 \b
   rwkvx train passkey_tiny --data FOLDER
   rwkvx train my.yaml --seed 1 --optimizer.lr 2e-3 --data.paths "[a.txt, b.txt]"
+  rwkvx train --show-config > my.yaml      every field, to be edited
   rwkvx train my.yaml --dry-run
   torchrun --nproc-per-node 8 -m rwkvx train my.yaml --device cuda --parallel fsdp
 
@@ -29,9 +30,13 @@ again; with more steps, it is extended."""
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     options_metavar="[OPTIONS] [--FIELD VALUE]...",
 )
-@click.argument("config")
+@click.argument("config", required=False)
 @click.option("--data", help="Folder of text data (default: the variable RWKVX_DATA).")
-@click.option("--show-config", is_flag=True, help="Print the run, every field spelled out.")
+@click.option(
+    "--show-config",
+    is_flag=True,
+    help="Print the run, every field spelled out; without CONFIG, one to begin from.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what the run takes: memory, time, disk.")
 @click.option(
     "--resume-anyway",
@@ -41,14 +46,23 @@ again; with more steps, it is extended."""
 @click.pass_context
 def train_command(
     context: click.Context,
-    config: str,
+    config: str | None,
     data: str | None,
     show_config: bool,
     dry_run: bool,
     resume_anyway: bool,
 ) -> None:
     """Train a model as the YAML file CONFIG says (a path, or the name of a shipped config)."""
-    if config.startswith("--"):
+    named = config is not None and not config.startswith("--")
+    if show_config and not named:
+        from rwkvx.training.example import example_run
+
+        words = [*([] if config is None else [config]), *context.args]
+        click.echo(example_run(_overrides(words)), nl=False)
+        return
+    if config is None:
+        raise click.UsageError("Missing argument 'CONFIG': --show-config prints one to begin from")
+    if not named:
         raise click.UsageError(f"CONFIG comes before the fields, got {config}")
     if (path := find_config(config)) is None:
         known = ", ".join(shipped_configs())

@@ -79,8 +79,15 @@ class OptimizerConfig:
     """AdamW with RWKV-7's parameter groups and a schedule.
 
     Attributes:
-        lr: peak learning rate; warmup: steps of linear rise; schedule: "cosine" or "wsd" (constant,
-            then linear decay over the last `decay` share of the run); final: last rate / peak.
+        lr: peak learning rate.
+        betas: decay of AdamW's first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: of the projections, the embedding and the head; other weights have none.
+        clip: largest norm of the gradient, over all weights.
+        warmup: steps of linear rise.
+        schedule: "cosine", or "wsd": constant, then linear decay.
+        decay: share of the run, at its end, over which "wsd" falls to `final`.
+        final: last rate / peak.
     """
 
     lr: Annotated[float, Number(0, 10)] = 1.0e-3
@@ -108,6 +115,7 @@ class TrainConfig:
         model: the architecture; where `init` is given, only what differs from that model's.
         data: where the tokens come from, see `rwkvx.data.sources`.
         stages: run one after the other.
+        optimizer: AdamW and its schedule.
         tokenizer: folder with the tokenizer.json of a model whose config says "file".
         init: weights to start from (a name or folder), else fresh ones.
         steps: total steps, if fewer than the stages have; 0 for all of them.
@@ -120,10 +128,14 @@ class TrainConfig:
         precision: "float32" or "bf16" (autocast; weights, gradients and moments stay float32).
         parallel: of several processes, "ddp": each has the whole model, "fsdp": a part of it.
         sequence_parallel: so many processes read each sequence together, a part of its tokens each.
+        device: "cpu", "cuda", "cuda:1", "mps".
+        gradient_checkpointing: keep one tensor for each block and compute the rest again in the
+            backward pass: less memory, more arithmetic.
         compile: let torch.compile fuse what a block does beside its kernels; takes minutes first.
         most_skipped: steps in a row that a loss or gradient that is not finite may leave without
             an update; one more ends the run.
         eval_every, save_every: steps between evaluations and checkpoints. seed: of everything.
+        eval_batches: batches of an evaluation.
         save_minutes: a checkpoint also whenever so many minutes have passed, 0 for none.
         keep_checkpoints: how many checkpoints stay, the newest ones.
         samples: prompts that are continued at every evaluation, to be read in samples.jsonl.
@@ -268,7 +280,7 @@ def read_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     if not isinstance(data, dict):
         raise InputError(f"{where} holds no mapping")
     for name, text in (overrides or {}).items():
-        _override(data, name, text)
+        override(data, name, text)
     return parse_config(data, where)
 
 
@@ -297,7 +309,7 @@ def parse_config(data: Mapping[str, Any], where: str) -> TrainConfig:
 def _stage(value: Any, index: int, common: Any) -> StageConfig:
     """A stage, whose data is what differs from that of the run, unless it names another kind."""
     where = f"stages[{index}]"
-    if isinstance(value, Mapping) and "data" in value:
+    if isinstance(value, Mapping) and value.get("data") is not None:
         own = value["data"]
         both = isinstance(own, Mapping) and isinstance(common, Mapping)
         if both and own.get("kind", common.get("kind")) == common.get("kind"):
@@ -317,8 +329,12 @@ def _model_of(init: str, changes: Any) -> ModelConfig:
     return detect(path).read(path, changes or {}, True).config
 
 
-def _override(data: dict[str, Any], name: str, text: str) -> None:
-    """Set one field by dotted name to a value in YAML syntax; a number picks from a list."""
+def override(data: dict[str, Any], name: str, text: str) -> None:
+    """Set one field by dotted name to a value in YAML syntax; a number picks from a list.
+
+    Raises:
+        InputError: there is no such place, or the text is no YAML.
+    """
     *parents, last = name.split(".")
     inner: Any = data
     for key in parents:

@@ -61,7 +61,7 @@ class Saver:
             no_dist=self.world.size == 1,
         )
         model = running.model
-        about = Checkpoint(model.config, {}, model.tokenizer_of_file)
+        about = Checkpoint(model.config, {}, model.tokenizer_to_save)
         facts = asdict(progress)  # as they are now
         self.pending = self.thread.submit(self._complete, written, part, list(files), about, facts)
 

@@ -55,3 +55,11 @@ def test_docstrings_become_markdown(reference: ModuleType) -> None:
         "What it does.\n\n**Args**\n\n- `x`: [B, T], of any dtype.\n- `y, z`: more.\n\n"
         "**Raises**\n\n- `InputError`: too long."
     )
+
+
+def test_a_field_without_a_description_is_an_error(
+    reference: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference.Part, "__doc__", "One source.\n\nAttributes:\n    weight: more.")
+    with pytest.raises(SystemExit, match="the docstring of Part does not describe kind"):
+        reference.config_page()

@@ -5,7 +5,7 @@ import torch
 from small import HYBRID, random_model, variant
 from torch import Tensor
 
-from rwkvx import ModelConfig, ModelState
+from rwkvx import InputError, ModelConfig, ModelState
 from rwkvx.kinds.rwkv7 import Rwkv7State
 from rwkvx.kinds.sparse import SparseState
 
@@ -68,6 +68,10 @@ def test_set_topk_is_the_config_s_topk(ids: Tensor) -> None:
     model.set_topk(6)
     assert torch.equal(model(ids)[0], more(ids)[0])
     assert not torch.equal(model(ids)[0], few)
+    for bad in (0, 1 << 30, 1.5):
+        with pytest.raises(InputError, match="topk must be a whole number from 1 to"):
+            model.set_topk(bad)
+    assert torch.equal(model(ids)[0], more(ids)[0])
 
 
 @torch.no_grad()

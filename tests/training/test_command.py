@@ -6,6 +6,8 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from running import Stopped, Writer, assert_same_bits, stop_at, weights
 
 import rwkvx
 from rwkvx.cli import main
-from rwkvx.training.config import parse_config, read_config
+from rwkvx.errors import InputError
+from rwkvx.training.config import StageConfig, field_names, parse_config, read_config
 from rwkvx.training.curves import Events
 from rwkvx.training.plan import make_plan
 from rwkvx.training.progress import ProgressLine
@@ -255,6 +258,72 @@ def test_the_config_is_shown(write_config: Writer, tmp_path: Path, capsys: Captu
     _, out, _ = run_command([str(path), "--show-config", "--seed", "8"], capsys)
     assert parse_config(yaml.safe_load(out), "shown") == read_config(path, {"seed": "8"})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_to_begin_from(tmp_path: Path, capsys: Captured) -> None:
+    """Every field: those that are marked cannot be spared, the others have their defaults."""
+    status, out, _ = run_command(["--show-config"], capsys)
+    assert status == 0
+    whole = yaml.safe_load(out)
+    run = parse_config(whole, "shown")
+    assert {*_paths(whole)} >= {n for n in field_names() if n not in ("model.options", "stages")}
+    assert {*whole["stages"][0]} == {f.name for f in fields(StageConfig)}
+    marked = [line.split(":")[0] for line in out.splitlines() if line.endswith("# required")]
+    assert marked == [
+        "name", "model", "  vocab_size", "  width", "  pattern", "data", "  kind", "  paths",
+        "stages", "- steps", "  length", "  batch",
+    ]  # fmt: skip
+    for path in _paths(whole):
+        without = yaml.safe_load(out)
+        holder = without
+        *parents, last = [int(x) if x.isdigit() else x for x in path.split(".")]
+        for key in parents:
+            holder = holder[key]
+        del holder[last]
+        optional = path in ("adapter.kind", "stages.0.data", "steps")  # namesakes
+        if {last, f"  {last}", f"- {last}"} & {*marked} and not optional:
+            with pytest.raises(InputError):
+                parse_config(without, "shorter")
+        else:
+            assert parse_config(without, "shorter") == run, path
+    changed = ["--seed", "7", "--show-config", "--data.kind", "tokens", "--data.path", "a"]
+    status, out, err = run_command([*changed, "--init", "passkey-tiny"], capsys)
+    assert status == 0, err
+    run = parse_config(yaml.safe_load(out), "shown")
+    assert (run.seed, run.data.parts[0].kind) == (7, "tokens")
+    assert run.model == rwkvx.load("passkey-tiny").config
+    assert out.count("  # required") == 8
+    status, _, err = run_command(["--show-config", "--optimizer.lrr", "1"], capsys)
+    assert status == 2
+    assert "did you mean optimizer.lr?" in err
+    status, _, err = run_command([], capsys)
+    assert status == 2
+    assert "--show-config" in err
+
+
+def test_the_run_to_begin_from_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--model.vocab_size=256", "--model.tokenizer=bytes", "--model.width=64"]
+    small.append("--model.pattern=[rwkv7, sparse]")
+    stage = ["--stages.0.steps=2", "--stages.0.length=16", "--stages.0.batch=1"]
+    _, out, _ = run_command(["--show-config", *small, *stage], capsys)
+    Path("my.yaml").write_text(out)
+    Path("my_text.txt").write_text("It was the best of times. " * 400)
+    status, out, err = run_command(["my.yaml"], capsys)
+    assert status == 0, err
+    assert rwkvx.load(out.split()[-1]).config.width == 64
+
+
+def _paths(data: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all that stands in plain data, but for numbers and texts in lists."""
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    for name, value in items:
+        if isinstance(data, dict):
+            yield f"{prefix}{name}"
+        if isinstance(value, dict | list):
+            yield from _paths(value, f"{prefix}{name}.")
 
 
 def test_a_plan(write_config: Writer, tmp_path: Path, capsys: Captured) -> None:

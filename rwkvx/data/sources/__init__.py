@@ -31,7 +31,13 @@ KINDS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a mixture. weight: its share of the rows, beside those of the others."""
+    """One source of a mixture.
+
+    Attributes:
+        kind: one of the kinds below.
+        options: the fields of that kind; in YAML they stand beside `kind`.
+        weight: its share of the rows, beside those of the others.
+    """
 
     kind: str
     options: Options

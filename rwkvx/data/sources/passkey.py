@@ -25,7 +25,8 @@ class Passkey:
     """Passkey prompts.
 
     Attributes:
-        paths: text files whose prose is used as filler, read to at most `limit_mb` megabytes.
+        paths: text files whose prose is used as filler.
+        limit_mb: read at most so many megabytes of text.
         prose: share of samples whose filler is prose; the rest has the standard sentences.
         other_weight: weight of the mean loss over other tokens beside that of the answers.
         ask_again: share of the pieces (`recurrent_length`) between the needle's and the last that
