@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -268,8 +269,10 @@ def _resolve(spec: str, manager: Any, include: Sequence[Path]) -> list[Any]:
         return files
     matches: list[Any] = manager.match_tasks([spec])
     if not matches:
+        near = get_close_matches(spec[:60], manager.all_tasks, n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise InputError(
-            f"no task {spec[:60]!r}: rwkvx lm-eval ls tasks lists them{_broken(include)}"
+            f"no task {spec[:60]!r}: {hint}rwkvx lm-eval ls tasks lists them{_broken(include)}"
         )
     return matches
 

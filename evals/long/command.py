@@ -27,7 +27,10 @@ _TOKENIZER = "world, bytes or a folder: of an endpoint or an export, or in place
 @click.command("long")
 @click.option("--model", help="A shipped name, a folder or file, or http://HOST:PORT/v1.")
 @click.option(
-    "--tasks", default="passkey", show_default=True, help="Names or patterns; see --list."
+    "--tasks",
+    default="passkey",
+    show_default=True,
+    help="Names, patterns, families such as niah, or all; see --list.",
 )
 @click.option(
     "--lengths", default="1k,4k", show_default=True, help="Tokens of prompt and answer; 1k = 1024."
@@ -73,7 +76,7 @@ def long_command(listed: bool, export: Path | None, **options: Any) -> None:
     Examples:
       rwkvx eval long --list
       rwkvx eval long --model passkey-tiny --tasks passkey,niah_single_1 --lengths 1k,4k,16k
-      rwkvx eval long --model FOLDER --tasks 'ruler_*' --dtype bfloat16 --device cuda
+      rwkvx eval long --model FOLDER --tasks niah,ruler --dtype bfloat16 --device cuda
       rwkvx eval long --model http://localhost:8000/v1 --model-name N --tokenizer FOLDER
       torchrun --nproc-per-node 8 --no-python rwkvx eval long --model FOLDER --device cuda
     """
@@ -108,14 +111,15 @@ def choose(text: str) -> tuple[dict[str, Task], bool]:
     names = [name for name in (part.strip() for part in text.split(",")) if name]
     if not names:
         raise InputError("--tasks names no task; --list shows them")
-    found: set[str] = set()
+    found, loss = set[str](), False
     for name in names:
-        if name == NAME:
+        if f"{NAME}_".startswith(f"{name}_"):
+            loss = True
             continue
         if name not in TASKS and get_close_matches(name, [*TASKS, NAME], n=1) == [NAME]:
             raise InputError(f"unknown task {shown(name)}: did you mean {NAME}?")
         found |= {task.name for task in find_tasks([name])}
-    return {name: task for name, task in TASKS.items() if name in found}, NAME in names
+    return {name: task for name, task in TASKS.items() if name in found}, loss
 
 
 def _export(folder: Path, tasks: dict[str, Task], loss: bool, options: dict[str, Any]) -> None:

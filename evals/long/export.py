@@ -79,7 +79,8 @@ def _export(
         with temporary.open("wb") as file:
             for index in range(samples):
                 sample = task.sample(writer, length, index)
-                row = json.dumps(as_row(task, sample), ensure_ascii=False).encode() + b"\n"
+                # Other letters as \uXXXX: json is four times as fast with them as with UTF-8.
+                row = json.dumps(as_row(task, sample)).encode() + b"\n"
                 file.write(row)
                 sha.update(row)
                 hashes[sample.id] = sample.sha256

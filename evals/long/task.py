@@ -43,7 +43,7 @@ class Sample:
     def sha256(self) -> str:
         """Hash (hex) of what is asked and what is right: the same in an export and a report."""
         sha = hashlib.sha256(json.dumps([self.id, self.answers]).encode())
-        sha.update(self.ids.astype("<i8").tobytes())
+        sha.update(np.ascontiguousarray(self.ids, dtype="<i8").data)
         return sha.hexdigest()
 
 

@@ -14,7 +14,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from rwkvx.errors import InputError
+from rwkvx.tokenizers.base import ExactTokenizer
 from rwkvx_evals.long.haystack import Haystack
 from rwkvx_evals.long.sources import NOISE, books, sentences
 from rwkvx_evals.long.task import Ids, Sample, Task
@@ -96,6 +97,11 @@ class Writer:
     ) -> None:
         """Raises InputError for a tokenizer that cannot write ASCII."""
         self._tokenizer = tokenizer
+        self._plain: Callable[[str], list[int]]
+        self._plain = partial(tokenizer.encode, add_special_tokens=False)
+        if isinstance(tokenizer, ExactTokenizer) and tokenizer.split_special_tokens:
+            # What Hugging Face does around a text of a few words takes longer than its ids.
+            self._plain = tokenizer.encode_text
         self.seed, self.data, self.book = seed, data, book
         self._kept: dict[Hashable, Any] = {}
         self._encode = lru_cache(256)(self._encode_text)
@@ -114,7 +120,7 @@ class Writer:
     # ------------------------------------------------------------- tokens
 
     def _ids(self, text: str) -> Ids:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+        return np.array(self._plain(text), dtype=np.int64)
 
     def _marks_start(self) -> bool:
         """Whether tokens of a text alone differ from those behind others, whatever these are."""

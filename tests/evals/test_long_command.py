@@ -45,7 +45,7 @@ def test_the_list_names_every_task() -> None:
     [
         ("paskey", "passkey"),
         ("loss_by_positoin", "loss_by_position"),
-        ("niah_single", "niah_single"),
+        ("niah_sigle", "niah_single"),
     ],
 )
 def test_a_typo_shows_the_nearest_names(name: str, near: str) -> None:
@@ -54,6 +54,7 @@ def test_a_typo_shows_the_nearest_names(name: str, near: str) -> None:
 
 
 def test_choosing() -> None:
+    assert choose("loss") == ({}, True)
     assert choose(" passkey, loss_by_position,") == (
         {"passkey": choose("passkey")[0]["passkey"]},
         True,

@@ -26,16 +26,27 @@ TASKS: dict[str, Task] = _found()
 
 
 def find_tasks(names: Iterable[str]) -> list[Task]:
-    """The tasks of these names or patterns ("niah_*"), each once, in the order asked for.
+    """The tasks of these names, each once, in the order asked for.
+
+    A name is a task's own, a pattern ("niah_single_*"), what several names begin with ("niah",
+    "graphwalks"), or "all".
 
     Raises InputError for a name that is none, with those nearest to it.
     """
     found: dict[str, Task] = {}
     for name in names:
-        matching = [task for task in TASKS if fnmatchcase(task, name)]
+        matching = _matching(name)
         if not matching:
             near = get_close_matches(name, TASKS, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else "see --list"
             raise InputError(f"unknown task {name!r}: {hint}")
         found |= {task: TASKS[task] for task in matching}
     return list(found.values())
+
+
+def _matching(name: str) -> list[str]:
+    if name in TASKS:
+        return [name]
+    if name == "all":
+        return list(TASKS)
+    return [task for task in TASKS if fnmatchcase(task, name) or task.startswith(f"{name}_")]

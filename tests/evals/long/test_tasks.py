@@ -157,6 +157,10 @@ def test_find_tasks() -> None:
     assert [task.name for task in find_tasks(["passkey", "mrcr_*", "passkey"])] == [
         "passkey", "mrcr_2", "mrcr_4", "mrcr_8",
     ]  # fmt: skip
+    assert [task.name for task in find_tasks(["mrcr", "graphwalks", "passkey"])] == [
+        "mrcr_2", "mrcr_4", "mrcr_8", "graphwalks_bfs", "graphwalks_parents", "passkey",
+    ]  # fmt: skip
+    assert [task.name for task in find_tasks(["all"])] == list(TASKS)
     with pytest.raises(InputError, match=r"'niah_singel_1': did you mean niah_single_1"):
         find_tasks(["niah_singel_1"])
     with pytest.raises(InputError, match="unknown task 'zzzz': see --list"):
