@@ -119,7 +119,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> str | None:
         write_json(temporary / CONFIG, config)
         write_manifest(temporary, [CONFIG, *written])
     remove_other_weights(folder, written)
-    return keep_lost(checkpoint.config, folder, TITLE, read)
+    return keep_lost(checkpoint, folder, TITLE, read)
 
 
 def verify(folder: Path) -> str:

@@ -105,7 +105,7 @@ def write(checkpoint: Checkpoint, path: Path) -> str | None:
             head = (x.dim(), len(name), int(x.dtype == torch.float16), *reversed(x.shape))
             file.write(struct.pack(f"<{len(head)}i", *head) + name.encode())
             file.write(x.numpy().tobytes())
-    return keep_lost(config, path, TITLE, read)
+    return keep_lost(checkpoint, path, TITLE, read)
 
 
 def verify(path: Path) -> str:

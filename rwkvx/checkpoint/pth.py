@@ -120,7 +120,7 @@ def write(checkpoint: Checkpoint, path: Path) -> str | None:
             torch.save(own, file)
         except RuntimeError as error:  # torch's words for an OSError, whose cause it does not tell
             raise OSError(f"the disk is full or refuses ({_first_line(error)})") from error
-    return keep_lost(checkpoint.config, path, TITLE, read)
+    return keep_lost(checkpoint, path, TITLE, read)
 
 
 def verify(path: Path) -> str:

@@ -40,14 +40,16 @@ def lost_fields(config: ModelConfig, found: ModelConfig) -> dict[str, Any]:
     return {n: x for n, x in whole.items() if x != read[n] and n not in without_effect}
 
 
-def keep_lost(config: ModelConfig, path: Path, title: str, read: Reader) -> str | None:
-    """Keep what of `config` the file just written at `path` cannot hold; what to tell of it.
+def keep_lost(checkpoint: Checkpoint, path: Path, title: str, read: Reader) -> str | None:
+    """Keep what of the config the file just written at `path` cannot hold; what to tell of it, and
+    of a tokenizer that only a folder holds.
 
     Raises:
         WriteError: the disk refuses; then the file is removed: it would be read as another model.
     """
-    sidecar = sidecar_of(path)
+    config, sidecar = checkpoint.config, sidecar_of(path)
     sidecar.unlink(missing_ok=True)
+    left = None if checkpoint.tokenizer is None or path.is_dir() else _without_tokenizer(title)
     try:
         found = read(path, {}, True).config
     except (
@@ -57,13 +59,21 @@ def keep_lost(config: ModelConfig, path: Path, title: str, read: Reader) -> str 
         found = replace(found, pattern=config.pattern[:1])
     lost = lost_fields(config, found)
     if not lost:
-        return None
+        return left
     try:
         write_json(sidecar, {"config": lost, "belongs_to": _identity(path)})
     except WriteError:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
-    return _said(path, title, lost)
+    said = _said(path, title, lost)
+    return said if left is None else f"{said}\n{left}"
+
+
+def _without_tokenizer(title: str) -> str:
+    return (
+        f"a {title} has no place for the tokenizer: keep the model's folder, and give its "
+        "tokenizer to the loaded model (model.use_tokenizer)"
+    )
 
 
 def with_sidecar(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:

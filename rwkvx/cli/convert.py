@@ -114,5 +114,5 @@ def convert_command(
     note = wanted.write(checkpoint, target)
     count = sum(x.numel() for x in checkpoint.tensors.values())
     click.echo(f"{target}: {wanted.TITLE}, {count:,} parameters")
-    if note:
-        click.echo(one_line(f"note: {note}"), err=True)
+    for line in (note or "").splitlines():
+        click.echo(one_line(f"note: {line}"), err=True)

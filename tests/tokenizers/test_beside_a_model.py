@@ -15,6 +15,7 @@ import rwkvx
 from rwkvx import InputError, Model, ModelConfig
 from rwkvx.checkpoint.folder import save_folder
 from rwkvx.checkpoint.formats import FORMATS
+from rwkvx.cli import main
 from rwkvx.init import init_weights
 from rwkvx.tokenizers import get_tokenizer
 from rwkvx.tokenizers.file import count_ids, fingerprint, train_bpe
@@ -87,6 +88,25 @@ def test_what_was_added_is_carried(tmp_path: Path, kind: str, target: str) -> No
     assert fingerprint(again) == fingerprint(model.tokenizer) != plain
     config = json.loads((tmp_path / "grown" / "config.json").read_text())
     assert config["pad_token_id"] == again.pad_token_id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_without_room_for_a_tokenizer_says_so(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = a_folder(tmp_path / "model", kind)
+    for grown in (False, True):
+        if grown:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            grow(tokenizer)
+            tokenizer.save_pretrained(folder)
+        with pytest.raises(SystemExit) as ended:
+            main(["convert", str(folder), str(tmp_path / f"{grown}.pth")])
+        assert ended.value.code == 0
+        notes = capsys.readouterr().err.splitlines()
+        told = [line for line in notes if "no place for the tokenizer" in line]
+        assert len(told) == int(grown or kind == "file")
+        assert all(len(line) <= 300 and line.startswith("note: ") for line in notes)
 
 
 def test_a_plain_vocabulary_needs_no_file(tmp_path: Path) -> None:
