@@ -317,7 +317,8 @@ def estimate(model: Reader, plan: Plan, left: int) -> str:
         logits[0, 0, 0].item()  # waits for the device
         seconds = time.perf_counter() - began
     speed = len(ids) / max(seconds, 1e-9)
-    return f"about {duration(left / speed)} at the {speed:,.0f} tokens/s of a short text"
+    about = f"about {duration(left / speed)} to read them at the {speed:,.0f} tokens/s"
+    return f"{about} of a short text; answers are not counted"
 
 
 def _gpu(model: Reader | Endpoint) -> str | None:
