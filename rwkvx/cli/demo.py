@@ -1,4 +1,4 @@
-"""``rwkvx demo``: the main job on the shipped model, from retrieval to public tasks."""
+"""``rwkvx demo``: the main job on the shipped models, from retrieval to public tasks."""
 
 import time
 from pathlib import Path

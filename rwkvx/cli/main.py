@@ -61,7 +61,7 @@ cli = LazyGroup(
     lazy={
         "demo": (
             "rwkvx.cli.demo:demo_command",
-            "The main job, on the shipped model.",
+            "The main job, on the shipped models.",
         ),
         "train": ("rwkvx.training.command:train_command", "Train a model from a YAML file."),
         "tokenize": (
