@@ -249,7 +249,8 @@ class SparseAttention(AttentionMixer):
             return mixed, padded[:, tokens:].clone()  # a view would hold all keys
         start, length = cu_seqlens[:-1], cu_seqlens.diff()
         token, row = (torch.arange(n, device=k.device) for n in (tokens, len(length)))
-        # Not in `cu_seqlens[1:]`: torch 2.11 compiles that for a GPU as if it began at 0.
+        # Not in `cu_seqlens[1:]`: compiled for a GPU by torch 2.11, places were out of bounds, as
+        # if that slice began at 0.
         owner = torch.searchsorted(cu_seqlens, token, right=True) - 1
         padded = torch.cat([k[0], conv.flatten(0, 1)])
 
