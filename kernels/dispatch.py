@@ -149,7 +149,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int) -> list[int]:
         ValueError: offsets that do not describe `tokens` packed tokens.
     """
     check_packed(cu_seqlens, batch)
-    offsets = _values(cu_seqlens)
+    # A CPU is not waited for, and a tensor of inference mode does not say when it changes.
+    here = cu_seqlens.device.type == "cpu" or cu_seqlens.is_inference()
+    offsets = cu_seqlens.tolist() if here else read_once(cu_seqlens)
     if offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets):
         raise ValueError(f"cu_seqlens must rise from 0 to T = {tokens}, got {offsets[:8]}")
     return offsets
@@ -182,18 +184,17 @@ def runs_of(cu_seqlens: Tensor, batch: int, tokens: int) -> list[Run]:
     return runs
 
 
-def _values(cu_seqlens: Tensor) -> list[int]:
-    """Its numbers; every layer asks for the same ones, and a GPU is waited for once."""
-    if cu_seqlens.device.type == "cpu" or cu_seqlens.is_inference():
-        return cu_seqlens.tolist()
-    version, values = _SEEN.get(cu_seqlens, (None, []))
-    if version != cu_seqlens._version:
-        values = cu_seqlens.tolist()
-        _SEEN[cu_seqlens] = (cu_seqlens._version, values)
+_READ = WeakTensorKeyDictionary()  # of tensors that are alive: their version, their numbers
+
+
+def read_once(x: Tensor) -> list[int]:
+    """The numbers of a tensor [N]: every layer asks for the same offsets, and a GPU is waited for
+    once. They are read again after a change in place."""
+    version, values = _READ.get(x, (None, []))
+    if version != x._version:
+        values = x.tolist()
+        _READ[x] = (x._version, values)
     return values
-
-
-_SEEN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def check_packed(cu_seqlens: Tensor, batch: int) -> int:

@@ -37,10 +37,10 @@ def from_plain(kind: type[T], data: Any, where: str) -> T:
         raise InputError(f"{where}: {error}") from error
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ ", did you mean ...?", where a known name is like `name`; else nothing."""
-    found = get_close_matches(name[:100], known, 1)
-    return f", did you mean {found[0]}?" if found else ""
+def nearest(name: str, known: Iterable[str], most: int = 1) -> str:
+    """ ", did you mean ...?", where known names (so many at most) are like `name`; else nothing."""
+    found = get_close_matches(name[:100], known, most)
+    return f", did you mean {' or '.join(found)}?" if found else ""
 
 
 def _names(kind: Any) -> set[str]:

@@ -8,7 +8,6 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from rwkvx.data.folder import DATA_VARIABLE
 from rwkvx.errors import InputError
+from rwkvx.settings import nearest
 from rwkvx_evals.files import short
 from rwkvx_evals.lm.local import DATA_SETS, FOUNDRY, find_data_set
 from rwkvx_evals.lm.replace import replaced
@@ -269,10 +269,9 @@ def _resolve(spec: str, manager: Any, include: Sequence[Path]) -> list[Any]:
         return files
     matches: list[Any] = manager.match_tasks([spec])
     if not matches:
-        near = get_close_matches(spec[:60], manager.all_tasks, n=3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        like = nearest(spec, manager.all_tasks, 3) or ":"
         raise InputError(
-            f"no task {spec[:60]!r}: {hint}rwkvx lm-eval ls tasks lists them{_broken(include)}"
+            f"no task {spec[:60]!r}{like} rwkvx lm-eval ls tasks lists them{_broken(include)}"
         )
     return matches
 

@@ -288,7 +288,7 @@ def test_groups_count_and_fail_with_their_tasks(
         run(tmp_path / "twice", folder, tasks=("both", "piqa"), include=(str(own),))
     with pytest.raises(InputError, match="no task 'no_such': rwkvx lm-eval ls"):
         run(tmp_path / "none", folder, tasks=("no_such",))
-    with pytest.raises(InputError, match=r"no task 'piqua': did you mean piqa\?"):
+    with pytest.raises(InputError, match=r"no task 'piqua', did you mean piqa\?"):
         run(tmp_path / "typo", folder, tasks=("piqua",), include=(str(own),))
     assert set(run(tmp_path / "star", folder, tasks=("pi*", "lam*"), include=(str(own),))["data"])
 

@@ -49,7 +49,7 @@ def test_the_list_names_every_task() -> None:
     ],
 )
 def test_a_typo_shows_the_nearest_names(name: str, near: str) -> None:
-    with pytest.raises(InputError, match=rf"unknown task '{name}': did you mean {near}"):
+    with pytest.raises(InputError, match=rf"unknown task '{name}'[:,] did you mean {near}"):
         choose(name)
 
 

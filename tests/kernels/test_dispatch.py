@@ -190,3 +190,17 @@ def test_sequences_of_one_length_are_a_batch(offsets: list[int], runs: list[tupl
     assert found == runs
     alone = [x[0, a:b].tolist() for a, b in pairwise(offsets) if a < b]
     assert [row for run in found for row in run.rows(x).tolist()] == alone
+
+
+def test_numbers_are_read_once_and_again_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, reads, read = torch.tensor([0, 4, 9]), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(1) or read(x))
+    assert dispatch.read_once(x) == dispatch.read_once(x) == [0, 4, 9]
+    assert len(reads) == 1
+    x[1] = 5
+    assert dispatch.read_once(x) == [0, 5, 9]
+    assert dispatch.read_once(torch.tensor([0, 4, 9])) == [0, 4, 9]
+    assert len(reads) == 3
+    held = len(dispatch._READ)
+    del x
+    assert len(dispatch._READ) == held - 1

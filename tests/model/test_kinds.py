@@ -156,3 +156,8 @@ def test_unknown_options_are_refused() -> None:
         ModelConfig.from_dict({**HYBRID.to_dict(), "half_life": 3})
     with pytest.raises(InputError, match="unknown option 'half_life'; known: window"):
         ModelConfig(40, 32, ("rwkv7",), 8, options={"half_life": 3}, tokenizer="bytes")
+
+
+def test_states_end_with_what_the_block_puts_in() -> None:
+    """`Block.forward` makes the new state of all other fields and this one."""
+    assert {kind.State._fields[-1] for kind in KINDS.values()} == {"ffn_shift"}

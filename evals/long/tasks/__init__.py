@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from rwkvx.errors import InputError
+from rwkvx.settings import nearest
 from rwkvx_evals.long.task import Task
 
 
@@ -37,9 +37,8 @@ def find_tasks(names: Iterable[str]) -> list[Task]:
     for name in names:
         matching = _matching(name)
         if not matching:
-            near = get_close_matches(name, TASKS, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else "see --list"
-            raise InputError(f"unknown task {name!r}: {hint}")
+            like = nearest(name, TASKS, 3) or ": see --list"
+            raise InputError(f"unknown task {name!r}{like}")
         found |= {task: TASKS[task] for task in matching}
     return list(found.values())
 

@@ -161,7 +161,7 @@ def test_find_tasks() -> None:
         "mrcr_2", "mrcr_4", "mrcr_8", "graphwalks_bfs", "graphwalks_parents", "passkey",
     ]  # fmt: skip
     assert [task.name for task in find_tasks(["all"])] == list(TASKS)
-    with pytest.raises(InputError, match=r"'niah_singel_1': did you mean niah_single_1"):
+    with pytest.raises(InputError, match=r"'niah_singel_1', did you mean niah_single_1"):
         find_tasks(["niah_singel_1"])
     with pytest.raises(InputError, match="unknown task 'zzzz': see --list"):
         find_tasks(["zzzz"])
