@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ class Events:
 
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():010.0f}.{platform.node()}.{os.getpid()}"
-        self.path = folder / name
+        # A number, as in TensorBoard's own names: runs of one process may begin in one second.
+        paths = (folder / f"{name}.{number}" for number in count())
+        self.path = next(path for path in paths if not path.exists())
         self._add(file_version="brain.Event:2")
 
     def add_scalar(self, name: str, value: float, step: int) -> None:

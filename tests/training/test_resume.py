@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import rwkvx
 from rwkvx import InputError
 from rwkvx.training.config import read_config
+from rwkvx.training.curves import Events
 from rwkvx.training.run_folder import RunFolder
 from rwkvx.training.stopping import Stopped as StoppedBySignal
 from rwkvx.training.trainer import Trainer
@@ -112,6 +113,19 @@ def test_what_a_run_leaves_behind(write_config: Writer, tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
     assert_same_bits(weights(Trainer(read_config(write_config())).run()), weights(model))
     assert [path.name for path in before if path.read_bytes() != before[path]] == []
+
+
+def test_curves_that_begin_in_one_second_have_files_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr("time.time", lambda: 1.0e9)
+    first = Events(tmp_path)
+    first.add_scalar("loss", 1.0, 1)
+    before = first.path.read_bytes()
+    second = Events(tmp_path)
+    assert second.path != first.path
+    assert first.path.read_bytes() == before
 
 
 def test_results_say_how_a_model_came_about(write_config: Writer, tmp_path: Path) -> None:
