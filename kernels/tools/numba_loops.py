@@ -43,8 +43,12 @@ def order_free(function: Callable[..., Any]) -> Callable[..., Any]:
 def parallel_loop(function: Callable[..., Any]) -> Callable[..., Any]:
     """As `loop`, with `numba.prange` over threads: these start within microseconds."""
     # Numba starts its threads where it compiles a parallel loop. Code that calls one and is loaded
-    # from the disk does not start them: without this, a segmentation fault.
+    # from the disk does not start them: without this, a segmentation fault. Where both use the same
+    # OpenMP, starting them sets torch's number of threads to Numba's: sums of one process would
+    # change their order with the first loop.
+    threads = torch.get_num_threads()
     numba.get_num_threads()
+    torch.set_num_threads(threads)
     return _compile(function, parallel=True)
 
 

@@ -57,9 +57,10 @@ class Package(NamedTuple):
     def write(self, name: str, source: str) -> None:
         (self.folder / f"{name}.py").write_text(source)
 
-    def start(self, source: str) -> subprocess.Popen[str]:
+    def start(self, source: str, **variables: str) -> subprocess.Popen[str]:
         environment = {
             **os.environ,
+            **variables,
             "PYTHONPATH": str(self.folder.parent),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
@@ -72,9 +73,9 @@ class Package(NamedTuple):
             text=True,
         )
 
-    def run(self, source: str) -> str:
+    def run(self, source: str, **variables: str) -> str:
         """What is printed; the process ends well."""
-        process = self.start(source)
+        process = self.start(source, **variables)
         out, _ = process.communicate()
         assert process.returncode == 0
         return out
@@ -114,6 +115,15 @@ def test_threads_run_where_a_loaded_loop_calls_a_parallel_one(package: Package) 
     package.run(INNER.format("doubled"))
     for _ in range(2):
         assert package.run(OUTER.format("summed")) == RIGHT
+
+
+@pytest.mark.parametrize("ours", ["1", "2", "3"])
+def test_the_number_of_torch_threads_stays(package: Package, ours: str) -> None:
+    """Sums of a run that is resumed in another process are made in the same order."""
+    package.write("threads", THREADS)
+    count = "import torch\nprint(torch.get_num_threads())\n"
+    source = count + INNER.format("doubled") + "\n" + count
+    assert package.run(source, OMP_NUM_THREADS="2", NUMBA_NUM_THREADS=ours) == "2\n2\n"
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "another's"])

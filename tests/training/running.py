@@ -40,6 +40,8 @@ BASE: dict[str, Any] = {
     "save_every": 3,
 }
 
+MODEL = "small-step-6"
+
 Writer = Callable[..., Path]
 
 
