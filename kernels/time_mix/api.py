@@ -49,8 +49,8 @@ def time_mix(
             `cu_seqlens`, [sequences, H, D, D].
         cu_seqlens: [sequences + 1] offsets of sequences packed along T, batch size 1. Triton
             kernels do not look at them beforehand, which would wait for the GPU.
-        impl: "auto", "reference", "torch", "compiled" (Numba; a CPU, without gradients) or
-            "triton" (what `wkv7` says of it holds).
+        impl: "auto", "reference", "torch", "compiled" (Numba, on a CPU; with gradients, the
+            recurrence alone) or "triton" (what `wkv7` says of them holds).
 
     Returns:
         what the output projection reads, [B, T, C] in the dtype of v, and the final state.
@@ -71,14 +71,13 @@ def time_mix(
         from rwkvx_kernels.time_mix.triton_ops import time_mix_triton  # Triton may be missing
 
         return time_mix_triton(list(tokens), every, eps, state, cu_seqlens, facts.gradients)
-    if impl == "compiled":
+    if impl == "reference":
+        return time_mix_reference(tokens, weights, eps, state, cu_seqlens)
+    if impl == "compiled" and not facts.gradients:
         form = _traced if facts.traced else _compiled
         y, final = form(list(tokens), every, eps, state, cu_seqlens)
         return y, final
-    reference = impl == "reference"
-    return (time_mix_reference if reference else time_mix_torch)(
-        tokens, weights, eps, state, cu_seqlens
-    )
+    return time_mix_torch(tokens, weights, eps, state, cu_seqlens, impl)
 
 
 def time_mix_summary(

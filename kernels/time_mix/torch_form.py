@@ -1,4 +1,4 @@
-"""The time mix between its projections, in plain torch, the recurrence in chunks."""
+"""The time mix between its projections, in plain torch around the recurrence."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,7 +15,8 @@ def time_mix_torch(
     eps: float,
     state: Tensor,
     cu_seqlens: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """As `api.time_mix`."""
-    recurrence = partial(wkv7, initial_state=state, cu_seqlens=cu_seqlens, impl="torch")
+    """As `api.time_mix`; impl: of the recurrence."""
+    recurrence = partial(wkv7, initial_state=state, cu_seqlens=cu_seqlens, impl=impl)
     return equations(tokens, weights, eps, recurrence)

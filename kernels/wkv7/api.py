@@ -22,6 +22,8 @@ from rwkvx_kernels.wkv7.torch_form import wkv7_torch
 
 # Channels of a head that the Triton kernels have.
 LEAST_SIZE, MOST_SIZE = 16, 128
+# Key channels that the compiled gradients do together.
+GRADIENT_KEYS = 32
 
 
 @remembered
@@ -38,7 +40,11 @@ def choose(facts: Facts, head_sizes: tuple[int, int] = (64, 64), impl: str = "au
         from rwkvx_kernels.wkv7.options import STAGES, TABLE
 
         triton = missing(TABLE, STAGES, facts.dtype, max(head_sizes), facts.device)
-    lacks = {"triton": triton, "compiled": compiled_lacks(facts), "torch": "", "reference": ""}
+    compiled = compiled_lacks(facts._replace(gradients=False))
+    if facts.gradients and head_sizes[0] % GRADIENT_KEYS:
+        keys = f"heads whose key channels are a multiple of {GRADIENT_KEYS}"
+        compiled = compiled or f"has gradients of {keys}, not of {head_sizes[0]}"
+    lacks = {"triton": triton, "compiled": compiled, "torch": "", "reference": ""}
     return decide(impl, facts, lacks)
 
 
@@ -77,10 +83,10 @@ def wkv7(
         initial_state: [B, H, V, K] float32 (float64 for float64 input), or None for zeros.
             With `cu_seqlens`, [sequences, H, V, K].
         cu_seqlens: [sequences + 1] integer offsets of sequences packed along T, batch size 1.
-        impl: "auto", "reference", "torch", "compiled" (Numba; a CPU, without gradients) or
-            "triton": heads of 16 to 128 channels, no float64, and log decays of which 8 in a row
-            (16 for gradients of narrow dtypes) sum to -80 or more; stronger ones give results that
-            are not finite.
+        impl: "auto", "reference", "torch", "compiled" (Numba, on a CPU; gradients where K is a
+            multiple of 32) or "triton": heads of 16 to 128 channels, no float64, and log decays of
+            which 8 in a row (16 for gradients of narrow dtypes) sum to -80 or more; stronger ones
+            give results that are not finite.
 
     Returns:
         y [B, T, H, V] in the dtype of `v`, and the final state, of the shape and dtype of

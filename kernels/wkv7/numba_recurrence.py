@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The recurrence of WKV7 itself, compiled: the fastest form on a CPU where no gradient is needed.
+"""The recurrence of WKV7 itself, compiled: the fastest form on a CPU.
 
 Axes: B batch, of states: sequences; T time, H heads, K key channels, V value channels.
 """
@@ -13,7 +13,13 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from rwkvx_kernels.tools.numba_loops import in_threads, loop
-from rwkvx_kernels.tools.numba_vectors import add_product, load_lanes, splat, store_lanes
+from rwkvx_kernels.tools.numba_vectors import (
+    add_product,
+    load_lanes,
+    row_pointer,
+    splat,
+    store_lanes,
+)
 
 # So many tokens times heads are done before a second thread has woken up.
 FEW = 64
@@ -36,23 +42,61 @@ def wkv7_compiled(
 ) -> tuple[Tensor, Tensor]:
     """Sequences of `lengths` tokens laid one after the other in [B, T], on the CPU.
 
-    Arguments and results as in `torch_form.wkv7_torch`; no gradients.
+    Arguments and results as in `torch_form.wkv7_torch`; differentiable where K is a multiple of
+    `numba_gradients.KEYS`.
     """
-    y = torch.empty(v.shape, dtype=v.dtype)
-    state = state_BHVK.detach().clone(memory_format=torch.contiguous_format)
-    rows = [x.flatten(0, 2).contiguous() for x in (r, log_decay.exp(), k, v, alpha, beta)]
-    arrays = [x.detach().numpy() for x in (*rows, state, y.flatten(0, 2))]
-    ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
-    units = len(lengths) * v.shape[2]
-    if v.shape[0] * v.shape[1] * v.shape[2] <= FEW:
-        _scan(0, units, ends, *arrays)
-    else:
-        in_threads(_scan, units, ends, *arrays)
+    inputs = (r, log_decay, k, v, alpha, beta, state_BHVK)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        from rwkvx_kernels.wkv7.numba_gradients import Recurrence  # takes a second
+
+        return Recurrence.apply(lengths, *inputs)
+    y, state, _, _ = run(inputs, Pieces(lengths, 0))
     return y, state
 
 
+class Pieces:
+    """Where sequences end, and which of their states are stored.
+
+    Args:
+        size: tokens between two stored states, 0 for none.
+
+    Attributes:
+        ends: [sequences], one after the last token; before: [sequences], pieces of all sequences
+            before; count: of all pieces.
+    """
+
+    def __init__(self, lengths: list[int], size: int) -> None:
+        self.size = size
+        self.ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
+        pieces = [-(-n // size) if size else 0 for n in lengths]
+        self.before = np.cumsum(np.asarray([0, *pieces], dtype=np.int64))
+        self.count = sum(pieces)
+
+
+def run(
+    inputs: tuple[Tensor, ...], pieces: Pieces
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """y, the final states, the inputs as contiguous rows (decays in place of their logarithms),
+    and what gradients need beside these: states before each piece [pieces, H, V, K], and u."""
+    r, log_decay, k, v, alpha, beta, state_BHVK = (x.detach() for x in inputs)
+    heads, values, keys = state_BHVK.shape[1:]
+    y = torch.empty(v.shape, dtype=v.dtype)
+    state = state_BHVK.clone(memory_format=torch.contiguous_format)
+    rows = [x.flatten(0, 2).contiguous() for x in (r, log_decay.exp(), k, v, alpha, beta)]
+    saved = state.new_empty(pieces.count, heads, values, keys)
+    u = torch.empty_like(rows[3] if pieces.size else rows[3][:0])
+    arrays = [x.numpy() for x in (*rows, state, y.flatten(0, 2), saved, u)]
+    units = len(pieces.ends) * heads
+    bounds = (pieces.ends, pieces.before, pieces.size)
+    if v.shape[0] * v.shape[1] * heads <= FEW:
+        _scan(0, units, *bounds, *arrays)
+    else:
+        in_threads(_scan, units, *bounds, *arrays)
+    return y, state, rows, [saved, u]
+
+
 @loop
-def _scan(first, last, ends, r, decay, k, v, alpha, beta, state, y):
+def _scan(first, last, ends, pieces, size, r, decay, k, v, alpha, beta, state, y, saved, us):
     """Units first ... last - 1, numbered by sequence and head: u_t = S_{t-1} alpha_t is at hand."""
     heads, values = state.shape[1:3]
     u, u_next = np.empty(values, y.dtype), np.empty(values, y.dtype)
@@ -67,6 +111,10 @@ def _scan(first, last, ends, r, decay, k, v, alpha, beta, state, y):
         transposed = (s.T if lanes else s[:0].T).copy()
         for t in range(start, stop):
             row, after = t * heads + h, min(t + 1, stop - 1) * heads + h
+            if size:
+                us[row] = u
+                if (t - start) % size == 0:
+                    saved[pieces[n] + (t - start) // size, h] = transposed.T if lanes else s
             if lanes:
                 step_transposed(transposed, row, after, decay, beta, k, r, alpha, u, v, y, u_next)
             else:
@@ -152,13 +200,8 @@ def _row_pointers(context, builder, kinds, rows, arrays):
     token, next_token = rows
     pointers = []
     for i, (kind, array) in enumerate(zip(kinds, arrays, strict=True)):
-        x = context.make_array(kind)(context, builder, array)
-        at = next_token if i == 4 else token
-        if kind.ndim == 1:
-            pointers.append(x.data)
-        else:
-            start = builder.mul(at, builder.extract_value(x.shape, 1))
-            pointers.append(builder.gep(x.data, [start]))
+        at = None if kind.ndim == 1 else next_token if i == 4 else token
+        pointers.append(row_pointer(context, builder, kind, array, at))
     return pointers
 
 

@@ -54,9 +54,10 @@ ROUTES = [
     (channel_mix.choose, (READ,), "torch", "on a CPU"),
     (token_shift.choose, (READ,), "torch", "on a CPU"),
     (wkv7_api.choose, (READ, (64, 32)), "compiled", "on a CPU, no gradient wanted"),
-    (wkv7_api.choose, (TRAINED, (64, 32)), "torch", "on a CPU, gradients wanted; compiled has no"),
+    (wkv7_api.choose, (TRAINED, (64, 32)), "compiled", "on a CPU, gradients wanted"),
+    (wkv7_api.choose, (TRAINED, (48, 32)), "torch", "compiled has gradients of heads whose"),
     (time_mix.choose, (READ, 64), "compiled", "on a CPU"),
-    (time_mix.choose, (TRAINED, 64), "torch", "compiled has no gradients"),
+    (time_mix.choose, (TRAINED, 64), "compiled", "on a CPU, gradients wanted"),
     (chunk_select.choose, (READ, "flat"), "torch", "compiled scores every chunk slower"),
     (chunk_select.choose, (TRAINED, "coarse_to_fine"), "compiled", "on a CPU"),
     (chunk_attention_api.choose, (READ, 2048, 3, 1), "compiled", "on a CPU"),
@@ -92,7 +93,7 @@ def test_what_is_chosen_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public function asks `choose`: there is no second rule."""
     x = torch.randn(1, 4, 2, 8)
     args = (x, -x.sigmoid(), x, x, x, x)
-    with pytest.raises(UnsupportedError, match='impl="compiled" has no gradients: choose one of'):
+    with pytest.raises(UnsupportedError, match='impl="compiled" has gradients of heads whose'):
         wkv7.wkv7(*(t.clone().requires_grad_() for t in args), impl="compiled")
     monkeypatch.setattr(wkv7_api, "choose", lambda *_: dispatch.Choice("torch", ""))
     monkeypatch.setattr(wkv7_api, "wkv7_torch", None)
