@@ -23,6 +23,7 @@ def bench_command() -> None:
     Examples:
       rwkvx bench cpu
       rwkvx bench load
+      rwkvx bench training
       rwkvx bench kernels
     """
 
@@ -181,6 +182,62 @@ def load_command(model: str, formats: str, out: Path | None) -> None:
             f"{row['ratio']:.3f}"
         )
     click.echo(f"report: {out / 'report.md'}")
+
+
+@bench_command.command("training")
+@click.option("--model", default="rwkvx_nano", show_default=True, help="A shape: random weights.")
+@click.option("--length", default="2k", show_default=True, help="Tokens of a timed step.")
+@click.option(
+    "--memory",
+    default="512,2k,8k",
+    show_default=True,
+    help="Peak memory of steps of sequences so long, all of as many tokens as the longest; none: "
+    "leave out.",
+)
+@click.option(
+    "--processes",
+    type=Within(COUNT),
+    default=2,
+    show_default=True,
+    help="That train together, one core each; 1: leave out.",
+)
+@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32")
+@click.option(
+    "--threads", type=Within(THREADS), help="Default: all cores that this process may use."
+)
+@click.option("--repeats", type=Within(COUNT), default=5, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Default: runs/bench-training-MODEL.")
+def training_command(
+    model: str,
+    length: str,
+    memory: str,
+    processes: int,
+    precision: str,
+    threads: int | None,
+    repeats: int,
+    out: Path | None,
+) -> None:
+    """Training steps on a CPU: time over the products alone, memory by length, processes.
+
+    \b
+    Examples:
+      rwkvx bench training
+      rwkvx bench training --precision bf16 --memory none --processes 1
+    """
+    from rwkvx_evals.bench.machine import available_cores
+    from rwkvx_evals.bench.training import Settings, run
+    from rwkvx_evals.lengths import parse_length, parse_lengths
+
+    lengths = () if memory.strip().lower() in ("none", "") else parse_lengths(memory)
+    count = available_cores() if threads is None else threads
+    settings = Settings(model, parse_length(length), lengths, processes, precision, count, repeats)
+    out = out or Path("runs") / f"bench-training-{Path(model).stem}"
+    results = run(settings, out)
+    step = results["step"]
+    click.echo(
+        f"{step['tokens_per_second']:,.0f} tokens/s, {step['ratio']['median']:.2f} times the "
+        f"products alone\nreport: {out / 'report.md'}"
+    )
 
 
 @bench_command.command("kernels")
