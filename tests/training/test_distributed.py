@@ -158,7 +158,7 @@ def test_rows_are_shared_out() -> None:
     """Every row of a step is read once, by any number of processes."""
     config = read_config_of({"stages": [{"steps": 1, "length": 8, "batch": 4}], "accumulate": 3})
     ids = torch.arange(12)[:, None].expand(12, 8)
-    step = Batch(ids, ids, ids.float(), ids > 0, ids > 0)
+    step = Batch(ids, ids, ids.float(), ids > 0, (ids > 0).numpy())
     for size in (1, 2, 3, 4, 6, 12):
         check_division(config, size)
         parts = [own_batches(step, config.stages[0], World(r, size)) for r in range(size)]
