@@ -187,6 +187,23 @@ def runs_of(cu_seqlens: Tensor, batch: int, tokens: int) -> list[Run]:
 _READ = WeakTensorKeyDictionary()  # of tensors that are alive: their version, their numbers
 
 
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on a device. Nobody waits: a GPU copies from pinned memory by itself."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def send_numbers(x: Tensor, device: torch.device | str) -> Tensor:
+    """As `send`, whole numbers [N], which `read_once` then knows without a look at the device."""
+    sent = send(x, device)
+    if torch.compiler.is_compiling():
+        return sent
+    if sent is not x and x.device.type == "cpu" and not sent.is_inference():
+        _READ[sent] = (sent._version, x.tolist())
+    return sent
+
+
 def read_once(x: Tensor) -> list[int]:
     """The numbers of a tensor [N]: every layer asks for the same offsets, and a GPU is waited for
     once. They are read again after a change in place."""

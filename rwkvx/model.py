@@ -19,7 +19,7 @@ from rwkvx.layers import ChannelMix, Linear
 from rwkvx.ranges import check, range_of
 from rwkvx.sequence import SequenceParallel
 from rwkvx.state import ModelState
-from rwkvx_kernels.dispatch import check_cu_seqlens
+from rwkvx_kernels.dispatch import check_cu_seqlens, send_numbers
 
 # Without gradients, long inputs are read in segments of at most so many tokens (over the batch):
 # memory stays flat, and products stay large enough to be efficient. A GPU wants more at once, as
@@ -101,7 +101,8 @@ class Model(nn.Module):
             logits: "all" -> [B, T, V], "last" -> [B, 1, V], "none" -> None; "hidden" -> [B, T, C],
                 of which the head makes logits.
             cu_seqlens: [sequences + 1] offsets of sequences packed along T; batch size 1, and the
-                state has one row per sequence. A sequence may be empty: its state stays.
+                state has one row per sequence. A sequence may be empty: its state stays. Best given
+                on the CPU: from a GPU they are read, which waits for it.
             keep_cache: False leaves the attention caches of the returned state empty.
 
         Returns:
@@ -119,7 +120,7 @@ class Model(nn.Module):
         rows = ids.shape[0]
         if cu_seqlens is not None:
             rows = self._check_offsets(ids, cu_seqlens)
-            cu_seqlens = cu_seqlens.to(ids.device, torch.int64)
+            cu_seqlens = send_numbers(cu_seqlens.long(), ids.device)
         whole = torch.is_grad_enabled() or cu_seqlens is not None or not keep_cache
         if state is None:
             state = self.fresh_state(rows, 0 if whole else ids.shape[1])

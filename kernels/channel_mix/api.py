@@ -10,7 +10,13 @@ from rwkvx_kernels.dispatch import Choice, Facts, decide, facts_of, remembered, 
 @remembered
 def choose(facts: Facts, impl: str = "auto") -> Choice:
     """Which implementation `squared_relu` runs."""
-    return decide(impl, facts, {"triton": triton_lacks(facts), "torch": "", "reference": ""})
+    triton = triton_lacks(facts)
+    if not triton:
+        from rwkvx_kernels.channel_mix.options import STAGES, TABLE
+        from rwkvx_kernels.tools.triton_options import missing  # Triton may be missing
+
+        triton = missing(TABLE, STAGES, facts.dtype, 1, facts.device)
+    return decide(impl, facts, {"triton": triton, "torch": "", "reference": ""})
 
 
 def squared_relu(x: Tensor, impl: str = "auto", overwrite: bool = False) -> Tensor:

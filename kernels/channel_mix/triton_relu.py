@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.channel_mix.options import TABLE
 from rwkvx_kernels.tools.operators import operator
+from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_tiles import load, store
-
-BLOCK = 2048
 
 
 @triton.jit
@@ -29,11 +29,19 @@ def _backward_kernel(p_x, p_dy, p_dx, count, BLOCK: tl.constexpr):
     store(p_dx, o, 2.0 * b_x * load(p_dy, o, o < count), o < count)
 
 
+def _launch(stage: str, x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """Grid, constants and options."""
+    options = options_for(TABLE, stage, x.dtype, 1, x.device)
+    block = options.rows * options.columns
+    return (triton.cdiv(x.numel(), block),), {"BLOCK": block, **options.launch}
+
+
 def forward(x: Tensor) -> Tensor:
     """Launch: relu(x)^2."""
     y = torch.empty_like(x)
     if x.numel():
-        _forward_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, y, x.numel(), BLOCK=BLOCK)
+        grid, constants = _launch("forward", x)
+        _forward_kernel[grid](x, y, x.numel(), **constants)
     return y
 
 
@@ -41,7 +49,8 @@ def backward(x: Tensor, dy: Tensor) -> Tensor:
     """Launch: the gradient of x."""
     dx = torch.empty_like(x)
     if x.numel():
-        _backward_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, dy, dx, x.numel(), BLOCK=BLOCK)
+        grid, constants = _launch("backward", x)
+        _backward_kernel[grid](x, dy, dx, x.numel(), **constants)
     return dx
 
 

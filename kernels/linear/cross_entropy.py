@@ -27,7 +27,13 @@ MOST_LOGITS = 2**26
 @remembered
 def choose(facts: Facts, impl: str = "auto") -> Choice:
     """Which implementation a tile of `linear_cross_entropy` runs."""
-    return decide(impl, facts, {"triton": triton_lacks(facts), "torch": ""})
+    triton = triton_lacks(facts)
+    if not triton:
+        from rwkvx_kernels.linear.options import STAGES, TABLE
+        from rwkvx_kernels.tools.triton_options import missing  # Triton may be missing
+
+        triton = missing(TABLE, STAGES, facts.dtype, 1, facts.device)
+    return decide(impl, facts, {"triton": triton, "torch": ""})
 
 
 def linear_cross_entropy(

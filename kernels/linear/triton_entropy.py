@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.linear.options import TABLE
+from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_tiles import store
-
-BLOCK = 8192
 
 
 @triton.jit
@@ -43,8 +43,9 @@ def losses_and_gradients(logits: Tensor, targets: Tensor, weights: Tensor) -> Te
     """
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    block = min(BLOCK, triton.next_power_of_2(columns))
+    options = options_for(TABLE, "entropy", logits.dtype, 1, logits.device)
+    block = min(options.columns, triton.next_power_of_2(columns))
     if rows:
         args = (logits, targets.contiguous(), weights.contiguous(), losses, columns)
-        _entropy_kernel[(rows,)](*args, BLOCK=block, num_warps=8)
+        _entropy_kernel[(rows,)](*args, BLOCK=block, **options.launch)
     return losses

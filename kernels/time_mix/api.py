@@ -17,7 +17,8 @@ from rwkvx_kernels.wkv7 import api as recurrence
 
 @remembered
 def choose(facts: Facts, head_size: int = 64, impl: str = "auto") -> Choice:
-    """Which implementation `time_mix` runs: each can what that of its recurrence can."""
+    """Which implementation `time_mix` runs: each can what that of its recurrence can, whose table
+    of launch options has rows for no other heads and GPUs than the one here."""
     return recurrence.choose(facts, (head_size, head_size), impl)
 
 

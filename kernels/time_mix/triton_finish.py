@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvx_kernels.time_mix.triton_keys import STEPS, sizes
+from rwkvx_kernels.time_mix.triton_keys import launch
 from rwkvx_kernels.tools.triton_tiles import load, store
 
 
@@ -90,10 +90,10 @@ def finish(tensors: list[Tensor], weights: list[Tensor], eps: float) -> Tensor:
     """
     y, heads = tensors[0], weights[0].shape[0]
     out = torch.empty_like(tensors[4])
-    constants = sizes(heads, y.shape[-1] // heads, 2048)
+    options, constants = launch("finish", y, heads)
     count = y.shape[0] * y.shape[1]
     if y.numel():
-        grid = (triton.cdiv(count, constants["ROWS"]) * heads,)
+        grid = (triton.cdiv(count, options.rows) * heads,)
         _forward_kernel[grid](*tensors, *weights, out, count, eps, **constants)
     return out
 
@@ -108,12 +108,13 @@ def gradients(
     y, heads = tensors[0], weights[0].shape[0]
     new = [torch.empty_like(y) for _ in range(3)]
     new.append(y.new_empty(*y.shape[:2], heads, dtype=torch.float32))
-    constants = sizes(heads, y.shape[-1] // heads, 1024)
+    options, constants = launch("finish_gradients", y, heads)
     count = y.shape[0] * y.shape[1]
-    parts = triton.cdiv(count, constants["ROWS"] * STEPS)
+    parts = triton.cdiv(count, options.rows * options.columns)
     partial = y.new_empty(3, parts, y.shape[-1], dtype=torch.float32)
     if y.numel():
         _backward_kernel[(parts * heads,)](
-            dout, *tensors, *weights, *new, partial, count, parts, eps, **constants, STEPS=STEPS
+            dout, *tensors, *weights, *new, partial, count, parts, eps,
+            **constants, STEPS=options.columns,
         )  # fmt: skip
     return new, partial.sum(dim=1)

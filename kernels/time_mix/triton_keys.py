@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.time_mix.common import LOG_DECAY_SCALE
+from rwkvx_kernels.time_mix.options import TABLE
+from rwkvx_kernels.tools.triton_options import Options, options_for
 from rwkvx_kernels.tools.triton_tiles import load, store
 
 SCALE: tl.constexpr = tl.constexpr(LOG_DECAY_SCALE)
-STEPS = 4
 
 
 @triton.jit
@@ -113,10 +114,13 @@ def _backward_kernel(
         store(p_partial + 4 * o_weight, o_c, b_dv0, m_c)
 
 
-def sizes(heads: int, size: int, elements: int) -> dict[str, int]:
-    """Constants of a kernel whose programs have so many elements of one head at once."""
+def launch(stage: str, x: Tensor, heads: int) -> tuple[Options, dict[str, int]]:
+    """The options of a stage, and with them the constants of its kernel, for tokens [B, T, C]."""
+    size = x.shape[-1] // heads
+    options = options_for(TABLE, stage, x.dtype, size, x.device)
     block = triton.next_power_of_2(size)
-    return {"H": heads, "D": size, "BLOCK_D": block, "ROWS": max(1, elements // block)}
+    constants = {"H": heads, "D": size, "BLOCK_D": block, "ROWS": options.rows}
+    return options, constants | options.launch
 
 
 def prepare(
@@ -130,10 +134,10 @@ def prepare(
     k = tokens[1]
     new = [torch.empty_like(k) for _ in range(4 if residual else 3)]
     new = [torch.empty_like(k, dtype=torch.float32), *new]
-    constants = sizes(heads, k.shape[-1] // heads, 2048)
+    options, constants = launch("keys", k, heads)
     count = k.shape[0] * k.shape[1]
     if k.numel():
-        _forward_kernel[(triton.cdiv(count, constants["ROWS"]) * heads,)](
+        _forward_kernel[(triton.cdiv(count, options.rows) * heads,)](
             *tokens, *residual or (None, None), *_with(weights, 5),
             *_with(new, 5), count, **constants,
         )  # fmt: skip
@@ -154,14 +158,14 @@ def gradients(
     """
     k, heads = tokens[2], r_k.shape[0]
     new = [torch.empty_like(k) for _ in range(7 if residual else 5)]
-    constants = sizes(heads, k.shape[-1] // heads, 1024)
+    options, constants = launch("keys_gradients", k, heads)
     count = k.shape[0] * k.shape[1]
-    parts = triton.cdiv(count, constants["ROWS"] * STEPS)
+    parts = triton.cdiv(count, options.rows * options.columns)
     partial = k.new_empty(len(weights), parts, k.shape[-1], dtype=torch.float32)
     if k.numel():
         _backward_kernel[(parts * heads,)](
             *tokens, *residual or (None, None), *_with(weights, 5), r_k, *later,
-            *_with(new, 7), partial, count, parts, **constants, STEPS=STEPS,
+            *_with(new, 7), partial, count, parts, **constants, STEPS=options.columns,
         )  # fmt: skip
     return new, partial.sum(dim=1)
 

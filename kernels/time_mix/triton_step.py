@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.time_mix.options import TABLE
 from rwkvx_kernels.time_mix.triton_finish import normalise
 from rwkvx_kernels.time_mix.triton_keys import SCALE, keys
+from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_tiles import load, store
 
 
@@ -70,11 +72,12 @@ def step(
     out, final = torch.empty_like(tokens[3]), torch.empty_like(state)
     heads, size = state.shape[1:3]
     block = triton.next_power_of_2(size)
+    options = options_for(TABLE, "step", tokens[0].dtype, size, tokens[0].device)
     v0 = weights[7] if residual else None
     if len(state) * heads:
         _step_kernel[(len(state) * heads,)](
             *tokens, *residual or (None, None), *weights[:4], v0, *weights[4:7],
             state, cu_seqlens, out, final, tokens[0].shape[1], eps,
-            H=heads, D=size, BLOCK_D=block, num_warps=min(8, max(1, block // 16)),
+            H=heads, D=size, BLOCK_D=block, **options.launch,
         )  # fmt: skip
     return [out, final]

@@ -23,7 +23,13 @@ MOST_MIXES = 6
 @remembered
 def choose(facts: Facts, impl: str = "auto") -> Choice:
     """Which implementation `token_shift` runs."""
-    return decide(impl, facts, {"triton": triton_lacks(facts), "torch": "", "reference": ""})
+    triton = triton_lacks(facts)
+    if not triton:
+        from rwkvx_kernels.token_shift.options import STAGES, TABLE
+        from rwkvx_kernels.tools.triton_options import missing  # Triton may be missing
+
+        triton = missing(TABLE, STAGES, facts.dtype, 1, facts.device)
+    return decide(impl, facts, {"triton": triton, "torch": "", "reference": ""})
 
 
 def token_shift(

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.token_shift.options import TABLE
 from rwkvx_kernels.tools.operators import operator
+from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_tiles import load, store
 
-ROWS, COLUMNS = 16, 128
 MOST_MIXES = 6
 
 
@@ -135,13 +136,15 @@ def forward(
     """Launch: the mixed tokens [B, T, C], in `dtype`."""
     batch, tokens, width = x.shape
     out = [torch.empty_like(x, dtype=dtype) for _ in mixes]
-    rows = batch * tokens
+    rows, options = batch * tokens, options_for(TABLE, "forward", x.dtype, width, x.device)
     if x.numel():
-        _forward_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(width, COLUMNS),)](
+        grid = (triton.cdiv(rows, options.rows) * triton.cdiv(width, options.columns),)
+        _forward_kernel[grid](
             *(x, previous, _starts(tokens, cu_seqlens), *_six(mixes), *_six(out), tokens, rows),
             C=width,
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
+            ROWS=options.rows,
+            COLUMNS=options.columns,
+            **options.launch,
         )
     return out
 
@@ -151,18 +154,19 @@ def backward(
 ) -> list[Tensor]:
     """Launch: gradients of x, previous and of every mix."""
     batch, tokens, width = x.shape
-    rows = batch * tokens
+    rows, options = batch * tokens, options_for(TABLE, "backward", x.dtype, width, x.device)
     dx, dprevious = torch.empty_like(x), torch.zeros_like(previous)
-    parts = triton.cdiv(rows, ROWS)
+    parts = triton.cdiv(rows, options.rows)
     partial = x.new_empty(parts, len(mixes), width, dtype=torch.float32)
     if x.numel():
-        _backward_kernel[(parts * triton.cdiv(width, COLUMNS),)](
+        _backward_kernel[(parts * triton.cdiv(width, options.columns),)](
             *(x, previous, _starts(tokens, cu_seqlens), *_six(mixes), *_six(dout)),
             *(dx, dprevious, partial, tokens, rows),
             M=len(mixes),
             C=width,
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
+            ROWS=options.rows,
+            COLUMNS=options.columns,
+            **options.launch,
         )
     dmixes = partial.sum(dim=0).to(mixes[0].dtype)
     return [dx, dprevious, *(row.clone() for row in dmixes)]

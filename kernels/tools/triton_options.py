@@ -15,6 +15,7 @@ from rwkvx_kernels.tools.triton_device import Device, device_kind, interpreted
 
 # NVIDIA's architectures before this one have no bfloat16 and no asynchronous copies.
 LEAST_CAPABILITY = 80
+ANY_SIZE = 1 << 30
 
 
 class Options(NamedTuple):
@@ -42,7 +43,7 @@ class Row(NamedTuple):
     Attributes:
         stage: name of the kernel. options: for what the other columns fit.
         architectures: names as in `name_of`; none: any.
-        bytes: of an element, at most. size: of a head, at most.
+        bytes: of an element, at most. size: of a head, at most (of a token, where there are none).
     """
 
     stage: str
@@ -106,7 +107,7 @@ def missing(
 @contextmanager
 def vary(stage: str, options: Options) -> Iterator[None]:
     """Launches of a stage take these options, whatever its table says."""
-    _varied.append(Row(stage, options, bytes=8, size=1 << 30))
+    _varied.append(Row(stage, options, bytes=8, size=ANY_SIZE))
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from rwkvx.kinds.attention import (
 from rwkvx.kinds.contract import Memory, Option, Shape
 from rwkvx.ranges import Whole
 from rwkvx_kernels.chunk_attention import KeyValueCache
-from rwkvx_kernels.dispatch import Choice, Facts
+from rwkvx_kernels.dispatch import Choice, Facts, check_cu_seqlens
 
 if TYPE_CHECKING:
     from rwkvx.config import ModelConfig
@@ -91,7 +91,7 @@ class WindowAttention(AttentionMixer):
             k, v = both.split(k.shape[-1], dim=-1)
         if cu_seqlens is None:
             return window_attention(q, k, v, self.window)
-        bounds = [(a, b) for a, b in pairwise(cu_seqlens.tolist()) if a < b]
+        bounds = [(a, b) for a, b in pairwise(check_cu_seqlens(cu_seqlens, *q.shape[:2])) if a < b]
         each = [(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in bounds]
         parts = [window_attention(*sequence, self.window) for sequence in each]
         return torch.cat(parts, dim=1)

@@ -6,7 +6,9 @@ Axes: B batch, T time.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rwkvx.config import ModelConfig
@@ -15,7 +17,9 @@ from rwkvx.errors import InputError
 from rwkvx.kinds import kind_of
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.world import World
+from rwkvx_kernels.dispatch import send
 
+ALL = slice(None)
 # Number in a data seed: training and evaluation never share a sample.
 TRAINING, EVALUATION = 0, 1
 
@@ -23,39 +27,46 @@ TRAINING, EVALUATION = 0, 1
 class Batch(NamedTuple):
     """Inputs, targets [B, T] int64; loss weights [B, T] float32; answers and starts [B, T] bool.
 
-    `starts` are inputs before which everything is forgotten, that of each row among them.
+    `starts` are inputs before which everything is forgotten, that of each row among them. They stay
+    with the host, which asks for them: no tensor, so that nothing sends them to a device.
     """
 
     inputs: Tensor
     targets: Tensor
     weights: Tensor
     answers: Tensor
-    starts: Tensor
+    starts: NDArray[np.bool]
 
     @classmethod
     def of(cls, rows: Rows) -> "Batch":
         """From a source's rows."""
         ids = torch.from_numpy(rows.ids)
-        starts = torch.from_numpy(rows.starts)
-        starts[:, 0] = True
-        rest = (torch.from_numpy(rows.weights), torch.from_numpy(rows.answers), starts)
+        rows.starts[:, 0] = True
+        rest = (torch.from_numpy(rows.weights), torch.from_numpy(rows.answers), rows.starts)
         return cls(ids[:, :-1], ids[:, 1:], *rest)
 
-    def rows(self, start: int, end: int) -> "Batch":
-        """Some of the rows."""
-        return Batch(*(x[start:end] for x in self))
+    def cut(self, rows: slice = ALL, tokens: slice = ALL) -> "Batch":
+        """Some rows, and of each some tokens, which may begin inside of a document."""
+        inputs, targets, weights, answers = (x[rows, tokens] for x in self.tensors)
+        return Batch(inputs, targets, weights, answers, self.starts[rows, tokens])
 
     def to(self, device: str) -> "Batch":
-        """On another device."""
-        return Batch(*(x.to(device, non_blocking=True) for x in self))
+        """With its tensors on another device, without waiting for it."""
+        inputs, targets, weights, answers = (send(x, device) for x in self.tensors)
+        return Batch(inputs, targets, weights, answers, self.starts)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All but `starts`."""
+        return self.inputs, self.targets, self.weights, self.answers
 
     @property
     def offsets(self) -> Tensor | None:
-        """[sequences + 1] where sequences start in the flattened rows; None: one for each row."""
-        if not bool(self.starts[:, 1:].any()):
+        """[sequences + 1] on the CPU: where sequences start in the flattened rows; None: one for
+        each row."""
+        if not self.starts[:, 1:].any():
             return None
-        starts = self.starts.flatten().nonzero().squeeze(1)
-        return torch.cat([starts, starts.new_tensor([self.starts.numel()])])
+        return torch.from_numpy(np.append(np.flatnonzero(self.starts), self.starts.size))
 
 
 def step_batch(source: Source, config: TrainConfig, step: int) -> Batch:
@@ -79,7 +90,8 @@ def own_batches(step: Batch, stage: StageConfig, world: World) -> list[Batch]:
     count = len(step.inputs) // groups
     start, most = rank * count, min(stage.batch, count)
     size = max(n for n in range(1, most + 1) if count % n == 0)  # as large as may be, all alike
-    return [step.rows(start + i, start + i + size) for i in range(0, count, size)]
+    firsts = range(start, start + count, size)
+    return [step.cut(rows=slice(i, i + size)) for i in firsts]
 
 
 def check_division(config: TrainConfig, processes: int) -> None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.shards import read_file, read_weights
@@ -58,7 +57,7 @@ class Running(NamedTuple):
 
     model: Model
     optimizer: torch.optim.Optimizer
-    average: AveragedModel | None
+    average: Model | None
     carried: ModelState | None
 
 
@@ -77,7 +76,7 @@ def tensors_by_file(running: Running, world: World) -> dict[str, Tensors]:
     model, optimizer, average, carried = running
     found = {MODEL: dict(model.state_dict()), OPTIMIZER: dict(_moments(model, optimizer))}
     if average is not None:
-        found[AVERAGE] = dict(_averaged(average).state_dict())
+        found[AVERAGE] = dict(average.state_dict())
     if carried is not None:
         found[CARRIED] = {name: world.as_rows(x) for name, x in _flatten(carried).items()}
     prefixes = {name: "" if name == MODEL else f"{name}." for name in found}
@@ -106,8 +105,7 @@ def read(folder: Path, running: Running, progress: Progress, world: World) -> Mo
     model, optimizer, average, _ = running
     _fill(model, read_weights(folder), folder)
     if average is not None:
-        _fill(_averaged(average), _read(folder, AVERAGE), folder / f"{AVERAGE}.safetensors")
-        average.n_averaged.fill_(progress.step - progress.skipped)
+        _fill(average, _read(folder, AVERAGE), folder / f"{AVERAGE}.safetensors")
     parameters = dict(model.named_parameters())
     numbers = {name: i for i, name in _numbered(model, optimizer)}
     states: dict[int, Tensors] = {}
@@ -133,11 +131,6 @@ def _read(folder: Path, name: str) -> Tensors:
     """The tensors of a file by their names without that of the file."""
     tensors = read_file(folder / f"{name}.safetensors")
     return {key.removeprefix(f"{name}."): x for key, x in tensors.items()}
-
-
-def _averaged(average: AveragedModel) -> Model:
-    model: Model = average.module.model  # type: ignore[assignment]
-    return model
 
 
 def _moments(model: Model, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:

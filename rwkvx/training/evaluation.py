@@ -6,9 +6,9 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from rwkvx.data.sources import Source
-from rwkvx.training.batches import evaluation_batch
+from rwkvx.training.batches import Batch, evaluation_batch
 from rwkvx.training.config import StageConfig, TrainConfig
-from rwkvx.training.forward import Objective
+from rwkvx.training.forward import Objective, Scores
 from rwkvx.training.world import World
 
 
@@ -39,6 +39,7 @@ def evaluate_source(
     """
     batches, buckets = config.eval_batches, _buckets(stage.length)
     loss, right, asked, width = 0.0, 0, 0, 0
+    found: list[tuple[Batch, Scores]] = []
     sums, counts = torch.zeros(len(buckets)), torch.zeros(len(buckets))
     rank, groups, _ = world.data
     for first in range(0, batches, groups):
@@ -46,8 +47,9 @@ def evaluate_source(
         batch = evaluation_batch(source, config, stage, index)
         width = batch.inputs.shape[1]  # a short text has shorter rows
         scores = objective(batch.to(str(objective.model.device)), scoring=True)
-        if first + rank >= batches or not world.counts:
-            continue
+        if first + rank < batches and world.counts:
+            found.append((batch, scores))
+    for batch, scores in found:  # when the device has all of its work
         losses, guessed = scores.losses.cpu(), scores.right.cpu()
         loss += float((losses * batch.weights).sum()) / batches
         if batch.answers.any():
@@ -58,16 +60,16 @@ def evaluate_source(
             sums[i] += losses[:, bucket][used].sum()
             counts[i] += used.sum()
     loss, right_sum, asked_sum = world.all_sum(loss, right, asked)
-    found = {("loss", ""): loss}
+    means = {("loss", ""): loss}
     totals = world.all_sum(*sums.tolist(), *counts.tolist())
     if asked_sum:
-        found["accuracy", ""] = right_sum / asked_sum
+        means["accuracy", ""] = right_sum / asked_sum
     else:
         for i, bucket in enumerate(buckets):
             if count := totals[len(buckets) + i]:
                 place = f"/{bucket.start}-{min(bucket.stop, width)}"
-                found["position", place] = totals[i] / count
-    return found
+                means["position", place] = totals[i] / count
+    return means
 
 
 def _buckets(length: int) -> list[slice]:

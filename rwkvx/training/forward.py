@@ -124,7 +124,8 @@ def own_part(batch: Batch, sequence: SequenceParallel) -> Batch:
             "sequence_parallel reads rows as they are: set data.separate to false, or "
             "sequence_parallel to 1"
         )
-    return Batch(*(sequence.own(x) for x in batch))
+    length = batch.inputs.shape[1] // sequence.size
+    return batch.cut(tokens=slice(sequence.rank * length, (sequence.rank + 1) * length))
 
 
 @torch.no_grad()
@@ -153,7 +154,8 @@ def long_weights(model: Model, batch: Batch, losses_BT: Tensor, long: LongContex
     """
     weights, size = torch.ones_like(losses_BT), long.window
     for start in range(size, losses_BT.shape[1] - size, size):
-        part = Batch(*(x[:, start : start + 2 * size].clone() for x in batch))
+        part = batch.cut(tokens=slice(start, start + 2 * size))
+        part = part._replace(starts=part.starts.copy())
         part.starts[:, 0] = True
         hidden, _ = hidden_states(model, part, None)
         short = scores(model, hidden[:, size:], part.targets[:, size:]).losses

@@ -3,14 +3,18 @@
 Axes: B rows of the batch, P pieces of a row that recurrent blocks read, S packed sequences.
 """
 
+from typing import cast
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from rwkvx.kinds.contract import tensors_of
 from rwkvx.model import Model
 from rwkvx.state import ModelState, select_state
 from rwkvx.training.batches import Batch
 from rwkvx.training.config import StageConfig
+from rwkvx_kernels.dispatch import send
 
 PASSING = 2  # number in a seed, beside those of training and evaluation
 
@@ -43,7 +47,7 @@ def initial_state(
         kept = keep_BP[:, :pieces].flatten()
         if offsets is not None:
             rows, kept = (_at_first(x, batch, offsets) for x in (rows, kept))
-        rows, kept = rows.to(old.ffn_shift.device), kept.to(old.ffn_shift.device)
+        rows, kept = (send(x, old.ffn_shift.device) for x in (rows, kept))
 
         def passed(x: Tensor, rows: Tensor = rows, kept: Tensor = kept) -> Tensor:
             return x[rows] * kept.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
@@ -57,18 +61,34 @@ def carried_state(final: ModelState, batch: Batch) -> ModelState:
     offsets = batch.offsets
     if offsets is not None:
         last = _first_sequences(batch, offsets)[1:] - 1
-        final = select_state(final, torch.cat([last, last.new_tensor([len(offsets) - 2])]))
+        last = torch.cat([last, torch.tensor([len(offsets) - 2])])
+        final = select_state(final, send(last, final.blocks[0].ffn_shift.device))
     return final.recurrent()
 
 
 def _first_sequences(batch: Batch, offsets: Tensor) -> Tensor:
     """[B] which of the packed sequences begins each row."""
     rows, length = batch.inputs.shape
-    return torch.searchsorted(offsets, torch.arange(rows, device=offsets.device) * length)
+    return torch.searchsorted(offsets, torch.arange(rows) * length)
 
 
 def _at_first(x_B: Tensor, batch: Batch, offsets: Tensor) -> Tensor:
     """[S] with the values of rows where a row begins, else zero."""
     spread = x_B.new_zeros(len(offsets) - 1)
-    spread[_first_sequences(batch, offsets).to(x_B.device)] = x_B
+    spread[_first_sequences(batch, offsets)] = x_B
     return spread
+
+
+def chosen(this: Tensor, a: ModelState | None, b: ModelState | None) -> ModelState | None:
+    """State `a` where `this` (a scalar, bool) is true, else `b`, decided on the device; both are of
+    the same rows, and None is all zero."""
+    if a is None and b is None:
+        return None
+    like = cast(ModelState, a or b)
+    a, b = (x or ModelState(tuple(s.map(torch.zeros_like) for s in like.blocks), 0) for x in (a, b))
+    blocks = []
+    for first, second in zip(a.blocks, b.blocks, strict=True):
+        others = tensors_of(second)
+        pairs = tensors_of(first).items()
+        blocks.append(first._replace(**{n: torch.where(this, x, others[n]) for n, x in pairs}))
+    return ModelState(tuple(blocks), 0)

@@ -128,7 +128,8 @@ def measure(config: TrainConfig) -> Sample:
     model.set_topk(stage.topk or config.model.topk)
     ids = torch.randint(config.model.vocab_size, (1, length + 1))
     none = torch.zeros(1, length, dtype=torch.bool)
-    batch = Batch(ids[:, :-1], ids[:, 1:], torch.full((1, length), 1 / length), none, none.clone())
+    weights = torch.full((1, length), 1 / length)
+    batch = Batch(ids[:, :-1], ids[:, 1:], weights, none, none.numpy())
     batch = batch.to(config.device)
     saved: list[int] = []
 

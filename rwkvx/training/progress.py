@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections import deque
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -11,9 +12,11 @@ import torch
 
 from rwkvx.progress import progress
 from rwkvx.training.config import TrainConfig
+from rwkvx.training.curves import Curves, Silence
+from rwkvx.training.outcome import Outcome
 from rwkvx.training.plan import flops_per_token, product_speed
 
-__all__ = ["ProgressLine", "Speed"]
+__all__ = ["ProgressLine", "Reports", "Speed"]
 
 SECONDS = 60.0  # between lines where there is no terminal
 
@@ -100,3 +103,29 @@ class ProgressLine:
             self.bar.write(text, file=sys.stderr)
         elif self.shown:
             print(text, file=sys.stderr, flush=True)
+
+
+class Reports:
+    """What came of steps, shown and written as soon as it is read, in their order."""
+
+    def __init__(self, line: ProgressLine, curves: Curves | Silence, speed: Speed) -> None:
+        self.line, self.curves, self.speed = line, curves, speed
+        self.waiting, self.ended = deque[Outcome](), 0.0
+
+    def add(self, outcome: Outcome) -> None:
+        """A step has begun."""
+        self.waiting.append(outcome)
+
+    def give(self) -> None:
+        """Report the steps that were read."""
+        while self.waiting and self.waiting[0].is_read:
+            outcome = self.waiting.popleft()
+            step, tokens_until = outcome.step, self.speed.config.tokens_until
+            count = tokens_until(step) - tokens_until(step - 1)
+            # A device begins with a step when it is done with the one before.
+            seconds = outcome.ended - max(outcome.began, self.ended)
+            self.ended = outcome.ended
+            self.curves.add(step, {**outcome, **self.speed.of(step - 1, count, seconds)})
+            self.line.step(step, count, outcome["loss/train"])
+            if outcome.is_skipped:
+                self.line.say(f"step {step}: no update, the loss or a gradient is not finite")

@@ -3,17 +3,19 @@
 Axes: B batch, T time, C width.
 """
 
-import math
 import shutil
 import time
+from collections import deque
 from contextlib import closing, nullcontext
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.nn.utils import clip_grads_with_norm_
 
 from rwkvx.adapters import adapter_tensors, add_adapter
 from rwkvx.checkpoint import adapter, load
@@ -33,22 +35,17 @@ from rwkvx.training.card import model_card
 from rwkvx.training.checkpoint import Progress, Running, whole_model
 from rwkvx.training.config import StageConfig, TrainConfig
 from rwkvx.training.curves import Curves, Silence
-from rwkvx.training.distributed import (
-    distributed,
-    gradients_shared,
-    shard,
-    sharing,
-    whole,
-)
+from rwkvx.training.distributed import distributed, gradients_shared, shard, sharing
 from rwkvx.training.evaluation import as_text, evaluate, total_loss
 from rwkvx.training.facts import facts
 from rwkvx.training.forward import LongContext, Objective, alone
 from rwkvx.training.identity import differences, identity
 from rwkvx.training.optim import build_optimizer, learning_rate, learning_weights, set_learning_rate
-from rwkvx.training.passing import PASSING, carried_state, initial_state
+from rwkvx.training.outcome import Outcome, gradient_norms, move_average, step_if
+from rwkvx.training.passing import PASSING, carried_state, chosen, initial_state
 from rwkvx.training.plan import check_memory
 from rwkvx.training.probes import passkey_probe, samples
-from rwkvx.training.progress import ProgressLine, Speed
+from rwkvx.training.progress import ProgressLine, Reports, Speed
 from rwkvx.training.run_folder import RunFolder
 from rwkvx.training.saving import Saver
 from rwkvx.training.stopping import Stopped, StopRequest, stop_requests
@@ -93,6 +90,11 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.carried: ModelState | None = None
         self.progress = Progress({}, config.total_steps)
+        # The host reads what came of a step when the next one waits on the device: nothing waits
+        # for the host. A CPU has done a step when its numbers are asked for.
+        self.late = 0 if self.model.device.type == "cpu" else 1
+        self.unread = deque[Outcome]()
+        self.updates = torch.zeros((), dtype=torch.int64, device=self.model.device)
         self._reader, self._sources = Reader(self.model.tokenizer, data), dict[Data, Source]()
         for number, stage in enumerate(config.stages):  # what is wrong with any is said now
             step_batch(self.source(stage), config, config.stage_start(number))
@@ -113,13 +115,10 @@ class Trainer:
             add_adapter(model, config.adapter, config.seed)
         return model.train()
 
-    def _average(self) -> AveragedModel | None:
-        average = None
-        if self.config.average:
-            averaging = get_ema_multi_avg_fn(self.config.average)
-            average = AveragedModel(self.objective, multi_avg_fn=averaging)
-            if self.world.size > 1 and self.config.parallel == "fsdp":
-                shard(cast(Objective, average.module))
+    def _average(self) -> Objective | None:
+        average = deepcopy(self.objective) if self.config.average else None
+        if average is not None and self.world.size > 1 and self.config.parallel == "fsdp":
+            shard(average)
         if self.config.compile:  # after the average, which is a copy
             for block in self.model.blocks:
                 block.compile()
@@ -133,7 +132,7 @@ class Trainer:
     @property
     def result(self) -> Objective:
         """What is evaluated and becomes the model: the averaged weights, if there are any."""
-        return self.objective if self.average is None else cast(Objective, self.average.module)
+        return self.average or self.objective
 
     def source(self, stage: StageConfig) -> Source:
         """Where a stage's rows come from."""
@@ -201,17 +200,20 @@ class Trainer:
             progress.changes.append({"step": progress.step, "changed": changed})
         progress.identity, progress.total = self.identity, config.total_steps
         self.progress = progress
+        self.updates.fill_(progress.step - progress.skipped)
         self.world.wait()
         if self.world.first:
             self.folder.forget_after(progress.step)
 
     def save(self) -> None:
         """Begin to write a checkpoint that an equal run goes on from."""
+        self.settle()
         self.saver.start(self._running, self.progress)
 
     @property
     def _running(self) -> Running:
-        return Running(self.model, self.optimizer, self.average, self.carried)
+        average = None if self.average is None else self.average.model
+        return Running(self.model, self.optimizer, average, self.carried)
 
     def _train(self, request: StopRequest) -> None:
         config, total, first = self.config, self.config.total_steps, self.world.first
@@ -219,17 +221,13 @@ class Trainer:
         curves = Curves(self.folder, config) if first else Silence()
         speed = Speed(config, self.device, self.world.size)
         with ProgressLine(tokens, done, total, first) as line, closing(curves):
+            reports = Reports(line, curves, speed)
             while self.step < total and not request.signal:
-                began, skipped = time.perf_counter(), self.progress.skipped
-                metrics = self.train_step()
-                count = config.tokens_until(self.step) - config.tokens_until(self.step - 1)
-                metrics |= speed.of(self.step - 1, count, time.perf_counter() - began)
-                curves.add(self.step, metrics)
-                line.step(self.step, count, metrics["loss/train"])
-                if self.progress.skipped > skipped:
-                    line.say(f"step {self.step}: no update, the loss or a gradient is not finite")
+                reports.add(self.train_step())
                 last = self.step == total
                 if last or self.step % config.eval_every == 0:
+                    self.settle()
+                    reports.give()
                     metrics = self.evaluate()
                     line.say(f"step {self.step}: {as_text(metrics)}")
                     curves.add(self.step, metrics)
@@ -241,6 +239,7 @@ class Trainer:
                 if last or request.signal or planned or (config.save_minutes and due):
                     self.save()
                     speed.saved()
+                reports.give()
 
     def _write_samples(self) -> None:
         """What the model writes now; not where every process holds a part of it."""
@@ -309,15 +308,15 @@ class Trainer:
 
     # ------------------------------------------------------------- a step
 
-    def train_step(self) -> dict[str, float]:
-        """One optimiser step: its loss, the norm of its gradient, its learning rate.
+    def train_step(self) -> Outcome:
+        """One optimiser step, which the device is given to do: nothing here waits for it.
 
-        A step whose loss or gradient is not finite leaves the weights as they are.
+        A step whose loss or gradient is not finite leaves everything as it is.
 
         Raises:
-            InputError: too many of those, one after the other.
+            InputError: too many of those, one after the other; said of the step `late` before.
         """
-        config, stage, progress = self.config, self.config.stage(self.step), self.progress
+        config, stage, began = self.config, self.config.stage(self.step), time.perf_counter()
         self.model.set_topk(stage.topk or self.model.config.topk)
         self.model.recurrent_pieces = stage.pieces
         if not config.adapter.kind:
@@ -325,53 +324,64 @@ class Trainer:
         rate = learning_rate(self.step, config.total_steps, config.optimizer)
         set_learning_rate(self.optimizer, rate)
         batches = own_batches(step_batch(self.source(stage), config, self.step), stage, self.world)
-        total, carried = 0.0, None
+        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for i, batch in enumerate(batches):
+            number = self.world.data.rank * len(batches) + i
             with gradients_shared(self.called, last=i == len(batches) - 1):
-                loss, carried = self._micro_step(
-                    batch, stage, self.world.data.rank * len(batches) + i
-                )
+                loss, carried = self._backward(batch, stage, number)
             total += loss
-        (total,) = self.world.all_sum(total)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm([cast(Any, p.grad) for p in parameters]))
-        if math.isfinite(total) and bool(norm.isfinite()):
-            torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
-            self.optimizer.step()
-            if self.average is not None:
-                self.average.update_parameters(self.objective)
-            self.carried, progress.skipped_in_a_row = carried, 0
-        else:
-            self._skip(total)
-        self.optimizer.zero_grad(set_to_none=True)
-        progress.step += 1
-        return {"loss/train": total, "gradient_norm": norm.item(), "learning_rate": rate}
+        outcome = self._update(began, rate, self.world.summed(total), carried)
+        self.unread.append(outcome)
+        self.progress.step += 1
+        self.settle(self.late)
+        return outcome
 
-    def _micro_step(
-        self, batch: Batch, stage: StageConfig, number: int
-    ) -> tuple[float, ModelState]:
+    def _backward(self, batch: Batch, stage: StageConfig, number: int) -> tuple[Tensor, ModelState]:
         """Add the gradient of a micro-batch; its loss, and the state to carry on."""
         batch = batch.to(self.device)
         seed = (self.config.seed, PASSING, self.step, number)
         state = initial_state(self.model, self.carried, stage, batch, seed)
+        for outcome in self.unread:  # whether what it carries counts, the device knows
+            newer = initial_state(self.model, outcome.carried, stage, batch, seed)
+            state = chosen(outcome.finite, newer, state)
         long = LongContext(stage.long_ce_window, stage.long_ce) if stage.long_ce else None
         with self._autocast():
             loss, final = self.called(batch, state, long)
         # Gradients are averaged over processes; losses of a step are to be summed.
         (loss * self.world.size).backward()
-        return loss.item(), carried_state(final, batch)
+        return loss.detach(), carried_state(final, batch)
 
-    def _skip(self, loss: float) -> None:
-        progress, config = self.progress, self.config
-        progress.skipped += 1
-        progress.skipped_in_a_row += 1
-        if progress.skipped_in_a_row > config.most_skipped:
-            culprit = not_finite(self.model) or f"the loss ({loss})"
-            raise InputError(
-                f"{culprit} is not finite at step {self.step + 1}, the {config.most_skipped} steps "
-                "before had no update either: lower optimizer.lr or raise optimizer.warmup; the "
-                f"last checkpoint in {config.folder} is from before"
-            )
+    def _update(self, began: float, rate: float, loss: Tensor, carried: ModelState) -> Outcome:
+        """Change the weights by their gradients, unless something is not finite."""
+        config = self.config
+        learned = {n: p for n, p in self.model.named_parameters() if p.grad is not None}
+        norms = gradient_norms([cast(Tensor, p.grad) for p in learned.values()])
+        outcome = Outcome(self.step + 1, began, rate, loss, norms, list(learned), carried)
+        clip_grads_with_norm_(learned.values(), config.optimizer.clip, outcome.norm)
+        step_if(outcome.finite, self.optimizer)
+        if self.average is not None:
+            keep = config.average * (self.updates > 0).double()  # the first is taken as it is
+            move_average(self.average, self.objective, (1 - keep) * outcome.finite)
+        self.updates += outcome.finite
+        self.optimizer.zero_grad(set_to_none=True)
+        return outcome
+
+    def settle(self, late: int = 0) -> None:
+        """Read what came of all steps but the `late` last ones.
+
+        Raises:
+            InputError: too many steps in a row without an update.
+        """
+        config, progress = self.config, self.progress
+        while len(self.unread) > late:
+            outcome = self.unread.popleft()
+            if not outcome.is_skipped:
+                self.carried, progress.skipped_in_a_row = outcome.carried, 0
+                continue
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            if progress.skipped_in_a_row > config.most_skipped:
+                raise not_finite(config, outcome.culprit(self.model), outcome.step)
 
     def evaluate(self) -> dict[str, float]:
         """Loss and, for data with answers, the share of rows answered exactly, on other data."""

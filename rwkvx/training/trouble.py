@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rwkvx.errors import InputError, is_out_of_memory
-from rwkvx.model import Model
 from rwkvx.training.config import TrainConfig
-from rwkvx.training.distributed import whole
 
 __all__ = ["explained", "not_finite"]
 
@@ -25,12 +23,10 @@ def explained(config: TrainConfig) -> Iterator[None]:
         ) from error
 
 
-def not_finite(model: Model) -> str | None:
-    """The first weight that is not finite, else the first gradient, in words."""
-    for name, x in model.named_parameters():
-        if not whole(x.detach()).isfinite().all():
-            return f"the weight {name}"
-    for name, x in model.named_parameters():
-        if x.grad is not None and not whole(x.grad).isfinite().all():
-            return f"the gradient of {name}"
-    return None
+def not_finite(config: TrainConfig, culprit: str, step: int) -> InputError:
+    """Too many steps in a row had no update, the last of them by what `culprit` names."""
+    return InputError(
+        f"{culprit} is not finite at step {step}, the {config.most_skipped} steps before had no "
+        "update either: lower optimizer.lr or raise optimizer.warmup; the last checkpoint in "
+        f"{config.folder} is from before"
+    )

@@ -1,5 +1,6 @@
 """This process among those that train the same model."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -39,12 +40,19 @@ class World(NamedTuple):
         dist.all_reduce(total)
         return [float(x) for x in total.tolist()]
 
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum over all processes, which no host waits for."""
+        if self.size > 1:
+            x = x.to(sending_device())
+            dist.all_reduce(x)
+        return x
+
     def any(self, flag: int) -> int:
-        """The largest of a number that each process has."""
+        """The largest of a number that each process has; hosts wait for each other, for no GPU."""
         if self.size == 1:
             return flag
-        largest = torch.tensor([flag], device=sending_device())
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        largest = torch.tensor([flag])
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=_hosts(dist.group.WORLD))
         return int(largest.item())
 
     def wait(self) -> None:
@@ -64,6 +72,12 @@ class World(NamedTuple):
         """This process's part of the rows of all; all of it where it cannot be cut evenly."""
         rank, size, _ = self.data
         return x if len(x) % size else x.chunk(size)[rank]
+
+
+@lru_cache(maxsize=1)
+def _hosts(everyone: dist.ProcessGroup) -> dist.ProcessGroup:
+    """All processes, by what reaches the memory of a host."""
+    return everyone if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def sending_device() -> torch.device:

@@ -21,7 +21,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"CHUNK": 16, "HEADS": 1, "SIZE": 16, "TOPK": 3, "SECONDS": 0.0}.items():
+    tiny = {"CHUNK": 16, "HEADS": 1, "SIZE": 16, "TOPK": 3, "SECONDS": 0.0, "VOCABULARY": 50}
+    for name, value in tiny.items():
         monkeypatch.setattr(variants, name, value)
 
 
@@ -84,3 +85,33 @@ def test_without_a_gpu() -> None:
     assert isinstance(result.exception, InputError)
     assert "torch sees none here" in str(result.exception)
     assert "\n" not in str(result.exception)
+
+
+SMALL = [
+    "time_mix.keys",
+    "time_mix.keys_gradients",
+    "time_mix.finish",
+    "time_mix.finish_gradients",
+    "time_mix.step",
+    "token_shift.forward",
+    "token_shift.backward",
+    "channel_mix.forward",
+    "channel_mix.backward",
+    "linear.entropy",
+]
+
+
+@pytest.mark.parametrize("stage", SMALL)
+def test_variants_of_what_stands_beside_products(stage: str, tmp_path: Path) -> None:
+    """Another size of programs computes the same; one that is no power of two is left out."""
+    others = [Options(16, 16, 4, 1), Options(16, 2, 4, 1)]
+    results = variants.run(stage, others, tmp_path, 20, DEVICE, lambda _: None)
+    (row,) = results["stages"]
+    assert set(row["times_own"]) == {"16x16x4x1", "16x2x4x1"}
+
+
+def test_every_stage_of_these_tables_has_a_call() -> None:
+    found = variants.families()
+    families = {stage.partition(".")[0] for stage in SMALL}
+    assert {f"{x}.{row.stage}" for x in families for row in found[x].table} == set(SMALL)
+    assert {f"{x}.{stage}" for x in families for stage in found[x].calls} == set(SMALL)

@@ -205,3 +205,13 @@ def test_numbers_are_read_once_and_again_after_a_change(monkeypatch: pytest.Monk
     held = len(dispatch._READ)
     del x
     assert len(dispatch._READ) == held - 1
+
+
+def test_numbers_that_were_sent_are_known() -> None:
+    """The "meta" device has no values that could be read."""
+    sent = dispatch.send_numbers(torch.tensor([0, 4, 9]), "meta")
+    assert sent.device.type == "meta"
+    assert check_cu_seqlens(sent, 1, 9) == [0, 4, 9]
+    sent[1] = 5
+    with pytest.raises(NotImplementedError, match="no data"):
+        dispatch.read_once(sent)

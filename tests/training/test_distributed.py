@@ -46,13 +46,19 @@ def settings(steps: int) -> dict[str, Any]:
 
 
 def launch(path: Path, *options: str, processes: int = 2, restarts: int = 0) -> Any:
+    return start(
+        "-m", "rwkvx", "train", str(path), *options, processes=processes, restarts=restarts
+    )
+
+
+def start(*what: str, processes: int = 2, restarts: int = 0) -> Any:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", f"--master-port={port}"),
         *(f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--monitor-interval=0.1"),
-        *("-m", "rwkvx", "train", str(path), *options),
+        *what,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -127,6 +133,16 @@ def test_parts_of_a_model_do_what_the_whole_does(write_config: Writer, tmp_path:
     assert_same_run(tmp_path / "one", tmp_path / "two", 6)
 
 
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_steps_that_are_not_finite_move_nothing_anywhere(write_config: Writer, how: str) -> None:
+    """Whole or in parts, read late: weights, averages and moments stay."""
+    path = write_config(parallel=how, **{**settings(6), "stages": STAGES[1:]})
+    process = start(str(Path(__file__).parent / "skip_worker.py"), str(path))
+    out, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, out
+    assert "moved [0, 3, 4] skipped 2" in out
+
+
 def test_two_processes_share_a_sequence(write_config: Writer, tmp_path: Path) -> None:
     """Each reads a half of every sequence, states are passed on; and one goes on from two."""
     # Chunks of 8 tokens: a half holds two. Scores of chunks that tie to rounding may be chosen
@@ -158,7 +174,7 @@ def test_rows_are_shared_out() -> None:
     """Every row of a step is read once, by any number of processes."""
     config = read_config_of({"stages": [{"steps": 1, "length": 8, "batch": 4}], "accumulate": 3})
     ids = torch.arange(12)[:, None].expand(12, 8)
-    step = Batch(ids, ids, ids.float(), ids > 0, ids > 0)
+    step = Batch(ids, ids, ids.float(), ids > 0, (ids > 0).numpy())
     for size in (1, 2, 3, 4, 6, 12):
         check_division(config, size)
         parts = [own_batches(step, config.stages[0], World(r, size)) for r in range(size)]

@@ -57,7 +57,7 @@ def test_loss_by_tiles_is_the_plain_loss(
     config = read_config(write_config(stages=stages, optimizer=optimizer))
     ids, chances = torch.randint(256, (2, 3, 24)), torch.rand(3, 24)
     none = torch.zeros(3, 24, dtype=torch.bool)
-    batch = Batch(ids[0], ids[1], chances, none, none)
+    batch = Batch(ids[0], ids[1], chances, none, none.numpy())
 
     def plain(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         chosen = (x @ weight.T).log_softmax(1).gather(1, targets[:, None])[:, 0]

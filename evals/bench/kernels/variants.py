@@ -26,6 +26,9 @@ from rwkvx_kernels.tools.triton_options import Options, Row, options_for, vary
 
 SECONDS = 2.0  # spent on a stage
 TOKENS = 131072
+STEP_TOKENS = 8
+VOCABULARY = 65536
+EPS = 64e-5  # of the group norm
 # Another order of the same sums in bfloat16.
 TOLERANCE = 1e-2
 Run = Callable[[], Sequence[torch.Tensor]]
@@ -66,10 +69,76 @@ def _attention(backward: bool, device: str, tokens: int, dtype: torch.dtype) -> 
     return lambda: gradients_of_sequences(do, o, lse, q, k, v, chosen, CHUNK)
 
 
+def _wide(device: str, tokens: int, dtype: torch.dtype, width: int) -> torch.Tensor:
+    return torch.randn((1, tokens, width), device=device).to(dtype)
+
+
+def _shift(backward: bool, device: str, tokens: int, dtype: torch.dtype) -> Run:
+    from rwkvx_kernels.token_shift import triton_mixes as shift
+
+    width = HEADS * SIZE
+    x, *douts = (_wide(device, tokens, dtype, width) for _ in range(1 + shift.MOST_MIXES))
+    previous = torch.randn((1, width), device=device).to(dtype)
+    mixes = [torch.rand(width, device=device).to(dtype) for _ in douts]
+    if backward:
+        return lambda: shift.backward(x, previous, mixes, None, douts)
+    return lambda: shift.forward(x, previous, mixes, None, dtype)
+
+
+def _relu(backward: bool, device: str, tokens: int, dtype: torch.dtype) -> Run:
+    from rwkvx_kernels.channel_mix import triton_relu as relu
+
+    x, dy = (_wide(device, tokens, dtype, 4 * HEADS * SIZE) for _ in range(2))
+    return lambda: [relu.backward(x, dy) if backward else relu.forward(x)]
+
+
+def _entropy(device: str, tokens: int, dtype: torch.dtype) -> Run:
+    from rwkvx_kernels.linear.cross_entropy import MOST_LOGITS
+    from rwkvx_kernels.linear.triton_entropy import losses_and_gradients
+
+    rows = min(tokens, MOST_LOGITS // VOCABULARY)  # a tile of logits
+    logits = torch.randn((rows, VOCABULARY), device=device).to(dtype)
+    targets = torch.randint(VOCABULARY, (rows,), device=device)
+    weights = torch.full((rows,), 1 / rows, device=device)
+    return lambda: [losses_and_gradients(logits.clone(), targets, weights)]
+
+
+def _time_mix(stage: str, device: str, tokens: int, dtype: torch.dtype) -> Run:
+    from rwkvx_kernels.time_mix import triton_finish, triton_keys
+    from rwkvx_kernels.time_mix.triton_step import step
+
+    count = STEP_TOKENS if stage == "step" else tokens
+    x = [_wide(device, count, dtype, HEADS * SIZE) for _ in range(8)]
+    own = [torch.randn(HEADS * SIZE, device=device).to(dtype) for _ in range(5)]
+    r_k = torch.randn((HEADS, SIZE), device=device).to(dtype)
+    bonus = torch.randn((1, count, HEADS), device=device)
+    decay = x[3].float()
+    if stage == "keys":
+        return lambda: triton_keys.prepare(x[:4], x[4:6], own, HEADS)
+    if stage == "keys_gradients":
+        later = [bonus, *x[:2], decay, *x[4:]]
+        gradients = triton_keys.gradients
+        return lambda: _flat(gradients(x[:5], x[5:7], own, r_k, later))
+    if stage == "finish":
+        return lambda: [triton_finish.finish(x[:5], [r_k, *own[:2]], EPS)]
+    if stage == "finish_gradients":
+        return lambda: _flat(triton_finish.gradients(x[5], x[:5], [r_k, *own[:2]], EPS))
+    state = torch.randn((1, HEADS, SIZE, SIZE), device=device)
+    return lambda: step(x[:6], x[6:], [*own[:4], r_k, *own[:2], own[4]], EPS, state, None)
+
+
+def _flat(made: tuple[list[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+    return [*made[0], made[1]]
+
+
 def families() -> dict[str, Family]:
     """By the names of the kernels' folders."""
+    from rwkvx_kernels.channel_mix import options as channel_mix
     from rwkvx_kernels.chunk_attention import options as attention
     from rwkvx_kernels.chunk_select import options as selection
+    from rwkvx_kernels.linear import options as linear
+    from rwkvx_kernels.time_mix import options as time_mix
+    from rwkvx_kernels.token_shift import options as shift
 
     flat, coarse = partial(_selection, False), partial(_selection, True)
     forward, backward = partial(_attention, False), partial(_attention, True)
@@ -82,6 +151,14 @@ def families() -> dict[str, Family]:
             {"pairs": forward, "own": forward}
             | {"pairs_dq": backward, "own_dq": backward, "keys": backward},
         ),
+        "time_mix": Family(time_mix.TABLE, {x: partial(_time_mix, x) for x in time_mix.STAGES}),
+        "token_shift": Family(
+            shift.TABLE, {x: partial(_shift, x == "backward") for x in shift.STAGES}
+        ),
+        "channel_mix": Family(
+            channel_mix.TABLE, {x: partial(_relu, x == "backward") for x in channel_mix.STAGES}
+        ),
+        "linear": Family(linear.TABLE, {"entropy": _entropy}),
     }
 
 
