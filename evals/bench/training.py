@@ -88,7 +88,8 @@ class Step:
         ids = torch.randint(self.model.config.vocab_size, (batch, length + 1))
         weights = torch.full((batch, length), 1 / (batch * length))
         none = torch.zeros(batch, length, dtype=torch.bool)
-        self.batch = Batch(ids[:, :-1].clone(), ids[:, 1:].clone(), weights, none, none.clone())
+        inputs, targets = ids[:, :-1].clone(), ids[:, 1:].clone()
+        self.batch = Batch(inputs, targets, weights, none, none.numpy())
 
     def __call__(self) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
