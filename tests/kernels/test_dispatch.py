@@ -20,6 +20,7 @@ from rwkvx_kernels.dispatch import (
     triton_lacks,
 )
 from rwkvx_kernels.linear import api as linear
+from rwkvx_kernels.linear import cross_entropy
 from rwkvx_kernels.time_mix import api as time_mix
 from rwkvx_kernels.token_shift import api as token_shift
 from rwkvx_kernels.wkv7 import api as wkv7_api
@@ -215,3 +216,19 @@ def test_numbers_that_were_sent_are_known() -> None:
     sent[1] = 5
     with pytest.raises(NotImplementedError, match="no data"):
         dispatch.read_once(sent)
+
+
+@needs_triton
+@pytest.mark.parametrize("family", [token_shift, channel_mix, cross_entropy, time_mix])
+def test_old_gpus_run_the_torch_form(family) -> None:  # type: ignore[no-untyped-def]
+    from rwkvx_kernels.tools.triton_device import SM_90, pretend
+
+    old = Facts(torch.device("cuda", 75))  # a choice of its own: they are remembered
+    more = {"head_size": 64} if family is time_mix else {}
+    refused = pytest.raises(ValueError, match=r"needs compute capability 8\.0 or more, not sm_75")
+    with pretend(SM_90._replace(arch=75)):
+        choice = family.choose(old, **more)
+        assert choice.impl == "torch"
+        assert "not sm_75" in choice.why
+        with refused:
+            family.choose(old, impl="triton", **more)
