@@ -70,7 +70,11 @@ class Batch(NamedTuple):
 
 
 def step_batch(source: Source, config: TrainConfig, step: int) -> Batch:
-    """All rows of one step, of all its micro-batches: their weights count over the whole step."""
+    """All rows of one step, of all its micro-batches: their weights count over the whole step.
+
+    Raises:
+        InputError: rows that are to be read in pieces hold more than one document.
+    """
     number, step_in_stage = config.stage_at(step)
     stage = config.stages[number]
     count = stage.batch * config.accumulate
@@ -81,7 +85,13 @@ def step_batch(source: Source, config: TrainConfig, step: int) -> Batch:
         length=stage.length,
         recurrent_length=stage.recurrent_length,
     )
-    return Batch.of(source.rows(wanted))
+    batch = Batch.of(source.rows(wanted))
+    if stage.recurrent_length and batch.offsets is not None:
+        raise InputError(
+            f"stages[{number}]: recurrent_length reads rows as they are, and documents begin inside "
+            "of them: set data.separate to false (text, tokens, hub), or recurrent_length to 0"
+        )
+    return batch
 
 
 def own_batches(step: Batch, stage: StageConfig, world: World) -> list[Batch]:

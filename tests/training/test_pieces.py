@@ -54,3 +54,13 @@ def test_pieces_must_fill_the_sequence(write_config: Writer) -> None:
     stages = "[{steps: 1, length: 24, batch: 2, recurrent_length: 7}]"
     with pytest.raises(InputError, match="multiple of recurrent_length"):
         read_config(write_config(), {"stages": stages})
+
+
+def test_pieces_of_packed_documents_are_refused(write_config: Writer, tmp_path: Path) -> None:
+    lines = [f'{{"text": "number {i} of many"}}' for i in range(50)]
+    (tmp_path / "many.jsonl").write_text("\n".join(lines))
+    data = "{kind: text, paths: [" + str(tmp_path / "many.jsonl") + "]"
+    with pytest.raises(InputError, match="set data.separate to false"):
+        Trainer(read_config(write_config(), {"stages": STAGES, "data": data + "}"}))
+    data += ", separate: false}"
+    Trainer(read_config(write_config(), {"stages": STAGES, "data": data})).train_step()
