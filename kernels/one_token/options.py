@@ -11,7 +11,7 @@ from rwkvx_kernels.tools.triton_options import Options, Row
 
 STAGES = ("token", "tokens", "factors", "heads")
 # Rows of a batch that are read beside one another; more take turns, and read weights again.
-MOST_ROWS = 64
+MOST_ROWS = 32
 # Largest head: its state stands in registers.
 MOST_SIZE = 128
 

@@ -44,11 +44,11 @@ def statistics(p_x, o_b, m_b, eps, C: tl.constexpr, K: tl.constexpr):
     """Mean and one over the deviation of rows, [B, 1]."""
     o_k = tl.arange(0, K)[None, :]
     b_mean, b_square = tl.zeros_like(o_b).to(tl.float32), tl.zeros_like(o_b).to(tl.float32)
-    for i in tl.static_range(0, C, K):
+    for i in range(0, C, K):
         b_x = load(p_x, o_b * C + i + o_k, m_b & (i + o_k < C))
         b_mean += tl.sum(b_x, axis=1, keep_dims=True)
     b_mean = b_mean / C
-    for i in tl.static_range(0, C, K):
+    for i in range(0, C, K):
         m_x = m_b & (i + o_k < C)
         b_x = tl.where(m_x, load(p_x, o_b * C + i + o_k, m_x) - b_mean, 0.0)
         b_square += tl.sum(b_x * b_x, axis=1, keep_dims=True)
@@ -72,9 +72,10 @@ def exact(b_w):
     """int8 as bfloat16, which holds it; float16 as float32, which the products know."""
     if b_w.dtype == tl.int8:
         return b_w.to(tl.float32).to(tl.bfloat16)
-    if b_w.dtype == tl.float16:
+    elif b_w.dtype == tl.float16:
         return b_w.to(tl.float32)
-    return b_w
+    else:
+        return b_w
 
 
 @triton.jit
@@ -86,26 +87,28 @@ def matrix_rows(
     ROWS: tl.constexpr = o_o.shape[0]
     o_k, m_o = tl.arange(0, K)[None, :], (o_o < outputs)[:, None]
     p_row = p_w + o_o.to(tl.int64)[:, None] * I
-    b_w = tl.load(p_row + o_k, mask=m_o & (o_k < I), other=0.0)
+    b_first = tl.load(p_row + o_k, mask=m_o & (o_k < I), other=0)
     b_mean, b_inverse = 0.0, 1.0
     if p_weight is not None:
-        STEP: tl.constexpr = max(64, min(K * ROWS, 8192) // o_b.shape[0])
+        STEP: tl.constexpr = max(64, 4096 // o_b.shape[0])
         b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, I, STEP)
     how = (p_x, p_before, p_weight, p_bias, p_mix, b_mean, b_inverse, o_b)
     if o_b.shape[0] == 1:
-        b_sum = tl.zeros((ROWS, K), tl.float32)
-        for i in tl.static_range(0, I, K):
-            m_k = i + o_k < I
-            if i > 0:
-                b_w = tl.load(p_row + i + o_k, mask=m_o & m_k, other=0.0)
-            b_sum += b_w.to(tl.float32) * read(*how, i + o_k, m_b & m_k, I)
+        b_sum = b_first.to(tl.float32) * read(*how, o_k, m_b & (o_k < I), I)
+        # So many at once are on their way.
+        UNROLLED: tl.constexpr = max(1, min(4, (I - 1) // K))
+        for i_first in range(K, I, UNROLLED * K):
+            for j in tl.static_range(UNROLLED):
+                o_i = i_first + j * K + o_k
+                b_w = load(p_row, o_i, m_o & (o_i < I))
+                b_sum += b_w * read(*how, o_i, m_b & (o_i < I), I)
         b_y = tl.sum(b_sum, axis=1)[None, :]
     else:
-        b_y = tl.zeros((o_b.shape[0], ROWS), tl.float32)
-        for i in range(0, I, K):
-            m_k = i + o_k < I
-            b_w = tl.load(p_row + i + o_k, mask=m_o & m_k, other=0.0)
-            b_x = read(*how, i + o_k, m_b & m_k, I)
+        b_x = read(*how, o_k, m_b & (o_k < I), I)
+        b_y = product(b_x, tl.trans(exact(b_first)), PRECISION)
+        for i in range(K, I, K):
+            b_w = tl.load(p_row + i + o_k, mask=m_o & (i + o_k < I), other=0)
+            b_x = read(*how, i + o_k, m_b & (i + o_k < I), I)
             b_y += product(b_x, tl.trans(exact(b_w)), PRECISION)
     if p_scale is not None:
         b_y *= load(p_scale, o_o, o_o < outputs)[None, :]
@@ -124,7 +127,7 @@ def factor_columns(
     b_sum = tl.zeros((K, o_r.shape[0]), tl.float32)
     b_y = tl.zeros((o_b.shape[0], o_r.shape[0]), tl.float32)
     if o_b.shape[0] == 1:
-        for i in tl.static_range(0, C, K):
+        for i in range(0, C, K):
             o_i = (i + o_k)[:, None]
             b_w = load(p_w, o_i * rank + o_r[None, :], (o_i < C) & m_r)
             b_sum += b_w * read(*how, o_b, o_i, m_b & (o_i < C), C)
@@ -176,7 +179,7 @@ def _read_kernel(
     if i_tile >= TILES:
         b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, C, max(64, 4096 // BLOCK_B))
         o_k = tl.arange(0, max(64, 4096 // BLOCK_B))[None, :]
-        for i in tl.static_range(0, C, max(64, 4096 // BLOCK_B)):
+        for i in range(0, C, max(64, 4096 // BLOCK_B)):
             m_x = m_b & (i + o_k < C)
             b_x = read(*how, None, b_mean, b_inverse, o_b, i + o_k, m_x, C)
             store(p_now, o_b * C + i + o_k, b_x, m_x)
@@ -240,7 +243,7 @@ def _embed_kernel(
     o_b, o_c = tl.zeros((1, 1), tl.int32), tl.arange(0, BLOCK)[None, :]
     p_row = p_table + tl.load(p_ids + i_b).to(tl.int64) * C
     b_mean, b_inverse = statistics(p_row, o_b, o_b == 0, eps, C, BLOCK)
-    for i in tl.static_range(0, C, BLOCK):
+    for i in range(0, C, BLOCK):
         m_x = i + o_c < C
         b_x = read(
             p_row, None, p_weight, p_bias, None, b_mean, b_inverse, o_b, i + o_c, m_x, C

@@ -3,6 +3,8 @@
 Without a GPU the same steps run one by one, Triton's kernels in its interpreter.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from small import HYBRID, error, random_ids, random_model, triton_everywhere
@@ -55,6 +57,11 @@ def ordinary(model: Model, ids: Tensor, state: ModelState) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
+def decoder(model: Model, state: ModelState, tokens: int) -> GraphDecoder:
+    with triton_everywhere():
+        return GraphDecoder(model, state, tokens)
+
+
 def stepwise(graph: GraphDecoder, ids: Tensor) -> Tensor:
     with triton_everywhere():
         return torch.cat([graph.step(token) for token in ids.split(1, dim=1)], dim=1)
@@ -71,7 +78,7 @@ def test_steps_equal_ordinary_decoding(name: str, lengths: tuple[int, ...]) -> N
     state = prompt(model, *lengths) if lengths else model.fresh_state(2)
     tokens = 2 * CHUNK + 3
     ids = random_ids(tokens, batch=len(lengths) or 2, seed=1).to(DEVICE)
-    graph = GraphDecoder(model, state, tokens)
+    graph = decoder(model, state, tokens)
     got = stepwise(graph, ids)
     assert error(got, ordinary(model, ids, state)) < ALLOWED
     with pytest.raises(InputError, match=f"room for {tokens} tokens is used up"):
@@ -85,7 +92,7 @@ def test_states_before_and_after_stay_valid() -> None:
         state = prompt(model, *lengths)
         first, left, right = (random_ids(8, seed=n).to(DEVICE) for n in (1, 2, 3))
         expected = ordinary(model, torch.cat([first, left], 1), state)
-        graph = GraphDecoder(model, state, 16)
+        graph = decoder(model, state, 16)
         stepwise(graph, first)
         fork = graph.state
         assert fork.length == state.length + 8
@@ -99,7 +106,7 @@ def test_states_before_and_after_stay_valid() -> None:
 def test_memory_is_static() -> None:
     """Every step writes to the same places."""
     model = model_of("key_conv")
-    graph = GraphDecoder(model, prompt(model, 30), 20)
+    graph = decoder(model, prompt(model, 30), 20)
 
     def places() -> list[int]:
         caches = [b.cached[0].cache for b in graph._state.blocks if hasattr(b, "cached")]
@@ -113,7 +120,7 @@ def test_memory_is_static() -> None:
 
 def test_ids_of_another_batch_are_refused() -> None:
     model = model_of("plain")
-    graph = GraphDecoder(model, prompt(model, 5), 3)
+    graph = decoder(model, prompt(model, 5), 3)
     with pytest.raises(InputError, match=r"ids must be \[1, 1\], got \[2, 1\]"):
         graph.step(random_ids(1).to(DEVICE))
 
@@ -127,6 +134,10 @@ def test_generation_takes_the_graph_where_it_can(monkeypatch: pytest.MonkeyPatch
     made = []
 
     class Watched(GraphDecoder):
+        def __init__(self, *args: Any) -> None:
+            with triton_everywhere():
+                super().__init__(*args)
+
         def step(self, ids: Tensor) -> Tensor:
             made.append(ids)
             with triton_everywhere():
@@ -158,10 +169,10 @@ def test_replay_equals_single_launches(
     """The same kernels on the same numbers: to the bit. And no memory is taken by a step."""
     model = model_of("plain").to(dtype)
     state, ids = prompt(model, *lengths), random_ids(100, batch=len(lengths), seed=1).to(DEVICE)
-    graph = GraphDecoder(model, state, 100)
+    graph = decoder(model, state, 100)
     assert graph._graph is not None
     monkeypatch.setattr(GraphDecoder, "_capture", lambda self: None)
-    single = GraphDecoder(model, state, 100)
+    single = decoder(model, state, 100)
     assert single._graph is None
     graph.step(ids[:, :1])
     torch.cuda.synchronize()
