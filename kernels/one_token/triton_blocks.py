@@ -7,16 +7,25 @@ batch, C width, H heads, D head size, G key/value heads, O outputs.
 
 from torch import Tensor
 
-from rwkvx_kernels.one_token.common import BlockWeights, Memory
+from rwkvx_kernels.chunk_attention.triton_decode import decode
+from rwkvx_kernels.chunk_select.api import slots_of
+from rwkvx_kernels.chunk_select.triton_decode import kept_of_split, select_rows
+from rwkvx_kernels.one_token.common import BlockWeights, Cache, Memory
 from rwkvx_kernels.one_token.triton_heads import mix_heads
+from rwkvx_kernels.one_token.triton_places import place
 from rwkvx_kernels.one_token.triton_products import Matrix, Norm, add_product, read_token
+
+# What splits keep is joined by every program that attends, if they keep so few chunks each.
+MOST_JOINED = 32
 
 
 def read_block(x: Tensor, v_first: Tensor, weights: BlockWeights, memory: Memory) -> None:
     """As `api.read_block`."""
-    if weights.mixes[0] is None:
-        raise NotImplementedError
-    _time_mix(x, v_first, weights, memory)
+    if memory.cache is None:
+        y = _time_mix(x, v_first, weights, memory)
+    else:
+        y = _attention(x, weights, memory.cache)
+    add_product(x, y, Matrix(weights.matrices[3], weights.scales[3]))
     x_k, key, value = weights.channel
     key_scale, value_scale = weights.channel_scales
     norm = Norm(*weights.ln2, weights.eps[1])
@@ -25,16 +34,35 @@ def read_block(x: Tensor, v_first: Tensor, weights: BlockWeights, memory: Memory
     add_product(x, hidden, Matrix(value, value_scale), now, memory.ffn_shift)
 
 
-def _time_mix(x: Tensor, v_first: Tensor, weights: BlockWeights, memory: Memory) -> None:
+def _time_mix(x: Tensor, v_first: Tensor, weights: BlockWeights, memory: Memory) -> Tensor:
+    """What the output projection reads: two launches."""
     assert memory.shift is not None
     assert memory.matrix is not None
     r, w, k, v, a, g = weights.mixes
     own = zip(weights.matrices[:3], weights.scales[:3], (r, k, v), strict=True)
     factors = list(zip(weights.down, (w, a, v, g), strict=True))
-    norm = Norm(*weights.ln1, weights.eps[0])
     matrices = [Matrix(*each) for each in own]
+    norm = Norm(*weights.ln1, weights.eps[0])
     read, low, now = read_token(x, memory.shift, norm, matrices, factors)
-    # The three lie one after the other.
-    y = mix_heads(read[0], low, now, weights, v_first, memory.matrix, memory.shift)
-    add_product(x, y, Matrix(weights.matrices[3], weights.scales[3]))
+    # r, k and v lie one after the other.
+    return mix_heads(read[0], low, now, weights, v_first, memory.matrix, memory.shift)
 
+
+def _attention(x: Tensor, weights: BlockWeights, cache: Cache) -> Tensor:
+    """The same: four launches, some more for long lists of chunks and coarse-to-fine selection."""
+    pairs = zip(weights.matrices[:3], weights.scales[:3], strict=True)
+    norm = Norm(*weights.ln1, weights.eps[0])
+    (q, k, v), *_ = read_token(x, None, norm, [Matrix(*pair) for pair in pairs], [])
+    q = q.view(len(x), 1, weights.heads, weights.size)
+    chunks, lengths = cache.means.shape[2], cache.position
+    assert isinstance(lengths, Tensor)
+    size = cache.k.shape[2] // chunks
+    slots = slots_of(cache.topk, chunks, "triton")
+    if not cache.forest and kept_of_split(slots) <= MOST_JOINED:
+        chosen = place(q, k, v, weights, cache, slots)
+    else:
+        place(q, k, v, weights, cache, 0)
+        rows = (q, cache.means, list(cache.forest), lengths + 1)
+        chosen = select_rows(*rows, size, slots + 1)
+    y = decode(q, cache.k, cache.v, chosen, lengths, size, slots + 1, counted=False)
+    return y.view(len(x), -1)

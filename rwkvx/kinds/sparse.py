@@ -159,8 +159,12 @@ class SparseAttention(AttentionMixer):
         if len(state.cached) != 1 or not keep_cache:
             return None
         (cache, length), conv = state.cached[0], state.conv
+        if isinstance(length, Tensor):  # on the device: a decoder's own, changed in place
+            tensors = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+            place = Cache(*tensors, length, self.topk, conv, conv)
+            return TokenState(None, None, place, lambda *_: state)
         dtypes = {x.dtype for x in (cache.k_BGSD, state.ffn_shift, conv) if x is not None}
-        if len(dtypes) > 1 or not isinstance(length, int):  # not one that lies on the device
+        if len(dtypes) > 1:
             return None
         cache = cache.reserve(length, length + 1)
         tensors = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)

@@ -3,7 +3,7 @@
 import torch
 from ahead_of_time import Case
 
-from rwkvx_kernels.one_token import BlockWeights, Memory, embed, logits, read_block
+from rwkvx_kernels.one_token import BlockWeights, Cache, Memory, embed, logits, read_block
 
 RANKS = (64, 64, 32, 128)
 
@@ -44,6 +44,39 @@ def memory(dtype: torch.dtype, rows: int, width: int, size: int) -> Memory:
     return Memory(shift, empty(rows, width // size, size, size), shift, None)
 
 
+def attention(weights: BlockWeights, kv: int, conv: int) -> BlockWeights:
+    """The same as an attention block with so many channels of keys, and taps of a convolution."""
+    query, key, value, output = weights.matrices
+    assert key is not None
+    assert value is not None
+    return weights._replace(
+        mixes=(None,) * 6,
+        matrices=(query, key[:kv], value[:kv], output),
+        scales=tuple(
+            None if x is None else x[:n]
+            for x, n in zip(weights.scales, (len(x) for x in (query, key[:kv], value[:kv], output)))
+        ),
+        down=(None,) * 4,
+        up=(None,) * 4,
+        vectors=(None,) * 8,
+        conv=(empty(conv, kv, dtype=weights.ln1[0].dtype) if conv else None,),
+    )
+
+
+def attended(
+    dtype: torch.dtype, rows: int, weights: BlockWeights, chunk: int, topk: int, chunks: int = 64
+) -> Memory:
+    """Of an attention block."""
+    size, kv = weights.size, weights.kv_width
+    k = empty(rows, kv // size, chunks * chunk, size, dtype=dtype)
+    taps = weights.conv[0]
+    conv = None if taps is None else empty(rows, len(taps) - 1, kv, dtype=dtype)
+    means = empty(rows, kv // size, chunks, size)
+    lengths = empty(rows, dtype=torch.int64)
+    cache = Cache(k, k, means, lengths, topk, conv, conv)
+    return Memory(None, None, empty(rows, len(weights.ln1[0]), dtype=dtype), cache)
+
+
 def case(
     dtype: torch.dtype, rows: int, width: int, size: int, int8: bool = False, quick: bool = False
 ) -> Case:
@@ -52,6 +85,9 @@ def case(
         for first in (True, False):
             own = weights(dtype, width, size, first, int8)
             read_block(x, x, own, memory(dtype, rows, width, size))
+        for kv, conv, chunk, topk in ((width, 0, 2048, 3), (2 * size, 4, 128, 9), (size, 1, 16, 1)):
+            sparse = attention(own, kv, conv)
+            read_block(x, x, sparse, attended(dtype, rows, sparse, chunk, topk))
         norm = (*own.ln1, 1e-5)
         embed(empty(rows, dtype=torch.int64), empty(65536, width, dtype=dtype), norm)
         head = empty(65536, width, dtype=torch.int8 if int8 else dtype)
