@@ -156,6 +156,6 @@ class Memory(NamedTuple):
             fits = fits and (None if x is None else x.shape) == shape
             fits = fits and (x is None or x.is_contiguous())
         if not fits:
-            raise ValueError(f"the memory of a block of {width} channels, {rows} rows, does not fit")
+            raise ValueError(f"memory does not fit a block of {width} channels and {rows} rows")
         if self.cache is not None:
             self.cache.check(block, rows)

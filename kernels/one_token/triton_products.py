@@ -6,8 +6,8 @@ a mixer, each with a mix of its own), what the mixer made (the output projection
 channel mix. Every program normalises for itself: that costs a few KB from the cache, and a launch
 costs more. Weights are asked for first, so that they are on their way meanwhile.
 
-Axes: B rows of the batch, C width, O outputs, I inputs, R rank. Names: i_ index, p_ pointer, b_ tile
-in registers, o_ offset, m_ mask. What is not there (mixes, scales, factors) is None.
+Axes: B rows of the batch, C width, O outputs, I inputs, R rank. Names: i_ index, p_ pointer, b_
+tile in registers, o_ offset, m_ mask. What is not there (mixes, scales, factors) is None.
 """
 
 from typing import NamedTuple
@@ -56,13 +56,17 @@ def statistics(p_x, o_b, m_b, eps, C: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def read(p_x, p_before, p_weight, p_bias, p_mix, b_mean, b_inverse, o_b, o_i, m_x, I: tl.constexpr):
+def read(
+    p_x, p_before, p_weight, p_bias, p_mix, b_mean, b_inverse, o_b, o_i, m_x, INPUTS: tl.constexpr
+):
     """Inputs: as they are, or normalised and mixed with those of the token before."""
-    b_x = load(p_x, o_b * I + o_i, m_x)
+    b_x = load(p_x, o_b * INPUTS + o_i, m_x)
     if p_weight is not None:
-        b_x = (b_x - b_mean) * b_inverse * load(p_weight, o_i, o_i < I) + load(p_bias, o_i, o_i < I)
+        b_x = (b_x - b_mean) * b_inverse * load(p_weight, o_i, o_i < INPUTS) + load(
+            p_bias, o_i, o_i < INPUTS
+        )
         if p_mix is not None:
-            b_x += (load(p_before, o_b * I + o_i, m_x) - b_x) * load(p_mix, o_i, o_i < I)
+            b_x += (load(p_before, o_b * INPUTS + o_i, m_x) - b_x) * load(p_mix, o_i, o_i < INPUTS)
         b_x = tl.where(m_x, b_x, 0.0)
     return b_x
 
@@ -81,34 +85,33 @@ def exact(b_w):
 @triton.jit
 def matrix_rows(
     p_w, p_scale, o_o, outputs, p_x, p_before, p_weight, p_bias, p_mix, eps, o_b, m_b,
-    I: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    INPUTS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of a matrix [O, I]: [B, outputs] float32."""
-    ROWS: tl.constexpr = o_o.shape[0]
     o_k, m_o = tl.arange(0, K)[None, :], (o_o < outputs)[:, None]
-    p_row = p_w + o_o.to(tl.int64)[:, None] * I
-    b_first = tl.load(p_row + o_k, mask=m_o & (o_k < I), other=0)
+    p_row = p_w + o_o.to(tl.int64)[:, None] * INPUTS
+    b_first = tl.load(p_row + o_k, mask=m_o & (o_k < INPUTS), other=0)
     b_mean, b_inverse = 0.0, 1.0
     if p_weight is not None:
         STEP: tl.constexpr = max(64, 4096 // o_b.shape[0])
-        b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, I, STEP)
+        b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, INPUTS, STEP)
     how = (p_x, p_before, p_weight, p_bias, p_mix, b_mean, b_inverse, o_b)
     if o_b.shape[0] == 1:
-        b_sum = b_first.to(tl.float32) * read(*how, o_k, m_b & (o_k < I), I)
+        b_sum = b_first.to(tl.float32) * read(*how, o_k, m_b & (o_k < INPUTS), INPUTS)
         # So many at once are on their way.
-        UNROLLED: tl.constexpr = max(1, min(4, (I - 1) // K))
-        for i_first in range(K, I, UNROLLED * K):
+        UNROLLED: tl.constexpr = max(1, min(4, (INPUTS - 1) // K))
+        for i_first in range(K, INPUTS, UNROLLED * K):
             for j in tl.static_range(UNROLLED):
                 o_i = i_first + j * K + o_k
-                b_w = load(p_row, o_i, m_o & (o_i < I))
-                b_sum += b_w * read(*how, o_i, m_b & (o_i < I), I)
+                b_w = load(p_row, o_i, m_o & (o_i < INPUTS))
+                b_sum += b_w * read(*how, o_i, m_b & (o_i < INPUTS), INPUTS)
         b_y = tl.sum(b_sum, axis=1)[None, :]
     else:
-        b_x = read(*how, o_k, m_b & (o_k < I), I)
+        b_x = read(*how, o_k, m_b & (o_k < INPUTS), INPUTS)
         b_y = product(b_x, tl.trans(exact(b_first)), PRECISION)
-        for i in range(K, I, K):
-            b_w = tl.load(p_row + i + o_k, mask=m_o & (i + o_k < I), other=0)
-            b_x = read(*how, i + o_k, m_b & (i + o_k < I), I)
+        for i in range(K, INPUTS, K):
+            b_w = tl.load(p_row + i + o_k, mask=m_o & (i + o_k < INPUTS), other=0)
+            b_x = read(*how, i + o_k, m_b & (i + o_k < INPUTS), INPUTS)
             b_y += product(b_x, tl.trans(exact(b_w)), PRECISION)
     if p_scale is not None:
         b_y *= load(p_scale, o_o, o_o < outputs)[None, :]
@@ -219,25 +222,37 @@ def _read_kernel(
 @triton.jit(do_not_specialize=["batch"])
 def _add_kernel(
     p_y, p_w, p_scale, p_x, p_now, p_shift, batch,
-    O: tl.constexpr, I: tl.constexpr, BLOCK_B: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BLOCK_B: tl.constexpr, ROWS: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x += W y; and what the next token mixes with takes the place of what this one did."""
     o_b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
     o_o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b_y = matrix_rows(
-        p_w, p_scale, o_o, O, p_y, None, None, None, None, 0.0, o_b, o_b < batch, I, K, PRECISION
+        p_w,
+        p_scale,
+        o_o,
+        OUTPUTS,
+        p_y,
+        None,
+        None,
+        None,
+        None,
+        0.0,
+        o_b,
+        o_b < batch,
+        INPUTS,
+        K,
+        PRECISION,
     )
-    o_x, m_x = o_b * O + o_o[None, :], (o_b < batch) & (o_o < O)[None, :]
+    o_x, m_x = o_b * OUTPUTS + o_o[None, :], (o_b < batch) & (o_o < OUTPUTS)[None, :]
     tl.store(p_x + o_x, tl.load(p_x + o_x, mask=m_x, other=0.0) + b_y, mask=m_x)
     if p_shift is not None:
         store(p_shift, o_x, load(p_now, o_x, m_x), m_x)
 
 
 @triton.jit
-def _embed_kernel(
-    p_ids, p_table, p_weight, p_bias, p_x, eps, C: tl.constexpr, BLOCK: tl.constexpr
-):
+def _embed_kernel(p_ids, p_table, p_weight, p_bias, p_x, eps, C: tl.constexpr, BLOCK: tl.constexpr):
     """A row of the embedding, normalised."""
     i_b = tl.program_id(0)
     o_b, o_c = tl.zeros((1, 1), tl.int32), tl.arange(0, BLOCK)[None, :]
@@ -245,9 +260,7 @@ def _embed_kernel(
     b_mean, b_inverse = statistics(p_row, o_b, o_b == 0, eps, C, BLOCK)
     for i in range(0, C, BLOCK):
         m_x = i + o_c < C
-        b_x = read(
-            p_row, None, p_weight, p_bias, None, b_mean, b_inverse, o_b, i + o_c, m_x, C
-        )
+        b_x = read(p_row, None, p_weight, p_bias, None, b_mean, b_inverse, o_b, i + o_c, m_x, C)
         store(p_x + i_b * C, i + o_c, b_x, m_x)
 
 
@@ -311,8 +324,8 @@ def read_token(
     flat = x.new_empty(batch * sum(outputs), dtype=dtype)
     low = x.new_empty(batch, sum(ranks)) if factors else None
     now = torch.empty_like(x)
-    some = next((f for f, _ in factors if f is not None), None)
-    downs = [some if f is None else f for f, _ in factors] or [None] * 4
+    # One that is missing has no programs; a pointer must stand there.
+    downs = [factors[0][0] if f is None else f for f, _ in factors] or [None] * 4
     mixes = [m for _, m in factors] or [None] * 4
     tiles = sum(triton.cdiv(n, options.rows) for n in ranks)
     tiles += sum(triton.cdiv(n, rows) for n in outputs)
@@ -342,7 +355,16 @@ def add_product(
     batch, inputs = y.shape
     constants, rows, tiles_b = sizes(batch, inputs, matrix.weight)
     _add_kernel[(triton.cdiv(x.shape[1], rows), tiles_b)](
-        y, matrix.weight, matrix.scale, x, now, shift, batch, O=x.shape[1], I=inputs, **constants
+        y,
+        matrix.weight,
+        matrix.scale,
+        x,
+        now,
+        shift,
+        batch,
+        OUTPUTS=x.shape[1],
+        INPUTS=inputs,
+        **constants,
     )
 
 

@@ -16,32 +16,44 @@ def weights(
     dtype: torch.dtype, width: int, size: int, first: bool = False, int8: bool = False
 ) -> BlockWeights:
     """Of an RWKV-7 block; int8: of its matrices."""
-    kind = torch.int8 if int8 else dtype
-    vector = empty(width, dtype=dtype)
-    scale = empty(width) if int8 else None
     inner = 4 * width
-    factors = [(empty(width, r, dtype=dtype), empty(r, width, dtype=dtype)) for r in RANKS]
-    if first:
-        factors[2] = (None, None)
+
+    def matrix(outputs: int, inputs: int) -> torch.Tensor:
+        return empty(outputs, inputs, dtype=torch.int8 if int8 else dtype)
+
+    def vectors(count: int) -> tuple[torch.Tensor, ...]:
+        return tuple(empty(width, dtype=dtype) for _ in range(count))
+
+    def scales(*sizes: int) -> tuple[torch.Tensor | None, ...]:
+        return tuple(empty(n) if int8 else None for n in sizes)
+
+    own = vectors(8)
     return BlockWeights(
         heads=width // size,
         eps=(1e-5,) * 3,
-        ln1=(vector, vector),
-        ln2=(vector, vector),
-        channel=(vector, empty(inner, width, dtype=kind), empty(width, inner, dtype=kind)),
-        channel_scales=(empty(inner), scale) if int8 else (None, None),
-        mixes=(vector,) * 6,
-        matrices=(empty(width, width, dtype=kind),) * 4,
-        scales=(scale,) * 4,
-        down=tuple(down for down, _ in factors),
-        up=tuple(up for _, up in factors),
-        vectors=(*[vector] * 2, None if first else vector, *[vector] * 5),
+        ln1=vectors(2),  # type: ignore[arg-type]
+        ln2=vectors(2),  # type: ignore[arg-type]
+        channel=(*vectors(1), matrix(inner, width), matrix(width, inner)),  # type: ignore[arg-type]
+        channel_scales=scales(inner, width),
+        mixes=vectors(6),
+        matrices=tuple(matrix(width, width) for _ in range(4)),
+        scales=scales(*[width] * 4),
+        down=tuple(_unless(first, i, width, rank, dtype) for i, rank in enumerate(RANKS)),
+        up=tuple(_unless(first, i, rank, width, dtype) for i, rank in enumerate(RANKS)),
+        vectors=(*own[:2], None if first else own[2], *own[3:]),
     )
 
 
+def _unless(
+    first: bool, i: int, rows: int, columns: int, dtype: torch.dtype
+) -> torch.Tensor | None:
+    return None if first and i == 2 else empty(rows, columns, dtype=dtype)
+
+
 def memory(dtype: torch.dtype, rows: int, width: int, size: int) -> Memory:
-    shift = empty(rows, width, dtype=dtype)
-    return Memory(shift, empty(rows, width // size, size, size), shift, None)
+    """Of an RWKV-7 block."""
+    shifts = [empty(rows, width, dtype=dtype) for _ in range(2)]
+    return Memory(shifts[0], empty(rows, width // size, size, size), shifts[1], None)
 
 
 def attention(weights: BlockWeights, kv: int, conv: int) -> BlockWeights:
@@ -49,13 +61,14 @@ def attention(weights: BlockWeights, kv: int, conv: int) -> BlockWeights:
     query, key, value, output = weights.matrices
     assert key is not None
     assert value is not None
+    scales = tuple(
+        None if x is None else x[:n]
+        for x, n in zip(weights.scales, (None, kv, kv, None), strict=True)
+    )
     return weights._replace(
         mixes=(None,) * 6,
         matrices=(query, key[:kv], value[:kv], output),
-        scales=tuple(
-            None if x is None else x[:n]
-            for x, n in zip(weights.scales, (len(x) for x in (query, key[:kv], value[:kv], output)))
-        ),
+        scales=scales,
         down=(None,) * 4,
         up=(None,) * 4,
         vectors=(None,) * 8,
