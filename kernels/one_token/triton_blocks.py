@@ -25,7 +25,7 @@ def read_block(x: Tensor, v_first: Tensor, weights: BlockWeights, memory: Memory
         y = _time_mix(x, v_first, weights, memory)
     else:
         y = _attention(x, weights, memory.cache)
-    add_product(x, y, Matrix(weights.matrices[3], weights.scales[3]))
+    add_product(x, y, _matrix(weights, 3))
     x_k, key, value = weights.channel
     key_scale, value_scale = weights.channel_scales
     norm = Norm(*weights.ln2, weights.eps[1])
@@ -39,20 +39,19 @@ def _time_mix(x: Tensor, v_first: Tensor, weights: BlockWeights, memory: Memory)
     assert memory.shift is not None
     assert memory.matrix is not None
     r, w, k, v, a, g = weights.mixes
-    own = zip(weights.matrices[:3], weights.scales[:3], (r, k, v), strict=True)
     factors = list(zip(weights.down, (w, a, v, g), strict=True))
-    matrices = [Matrix(*each) for each in own]
+    matrices = [_matrix(weights, i, mix) for i, mix in enumerate((r, k, v))]
     norm = Norm(*weights.ln1, weights.eps[0])
     read, low, now = read_token(x, memory.shift, norm, matrices, factors)
+    assert low is not None
     # r, k and v lie one after the other.
     return mix_heads(read[0], low, now, weights, v_first, memory.matrix, memory.shift)
 
 
 def _attention(x: Tensor, weights: BlockWeights, cache: Cache) -> Tensor:
     """The same: four launches, some more for long lists of chunks and coarse-to-fine selection."""
-    pairs = zip(weights.matrices[:3], weights.scales[:3], strict=True)
     norm = Norm(*weights.ln1, weights.eps[0])
-    (q, k, v), *_ = read_token(x, None, norm, [Matrix(*pair) for pair in pairs], [])
+    (q, k, v), *_ = read_token(x, None, norm, [_matrix(weights, i) for i in range(3)], [])
     q = q.view(len(x), 1, weights.heads, weights.size)
     chunks, lengths = cache.means.shape[2], cache.position
     assert isinstance(lengths, Tensor)
@@ -66,3 +65,10 @@ def _attention(x: Tensor, weights: BlockWeights, cache: Cache) -> Tensor:
         chosen = select_rows(*rows, size, slots + 1)
     y = decode(q, cache.k, cache.v, chosen, lengths, size, slots + 1, counted=False)
     return y.view(len(x), -1)
+
+
+def _matrix(weights: BlockWeights, i: int, mix: Tensor | None = None) -> Matrix:
+    """The i-th of r, k, v and the output projection."""
+    weight = weights.matrices[i]
+    assert weight is not None
+    return Matrix(weight, weights.scales[i], mix)

@@ -28,9 +28,9 @@ class Watch:
 
     def __init__(self, model: Model, lists: list[list[nn.Module]]) -> None:
         modules = list(chain.from_iterable(lists))
-        tables = [t for m in modules for t in (m._parameters, m._buffers, m._modules)]
-        tables += [model._modules, model.blocks._modules]
-        self._tables: list[dict[str, Any]] = [table for table in tables if table]
+        every = [t for m in modules for t in (m._parameters, m._buffers, m._modules)]
+        tables: list[dict[str, Any]] = [*every, model._modules, model.blocks._modules]
+        self._tables = [table for table in tables if table]
         self._objects = self._look_objects()
         self._tensors = [x for x in self._objects if isinstance(x, Tensor)]
         self._places = self._look_places()

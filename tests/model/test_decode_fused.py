@@ -26,6 +26,8 @@ pytestmark = pytest.mark.slow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCKS = {"pattern": ("rwkv7", "sparse", "rwkv7"), "key_conv": 3, "sparse_kv_heads": 1}
+# The interpreter cuts bfloat16 off where a GPU rounds it: twice the error of what is stored.
+TRUNCATED = 1.0 if DEVICE == "cuda" else 2.5
 PROMPT, TOKENS = 31, 2  # in chunks of 16, the first of which fills one
 
 
@@ -69,7 +71,8 @@ def check(model: Model, rows: int, factor: float) -> None:
         for name in ("shift", "wkv", "conv", "ffn_shift"):
             if hasattr(own, name):
                 x, true, theirs = (getattr(b, name) for b in (own, right, other))
-                assert error(x, true) < factor * error(theirs, true) + 1e-7, name
+                allowed = TRUNCATED * factor if x.dtype == torch.bfloat16 else factor
+                assert not x.numel() or error(x, true) < allowed * error(theirs, true) + 1e-7, name
 
 
 def wide(model: Model) -> Model:
@@ -190,7 +193,7 @@ def test_an_adapter_is_called_between_fused_blocks() -> None:
 def test_what_the_kernels_lack() -> None:
     with triton_everywhere():
         assert not any(form_of(model_of(torch.float64)).weights)
-        large = model_of(width=136, head_size=136, pattern=("rwkv7",), sparse_kv_heads=0)
+        large = model_of(width=136, head_size=136, pattern=("rwkv7",))
         assert not any(form_of(large).weights)
         coarse = form_of(model_of(selection="coarse_to_fine")).weights
         assert [w is None for w in coarse] == [False, True, False]
