@@ -85,7 +85,8 @@ def exact(b_w):
 @triton.jit
 def matrix_rows(
     p_w, p_scale, o_o, outputs, p_x, p_before, p_weight, p_bias, p_mix, eps, o_b, m_b,
-    INPUTS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    INPUTS: tl.constexpr, K: tl.constexpr, NORM_K: tl.constexpr, UNROLLED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of a matrix [O, I]: [B, outputs] float32."""
     o_k, m_o = tl.arange(0, K)[None, :], (o_o < outputs)[:, None]
@@ -93,13 +94,11 @@ def matrix_rows(
     b_first = tl.load(p_row + o_k, mask=m_o & (o_k < INPUTS), other=0)
     b_mean, b_inverse = 0.0, 1.0
     if p_weight is not None:
-        STEP: tl.constexpr = max(64, 4096 // o_b.shape[0])
-        b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, INPUTS, STEP)
+        b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, INPUTS, NORM_K)
     how = (p_x, p_before, p_weight, p_bias, p_mix, b_mean, b_inverse, o_b)
     if o_b.shape[0] == 1:
         b_sum = b_first.to(tl.float32) * read(*how, o_k, m_b & (o_k < INPUTS), INPUTS)
         # So many at once are on their way.
-        UNROLLED: tl.constexpr = max(1, min(4, (INPUTS - 1) // K))
         for i_first in range(K, INPUTS, UNROLLED * K):
             for j in tl.static_range(UNROLLED):
                 o_i = i_first + j * K + o_k
@@ -121,10 +120,10 @@ def matrix_rows(
 @triton.jit
 def factor_columns(
     p_w, o_r, rank, p_x, p_before, p_weight, p_bias, p_mix, eps, o_b, m_b,
-    C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, NORM_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a factor [C, R]: [B, columns] float32."""
-    b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, C, max(64, 4096 // o_b.shape[0]))
+    b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, C, NORM_K)
     how = (p_x, p_before, p_weight, p_bias, p_mix, b_mean, b_inverse)
     o_k, m_r = tl.arange(0, K), (o_r < rank)[None, :]
     b_sum = tl.zeros((K, o_r.shape[0]), tl.float32)
@@ -164,7 +163,8 @@ def _read_kernel(
     C: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, R3: tl.constexpr,
     SQUARED: tl.constexpr, BLOCK_B: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
-    COLUMNS: tl.constexpr, FACTOR_K: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, FACTOR_K: tl.constexpr, NORM_K: tl.constexpr, UNROLLED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs are tiles of the factors, which have most to read, then of the matrices; the last
     one keeps the normalised token."""
@@ -180,9 +180,9 @@ def _read_kernel(
     M2: tl.constexpr = M1 + (O1 + ROWS - 1) // ROWS
     TILES: tl.constexpr = M2 + (O2 + ROWS - 1) // ROWS
     if i_tile >= TILES:
-        b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, C, max(64, 4096 // BLOCK_B))
-        o_k = tl.arange(0, max(64, 4096 // BLOCK_B))[None, :]
-        for i in range(0, C, max(64, 4096 // BLOCK_B)):
+        b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, C, NORM_K)
+        o_k = tl.arange(0, NORM_K)[None, :]
+        for i in range(0, C, NORM_K):
             m_x = m_b & (i + o_k < C)
             b_x = read(*how, None, b_mean, b_inverse, o_b, i + o_k, m_x, C)
             store(p_now, o_b * C + i + o_k, b_x, m_x)
@@ -195,7 +195,7 @@ def _read_kernel(
         o_o = (i_tile - first) * ROWS + tl.arange(0, ROWS)
         b_y = matrix_rows(
             p_w, p_scale, o_o, outputs, *how, pick(i_w, p_m0, p_m1, p_m2, None), eps, o_b, m_b,
-            C, K, PRECISION,
+            C, K, NORM_K, UNROLLED, PRECISION,
         )  # fmt: skip
         if SQUARED:
             b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -212,7 +212,7 @@ def _read_kernel(
         o_r = (i_tile - first) * COLUMNS + tl.arange(0, COLUMNS)
         b_low = factor_columns(
             pick(i_f, p_f0, p_f1, p_f2, p_f3), o_r, rank, *how,
-            pick(i_f, p_mf0, p_mf1, p_mf2, p_mf3), eps, o_b, m_b, C, FACTOR_K, PRECISION,
+            pick(i_f, p_mf0, p_mf1, p_mf2, p_mf3), eps, o_b, m_b, C, FACTOR_K, NORM_K, PRECISION,
         )  # fmt: skip
         b_low = tl.where(i_f == 0, tanh(b_low), tl.where(i_f == 3, tl.sigmoid(b_low), b_low))
         o_low = o_b * (R0 + R1 + R2 + R3) + before + o_r[None, :]
@@ -223,7 +223,7 @@ def _read_kernel(
 def _add_kernel(
     p_y, p_w, p_scale, p_x, p_now, p_shift, batch,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BLOCK_B: tl.constexpr, ROWS: tl.constexpr,
-    K: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, UNROLLED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x += W y; and what the next token mixes with takes the place of what this one did."""
     o_b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
@@ -287,10 +287,12 @@ def sizes(rows: int, inputs: int, like: Tensor) -> tuple[dict[str, object], int,
     options = options_for(TABLE, stage, like.dtype, 1, like.device)
     block = 1 if rows == 1 else min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
     dtype = like.dtype if like.dtype.is_floating_point else torch.bfloat16
+    columns = min(options.columns, max(16, triton.next_power_of_2(inputs)))
     constants = {
         "BLOCK_B": block,
         "ROWS": options.rows,
-        "K": min(options.columns, max(16, triton.next_power_of_2(inputs))),
+        "K": columns,
+        "UNROLLED": max(1, min(4, (inputs - 1) // columns)),
         "PRECISION": precisions(dtype, like.device)[0],
         **options.launch,
     }
@@ -336,6 +338,7 @@ def read_token(
         batch, norm.eps,
         C=width, **{f"O{i}": n for i, n in enumerate([*outputs, 0, 0][:3])},
         **{f"R{i}": n for i, n in enumerate(ranks)}, SQUARED=squared, COLUMNS=options.rows,
+        NORM_K=4096 // constants["BLOCK_B"],
         FACTOR_K=min(options.columns, max(16, triton.next_power_of_2(width)))
         if batch == 1 else constants["K"],
         **constants,

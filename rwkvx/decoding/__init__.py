@@ -1,9 +1,9 @@
 """Reading one token after the other, the fastest way that a model and a machine allow.
 
 Prefill reads many tokens in one forward; decoding is that same forward one token at a time, and
-costs what a call costs. A decoder does the same arithmetic in fewer calls: compiled on a CPU, on a
-GPU in a few launches for each block, all in one CUDA graph. Everything that decodes (sampling, evaluations, Hugging Face's `generate`, the
-benchmark) starts here.
+costs what a call costs. A decoder does the same arithmetic in fewer calls: compiled on a CPU; on a
+GPU a few launches for each block, all in one CUDA graph. Everything that decodes (sampling,
+evaluations, Hugging Face's `generate`, the benchmark) starts here.
 Axes: B batch rows, V vocabulary.
 """
 
