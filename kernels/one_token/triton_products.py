@@ -191,10 +191,15 @@ def _read_kernel(
         first = tl.where(i_w == 0, FACTORS, tl.where(i_w == 1, M1, M2))
         outputs = tl.where(i_w == 0, O0, tl.where(i_w == 1, O1, O2))
         before = tl.where(i_w == 0, 0, tl.where(i_w == 1, O0, O0 + O1))
-        p_w, p_scale = pick(i_w, p_w0, p_w1, p_w2, None), pick(i_w, p_s0, p_s1, p_s2, None)
+        # Triton 3.6 returns no None from a function.
+        p_scale, p_mix = p_s0, p_m0
+        if p_s0 is not None:
+            p_scale = pick(i_w, p_s0, p_s1, p_s2, None)
+        if p_m0 is not None:
+            p_mix = pick(i_w, p_m0, p_m1, p_m2, None)
         o_o = (i_tile - first) * ROWS + tl.arange(0, ROWS)
         b_y = matrix_rows(
-            p_w, p_scale, o_o, outputs, *how, pick(i_w, p_m0, p_m1, p_m2, None), eps, o_b, m_b,
+            pick(i_w, p_w0, p_w1, p_w2, None), p_scale, o_o, outputs, *how, p_mix, eps, o_b, m_b,
             C, K, NORM_K, UNROLLED, PRECISION,
         )  # fmt: skip
         if SQUARED:
@@ -229,22 +234,9 @@ def _add_kernel(
     o_b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
     o_o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b_y = matrix_rows(
-        p_w,
-        p_scale,
-        o_o,
-        OUTPUTS,
-        p_y,
-        None,
-        None,
-        None,
-        None,
-        0.0,
-        o_b,
-        o_b < batch,
-        INPUTS,
-        K,
-        PRECISION,
-    )
+        p_w, p_scale, o_o, OUTPUTS, p_y, None, None, None, None, 0.0, o_b, o_b < batch, INPUTS, K,
+        K, UNROLLED, PRECISION,
+    )  # fmt: skip
     o_x, m_x = o_b * OUTPUTS + o_o[None, :], (o_b < batch) & (o_o < OUTPUTS)[None, :]
     tl.store(p_x + o_x, tl.load(p_x + o_x, mask=m_x, other=0.0) + b_y, mask=m_x)
     if p_shift is not None:

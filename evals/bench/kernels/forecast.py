@@ -91,7 +91,7 @@ def stages(tokens: int) -> dict[str, list[Stage]]:
     }
 
 
-# The 0.22B shape (configs/rwkvx_0b2.yaml), bfloat16: width, ranks of the factors, vocabulary, blocks
+# The 0.22B shape (configs/rwkvx_0b2.yaml): width, ranks of the factors, vocabulary, blocks
 # of both kinds, tokens of a chunk, chunks read.
 WIDTH, RANKS, VOCABULARY, BLOCKS, LONG_CHUNK, LONG_TOPK = 768, 288, 65536, (12, 4), 2048, 3
 
