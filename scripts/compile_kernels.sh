@@ -18,5 +18,5 @@ if [ -n "${TRITON:-}" ]; then
     fi
     export PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}"
 fi
-[ "$#" -gt 0 ] || set -- wkv7 chunk_select chunk_attention time_mix token_shift channel_mix linear
+[ "$#" -gt 0 ] || set -- wkv7 chunk_select chunk_attention time_mix token_shift channel_mix linear one_token
 exec env -u TRITON_INTERPRET "$RWKVX_BIN/python" tests/kernels/ahead_of_time.py "$@"

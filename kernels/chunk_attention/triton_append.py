@@ -13,26 +13,20 @@ from torch import Tensor
 from rwkvx_kernels.tools.operators import operator
 
 
-@triton.jit(do_not_specialize=["capacity", "chunks"])
-def _append_kernel(
-    p_new_k, p_new_v, p_k, p_v, p_means, p_lengths,
-    capacity, chunks,
-    G: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
+@triton.jit
+def put(
+    b_k, b_v, i_n, length, p_k, p_v, p_means, capacity, chunks,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    i_n = tl.program_id(0).to(tl.int64)
-    length = tl.load(p_lengths + i_n // G)
-    if length >= capacity:
-        return
+    """A key and a value of one head of one sequence, after `length` others; the mean of a chunk
+    that is complete now. Beyond the capacity nothing is written."""
     o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    b_k = tl.load(p_new_k + i_n * D + o_d, mask=m_d, other=0.0)
-    b_v = tl.load(p_new_v + i_n * D + o_d, mask=m_d, other=0.0)
+    m_d = o_d < tl.where(length < capacity, D, 0)
     o_x = (i_n * capacity + length) * D + o_d
     tl.store(p_k + o_x, b_k, mask=m_d)
     tl.store(p_v + o_x, b_v, mask=m_d)
     if (length + 1) % CHUNK == 0:
-        # The chunk is complete. Its last key is at hand; what was just stored is not read again.
+        # The last key is at hand; what was just stored is not read again.
         p_chunk = p_k + (i_n * capacity + length + 1 - CHUNK) * D
         b_sum = b_k.to(tl.float32)
         for i_s in range(0, CHUNK - 1, TILE):
@@ -43,6 +37,22 @@ def _append_kernel(
         # As `chunk_select.common.chunk_means`: what is not finite counts for nothing.
         b_mean = tl.where(tl.abs(b_sum) < float("inf"), b_sum / CHUNK, 0.0)
         tl.store(p_means + (i_n * chunks + length // CHUNK) * D + o_d, b_mean, mask=m_d)
+
+
+@triton.jit(do_not_specialize=["capacity", "chunks"])
+def _append_kernel(
+    p_new_k, p_new_v, p_k, p_v, p_means, p_lengths,
+    capacity, chunks,
+    G: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    i_n = tl.program_id(0).to(tl.int64)
+    length = tl.load(p_lengths + i_n // G)
+    o_x = i_n * D + tl.arange(0, BLOCK_D)
+    m_x = tl.arange(0, BLOCK_D) < D
+    b_k = tl.load(p_new_k + o_x, mask=m_x, other=0.0)
+    b_v = tl.load(p_new_v + o_x, mask=m_x, other=0.0)
+    put(b_k, b_v, i_n, length, p_k, p_v, p_means, capacity, chunks, D, CHUNK, BLOCK_D, TILE)
 
 
 def append(

@@ -11,27 +11,51 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.triton_forward import LOG2E
+from rwkvx_kernels.chunk_select.triton_decode import LOWEST, keep_best, kept_of_split, unpack
+from rwkvx_kernels.tools.triton_device import device_kind
 from rwkvx_kernels.tools.triton_tiles import load, store
 
+TILE = 64  # keys at once
 
-@triton.jit(do_not_specialize=["tokens"])
+
+@triton.jit
+def best_of(p_best, candidates, i_slot, K: tl.constexpr, LOWEST: tl.constexpr):
+    """The i-th best of what splits kept (chunk_select/triton_decode.py), from 0; -1 for none."""
+    b_best = tl.full((1, K), LOWEST, tl.int64)
+    for i_c in range(0, candidates, 4 * K):
+        o_c = i_c + tl.arange(0, 4 * K)
+        b_packed = tl.load(p_best + o_c, mask=o_c < candidates, other=LOWEST)[None, :]
+        b_best = keep_best(b_best, b_packed, K)
+    m_slot = (tl.arange(0, K) == K - 1 - i_slot)[None, :]  # the best come last
+    return tl.sum(tl.where(m_slot, unpack(b_best, LOWEST), 0))
+
+
+@triton.jit(do_not_specialize=["tokens", "ahead", "candidates"])
 def _part_kernel(
     p_q, p_k, p_v, p_lengths, p_chosen, p_part, p_lse,
-    stride_b, stride_s, stride_g, scale, tokens,
+    stride_b, stride_s, stride_g, scale, tokens, ahead, candidates,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
+    PIECE: tl.constexpr, PIECES: tl.constexpr, K: tl.constexpr, LOWEST: tl.constexpr,
     BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one row, the own chunk in the last slot: output and binary log-sum-exp."""
-    i_row, i_slot = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """A piece of one chunk of one row, of the own chunk in the last slot: output and binary
+    log-sum-exp. With K, who chose left the joining of its splits to every program."""
+    i_row, i_slot = tl.program_id(0).to(tl.int64), tl.program_id(1) // PIECES
     i_b, i_t, i_h = i_row // H // tokens, i_row // H % tokens, i_row % H
-    position = tl.load(p_lengths + i_b) - tokens + i_t
+    position = tl.load(p_lengths + i_b) + ahead + i_t
     i_chunk = position // CHUNK
     # Without slots there is no list: a load from it would not compile.
     if SLOTS > 0:  # noqa: SIM102
         if i_slot < SLOTS:
-            i_chunk = tl.load(p_chosen + i_row * SLOTS + i_slot).to(tl.int64)
-    o_part = i_row * (SLOTS + 1) + i_slot
-    if i_chunk < 0:
+            if K > 0:
+                p_best = p_chosen + i_row * candidates
+                i_chunk = best_of(p_best, candidates, i_slot, K, LOWEST).to(tl.int64)
+            else:
+                i_chunk = tl.load(p_chosen + i_row * SLOTS + i_slot).to(tl.int64)
+    o_part = i_row * ((SLOTS + 1) * PIECES) + tl.program_id(1)
+    start = i_chunk * CHUNK + tl.program_id(1) % PIECES * PIECE
+    stop = tl.minimum(tl.minimum(start + PIECE, (i_chunk + 1) * CHUNK), position + 1)
+    if (i_chunk < 0) | (start >= stop):
         tl.store(p_lse + o_part, float("-inf"))
         return
     o_d = tl.arange(0, BLOCK_D)
@@ -40,8 +64,7 @@ def _part_kernel(
     b_top = tl.full((1,), float("-inf"), tl.float32)
     b_sum = tl.zeros((1,), tl.float32)
     b_acc = tl.zeros((BLOCK_D,), tl.float32)
-    stop = tl.minimum((i_chunk + 1) * CHUNK, position + 1)
-    for i_s in range(i_chunk * CHUNK, stop, TILE):
+    for i_s in range(start, stop, TILE):
         o_s = i_s + tl.arange(0, TILE)
         m_x = (o_s < stop)[:, None] & (o_d < D)[None, :]
         o_x = shift + o_s[:, None] * stride_s + o_d[None, :]
@@ -87,25 +110,36 @@ def decode(
     lengths: Tensor,
     chunk_size: int,
     topk: int,
+    counted: bool = True,
 ) -> Tensor:
     """o [B, T, H, D] of the last T tokens of each sequence; no gradient.
 
     Args:
-        q: [B, T, H, D], contiguous. k, v: [B, G, S, D] with room for S tokens.
-        chosen: [B·T·H, topk - 1] int32, -1 for none; None if topk is 1.
-        lengths: [B] int64, tokens of each sequence, the T new ones included.
+        q: [B, T, H, D], contiguous, of any dtype. k, v: [B, G, S, D] with room for S tokens.
+        chosen: [B·T·H, topk - 1] int32, -1 for none; None if topk is 1. Or, int64, what each split
+            of the chunks kept, packed (chunk_select/triton_decode.py).
+        lengths: [B] int64, tokens of each sequence; the T new ones included where `counted`.
     """
     batch, tokens, heads, dim = q.shape
     rows, block_d = batch * tokens * heads, max(16, triton.next_power_of_2(dim))
-    part = torch.empty((rows, topk, dim), dtype=torch.float32, device=q.device)
-    lse = torch.empty((rows, topk), dtype=torch.float32, device=q.device)
-    _part_kernel[(rows, topk)](
+    tile = min(TILE, triton.next_power_of_2(chunk_size))
+    pieces = 2 * device_kind(q.device).processors // max(1, rows * topk)
+    pieces = max(1, min(pieces, triton.cdiv(chunk_size, TILE)))
+    piece = triton.cdiv(triton.cdiv(chunk_size, pieces), tile) * tile
+    pieces = triton.cdiv(chunk_size, piece)
+    parts = topk * pieces
+    part = torch.empty((rows, parts, dim), dtype=torch.float32, device=q.device)
+    lse = torch.empty((rows, parts), dtype=torch.float32, device=q.device)
+    packed = chosen is not None and chosen.dtype == torch.int64
+    _part_kernel[(rows, parts)](
         q, k, v, lengths, chosen, part, lse, k.stride(0), k.stride(2), k.stride(1),
-        LOG2E * dim**-0.5, tokens,
+        LOG2E * dim**-0.5, tokens, -tokens if counted else 0,
+        0 if chosen is None else chosen.shape[1],
         H=heads, G=k.shape[1], D=dim, CHUNK=chunk_size, SLOTS=topk - 1, BLOCK_D=block_d,
-        TILE=min(64, triton.next_power_of_2(chunk_size)), num_warps=4,
+        PIECE=piece, PIECES=pieces, K=kept_of_split(topk - 1) if packed else 0, LOWEST=LOWEST,
+        TILE=tile, num_warps=4,
     )  # fmt: skip
     o = torch.empty_like(q)
-    block_p = triton.next_power_of_2(topk)
-    _join_kernel[(rows,)](part, lse, o, D=dim, PARTS=topk, BLOCK_D=block_d, BLOCK_P=block_p)
+    block_p = triton.next_power_of_2(parts)
+    _join_kernel[(rows,)](part, lse, o, D=dim, PARTS=parts, BLOCK_D=block_d, BLOCK_P=block_p)
     return o

@@ -51,25 +51,20 @@ def keep_best(b_best, b_packed, K: tl.constexpr):
     return tl.bitonic_merge(tl.maximum(b_best, tl.topk(b_packed, K)), descending=False)
 
 
-@triton.jit(do_not_specialize=["tokens", "members", "parents", "groups", "chunks", "splits"])
-def _score_kernel(
-    p_q, p_table, p_order, p_kept, p_lengths, p_best,
-    tokens, members, parents, groups, chunks, splits,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    CHUNK: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr,
+@triton.jit
+def score_split(
+    i_row, i_n, i_split, past, p_q, p_table, p_order, p_kept, p_best,
+    members, parents, groups, chunks, splits,
+    D: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr,
     RUNS: tl.constexpr, LEVELS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constexpr,
     FANOUT: tl.constexpr, EXTRA: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, K: tl.constexpr,
     LOWEST: tl.constexpr,
-):  # fmt: skip  # fmt: skip  # fmt: skip
-    """The best K candidates of one split for one row, packed with their scores.
+):  # fmt: skip
+    """The best K candidates of one split for a row behind `past` chunks, packed with their scores.
 
     The candidates of a row are the children of the entries it kept, then members without parent.
     """
-    i_row, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i_b, i_t, i_h = i_row // H // tokens, i_row // H % tokens, i_row % H
-    i_n = i_b * G + i_h // (H // G)
-    past = (tl.load(p_lengths + i_b) - tokens + i_t) // CHUNK
     P = tree_size(past, LEVELS, RUN, WHOLE)
     top = first_level(P, LEVELS, FANOUT, DENSE)
     root = tl.where(top > LEVEL, P // FANOUT ** (LEVEL + 1) * FANOUT, 0)
@@ -117,6 +112,27 @@ def _score_kernel(
     tl.store(p_best + o_best[None, :], b_best)
 
 
+@triton.jit(do_not_specialize=["tokens", "members", "parents", "groups", "chunks", "splits"])
+def _score_kernel(
+    p_q, p_table, p_order, p_kept, p_lengths, p_best,
+    tokens, members, parents, groups, chunks, splits,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    CHUNK: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr,
+    RUNS: tl.constexpr, LEVELS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constexpr,
+    FANOUT: tl.constexpr, EXTRA: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, K: tl.constexpr,
+    LOWEST: tl.constexpr,
+):  # fmt: skip
+    i_row = tl.program_id(0).to(tl.int64)
+    i_b, i_t, i_h = i_row // H // tokens, i_row // H % tokens, i_row % H
+    past = (tl.load(p_lengths + i_b) - tokens + i_t) // CHUNK
+    score_split(
+        i_row, i_b * G + i_h // (H // G), tl.program_id(1), past, p_q, p_table, p_order, p_kept,
+        p_best, members, parents, groups, chunks, splits, D, LEVEL, WIDTH, RUNS, LEVELS, RUN,
+        GROWTH, FANOUT, EXTRA, DENSE, WHOLE, BLOCK_D, BLOCK_C, SPLIT, K, LOWEST,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["candidates"])
 def _merge_kernel(
     p_best,
@@ -149,6 +165,17 @@ def _most_candidates(members: int, forest: list[Tensor], level: int, topk: int) 
     return max(common.DENSE_NODES, common.FANOUT * (common.beam_widths(topk)[1] + 1))
 
 
+def kept_of_split(slots: int) -> int:
+    """How many candidates a split keeps, where so many of all are wanted."""
+    return max(2, triton.next_power_of_2(slots))
+
+
+def score_sizes(keep: int, dim: int) -> dict[str, int]:
+    """Compile-time constants of `score_split` beside those of the trees."""
+    block = max(keep, LEAST_BLOCK if dim <= 64 else LEAST_BLOCK // 2)
+    return {"BLOCK_C": block, "SPLIT": SPLIT, "K": keep, "LOWEST": LOWEST}
+
+
 def _best(
     q: Tensor,
     table: Tensor,
@@ -163,7 +190,7 @@ def _best(
     batch, tokens, heads, dim = q.shape
     rows, members = batch * tokens * heads, table.shape[2]
     slots = common.kept_at(level, topk)
-    keep = max(2, triton.next_power_of_2(slots))
+    keep = kept_of_split(slots)
     splits = triton.cdiv(_most_candidates(members, forest, level, topk), SPLIT)
     best = torch.empty((rows, splits * keep), dtype=torch.int64, device=q.device)
     _score_kernel[(rows, splits)](
@@ -172,8 +199,7 @@ def _best(
         forest[0].shape[2] if forest else 1, splits,
         **sizes, **tree_constants(forest, topk), LEVEL=level,
         WIDTH=0 if kept is None else kept.shape[1],
-        BLOCK_C=max(keep, LEAST_BLOCK if dim <= 64 else LEAST_BLOCK // 2), SPLIT=SPLIT, K=keep,
-        LOWEST=LOWEST, num_warps=4 if keep <= 64 else 8,
+        **score_sizes(keep, dim), num_warps=4 if keep <= 64 else 8,
     )  # fmt: skip
     entries = torch.empty((rows, slots), dtype=torch.int32, device=q.device)
     block = max(LEAST_BLOCK, keep)

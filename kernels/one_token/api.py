@@ -1,19 +1,37 @@
-"""One token through a run of blocks in one call.
+"""One token through blocks: all of them in one call on a CPU, a few launches for each on a GPU.
 
-Axes: C width, H heads, D head size, L blocks.
+Axes: B rows of the batch, C width, H heads, D head size, L blocks, V vocabulary.
 """
 
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.one_token.common import DTYPES, BlockWeights, Cache
+from rwkvx_kernels.dispatch import Choice, Facts, compiled_lacks, decide, remembered, triton_lacks
+from rwkvx_kernels.one_token.common import BlockWeights, Cache, Memory
 
 
-def fits(x: Tensor, width: int) -> bool:
-    """Whether `x` [..., C] is one token on the CPU, without gradients, of a compiled dtype."""
-    if torch.is_grad_enabled() or x.numel() != width or x.dtype not in DTYPES:
-        return False
-    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+@remembered
+def choose(facts: Facts, rows: int = 1, head_size: int = 64, impl: str = "auto") -> Choice:
+    """What reads one token of so many rows: "compiled" (`OneToken`), "triton" (`read_block`) or
+    "torch": neither, so that the operations are called one by one."""
+    triton = triton_lacks(facts)
+    if not triton:
+        from rwkvx_kernels.one_token.options import MOST_SIZE, STAGES, TABLE  # may be missing
+        from rwkvx_kernels.tools.triton_options import missing
+
+        if head_size > MOST_SIZE:
+            triton = f"has heads of at most {MOST_SIZE} channels, not {head_size}"
+        triton = triton or missing(TABLE, STAGES, facts.dtype, head_size, facts.device)
+    compiled = compiled_lacks(facts, torch.float32, torch.bfloat16)
+    if rows != 1:
+        compiled = compiled or "is slower for several rows, which share the reading of weights"
+    if facts.traced or facts.autocast:
+        unseen = "is not seen by torch.compile and autocast"
+        triton, compiled = triton or unseen, compiled or unseen
+    if facts.gradients:
+        triton = triton or "has no gradients"
+    lacks = {"triton": triton, "compiled": compiled, "torch": "", "reference": ""}
+    return decide(impl, facts, lacks)
 
 
 class OneToken:
@@ -50,3 +68,44 @@ class OneToken:
             new_shifts: [L, 2, C] float32, written. new_states: as `states`, written.
         """
         self._table.read(blocks, x, v_first, shifts, states, caches, new_shifts, new_states)
+
+
+def read_block(x: Tensor, v_first: Tensor, weights: BlockWeights, memory: Memory) -> None:
+    """One token of each row through a block, by Triton kernels: in place, waiting for nothing.
+
+    The same equations as `OneToken`, for any number of rows; at most 6 launches for a time mix, 7
+    for an attention by flat selection.
+
+    Args:
+        x: [B, C] float32, changed. v_first: [B, C] float32, written by a time mix without v0.
+        memory: changed. Rows never meet: a row that is not finite leaves others as they are.
+
+    Raises:
+        ValueError: a memory that is not of that block and of B rows.
+    """
+    from rwkvx_kernels.one_token.triton_blocks import read_block as read  # Triton may be missing
+
+    memory.check(weights, len(x))
+    read(x, v_first, weights, memory)
+
+
+def embed(ids: Tensor, table: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
+    """ids [B] -> layer norm (weight, bias, eps) of table[ids], [B, C] float32: one launch."""
+    from rwkvx_kernels.one_token.triton_products import Norm, embed_rows  # Triton may be missing
+
+    return embed_rows(ids, table, Norm(*norm))
+
+
+def logits(
+    x: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    head: Tensor,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Product of the head [V, C] (int8 with a scale) and the norm of x [B, C] float32: [B, V] of
+    that dtype, in one launch."""
+    from rwkvx_kernels.one_token.triton_products import Matrix, Norm, read_token
+
+    (y,), *_ = read_token(x, None, Norm(*norm), [Matrix(head, scale)], [], dtype=dtype)
+    return y

@@ -9,11 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16)
-
 
 class BlockWeights(NamedTuple):
-    """Weights of one block, contiguous on the CPU and of one dtype (float32 or bfloat16).
+    """Weights of one block, contiguous, of one dtype and on one device.
 
     Matrices may be int8, with float32 scales for their rows. An attention block (no `mixes`) gives
     norms, matrices, channel mix and key convolution. None stands for what a block lacks: scales,
@@ -33,23 +31,25 @@ class BlockWeights(NamedTuple):
     up: tuple[Tensor | None, ...] = (None,) * 4  # [rank, C]
     vectors: tuple[Tensor | None, ...] = (None,) * 8  # [C], as `time_mix.TimeMixWeights`
     conv: tuple[Tensor | None] = (None,)  # [W, G D]
+    coarse: bool = False  # whether chunks are selected coarse to fine
 
     def tensors(self) -> list[Tensor | None]:
         """All, one after the other."""
-        return [x for part in self[2:] for x in part]
+        return [x for part in self[2:-1] for x in part]
 
-    def fit(self, dtype: torch.dtype) -> bool:
-        """Whether they are as said above, of that dtype, and of shapes that fit together."""
+    def fit(self, like: Tensor) -> bool:
+        """Whether they are as said above, of dtype and device of `like`, of shapes that fit."""
         matrices = (*self.channel[1:], *self.matrices)
         scales = (*self.channel_scales, *self.scales)
+        dtype = like.dtype
         kind = torch.int8 if self.channel_scales[0] is not None else dtype
         expected = {id(x): kind for x in matrices} | {id(x): torch.float32 for x in scales}
         alike = all(
-            x.dtype == expected.get(id(x), dtype) and x.is_contiguous() and x.device.type == "cpu"
+            x.dtype == expected.get(id(x), dtype) and x.is_contiguous() and x.device == like.device
             for x in self.tensors()
             if x is not None
         )
-        return dtype in DTYPES and alike and self._shapes_fit()
+        return alike and self._shapes_fit()
 
     @property
     def size(self) -> int:
@@ -87,22 +87,23 @@ class BlockWeights(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What an attention block has read, contiguous and of the weights' dtype.
+    """What an attention block has read of B rows, contiguous and of the weights' dtype.
 
-    The token is written to `position`; it attends by flat selection to `topk` chunks. The mean of
-    a chunk that it completes is left to the caller.
+    The token is written to `position`; it attends to `topk` chunks. Compiled code, of one row by
+    flat selection, leaves the mean of a chunk that the token completes to the caller.
     """
 
-    k: Tensor  # [1, G, S, D]
+    k: Tensor  # [B, G, S, D]
     v: Tensor
-    means: Tensor  # [1, G, chunks, D] float32
-    position: int
+    means: Tensor  # [B, G, chunks, D] float32
+    position: int | Tensor  # [B] int64 on a GPU, where nobody knows it before
     topk: int
-    conv: Tensor | None = None  # [1, W - 1, G D], keys before the convolution
-    new_conv: Tensor | None = None  # the same, written
+    conv: Tensor | None = None  # [B, W - 1, G D], keys before the convolution
+    new_conv: Tensor | None = None  # the same, written; on a GPU it may be the same memory
+    forest: tuple[Tensor, ...] = ()  # over the chunks (chunk_select/forest.py), coarse to fine
 
-    def check(self, block: BlockWeights) -> None:
-        """Refuse a cache that is not of that block, and a position beyond its end.
+    def check(self, block: BlockWeights, rows: int = 1) -> None:
+        """Refuse a cache that is not of that block, and a position known to be beyond its end.
 
         Raises:
             ValueError: it is one.
@@ -110,16 +111,51 @@ class Cache(NamedTuple):
         _, groups, tokens, size = self.k.shape
         chunks = self.means.shape[2]
         taps = 0 if block.conv[0] is None else len(block.conv[0]) - 1
-        conv = None if block.conv[0] is None else (1, taps, block.kv_width)
+        conv = None if block.conv[0] is None else (rows, taps, block.kv_width)
         fits = (
-            (1, groups * size, size) == (len(self.k), block.kv_width, block.size)
+            (rows, groups * size, size) == (len(self.k), block.kv_width, block.size)
             and self.v.shape == self.k.shape
-            and self.means.shape == (1, groups, chunks, size)
+            and self.means.shape == (rows, groups, chunks, size)
             and tokens % chunks == 0
             and all((None if x is None else x.shape) == conv for x in (self.conv, self.new_conv))
         )
-        if not fits or not 0 <= self.position < tokens:
+        if isinstance(self.position, Tensor):
+            fits = fits and self.position.shape == (rows,)
+        else:
+            fits = fits and 0 <= self.position < tokens
+        if not fits:
             raise ValueError(
                 f"a cache of {list(self.k.shape)} and a place {self.position} do not fit a block "
                 f"of {block.kv_width} channels in heads of {block.size}"
             )
+
+
+class Memory(NamedTuple):
+    """What a block has read of B rows, on a GPU: changed in place, contiguous."""
+
+    shift: Tensor | None  # [B, C] last input of the mixer, of one that has such a thing
+    matrix: Tensor | None  # [B, H, D, D] float32, of a time mix
+    ffn_shift: Tensor  # [B, C]
+    cache: Cache | None  # of an attention
+
+    def check(self, block: BlockWeights, rows: int) -> None:
+        """Refuse what is not of that block and so many rows: kernels would read elsewhere.
+
+        Raises:
+            ValueError: it is not.
+        """
+        width, heads, size = len(block.ln1[0]), block.heads, block.size
+        mixes = block.mixes[0] is not None
+        expected = (
+            (self.shift, (rows, width) if mixes else None),
+            (self.matrix, (rows, heads, size, size) if mixes else None),
+            (self.ffn_shift, (rows, width)),
+        )
+        fits = (self.cache is None) == mixes
+        for x, shape in expected:
+            fits = fits and (None if x is None else x.shape) == shape
+            fits = fits and (x is None or x.is_contiguous())
+        if not fits:
+            raise ValueError(f"memory does not fit a block of {width} channels and {rows} rows")
+        if self.cache is not None:
+            self.cache.check(block, rows)

@@ -93,6 +93,7 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 def _cache_row(cache: Cache | None) -> list[int]:
     if cache is None:
         return [0] * 10
+    assert isinstance(cache.position, int)  # on a CPU
     addresses = _addresses((cache.k, cache.v, cache.means, cache.conv, cache.new_conv))
     room, taps = cache.k.shape[2], 0 if cache.conv is None else cache.conv.shape[1]
     return [*addresses, room, room // cache.means.shape[2], taps, cache.position, cache.topk]

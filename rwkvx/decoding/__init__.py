@@ -1,9 +1,9 @@
 """Reading one token after the other, the fastest way that a model and a machine allow.
 
 Prefill reads many tokens in one forward; decoding is that same forward one token at a time, and
-costs what a call costs. A decoder does the same arithmetic in fewer calls: compiled on a CPU, as a
-CUDA graph on a GPU. Everything that decodes (sampling, evaluations, Hugging Face's `generate`, the
-benchmark) starts here.
+costs what a call costs. A decoder does the same arithmetic in fewer calls: compiled on a CPU; on a
+GPU a few launches for each block, all in one CUDA graph. Everything that decodes (sampling,
+evaluations, Hugging Face's `generate`, the benchmark) starts here.
 Axes: B batch rows, V vocabulary.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rwkvx.decoding.compiled import CompiledDecoder, can_compile
 from rwkvx.decoding.eager import EagerDecoder
+from rwkvx.decoding.fused import form_of
 from rwkvx.decoding.graph import GraphDecoder, can_capture
 from rwkvx.model import Model
 from rwkvx_kernels.dispatch import Choice
@@ -77,7 +78,11 @@ def choose(model: Model, rows: int, tokens: int) -> Choice:
     if model.device.type == "cuda" and tokens < WORTHWHILE:
         return Choice("eager", f"fewer than {WORTHWHILE} tokens are not worth a graph")
     why_not = can_capture(model)
-    return Choice("eager", why_not) if why_not else Choice("graph", "the same launches every time")
+    if why_not:
+        return Choice("eager", why_not)
+    few = sum(weights is not None for weights in form_of(model).weights)
+    why = f"the same launches every time, few for {few} of {len(model.blocks)} blocks"
+    return Choice("graph", why)
 
 
 def _is_hooked(model: Model) -> bool:

@@ -1,16 +1,17 @@
 """Decoding on a GPU: one CUDA graph, replayed for every token.
 
-A decoded token is hundreds of small kernels, and launching them takes longer than they do. In a
-graph they are launched at once; in return, everything must stay in its place: tokens are
-written where lengths on the device say, into caches with room reserved.
+Blocks are a few launches each (fused.py); launched one by one they would still take longer than
+they do. In a graph they are launched at once; in return, everything must stay in its place: tokens
+are written where lengths on the device say, into caches with room reserved.
 Axes: B batch, V vocabulary.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rwkvx.decoding.fused import form_of
 from rwkvx.errors import InputError
 from rwkvx.kinds.attention import Cached, CachedRows, DeviceRows
 from rwkvx.kinds.contract import tensors_of
@@ -28,8 +29,8 @@ def can_capture(model: Model) -> str | None:
         return f"there are no CUDA graphs on {model.device.type}"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "a graph would not call the hooks"
-    for block in model.blocks:
-        if not block.att.decodes_in_place(model.emb.weight):
+    for block, weights in zip(model.blocks, form_of(model).weights, strict=True):
+        if weights is None and not block.att.decodes_in_place(model.emb.weight):
             return f"{type(block.att).__name__} has no kernel here that waits for nothing"
     return None
 
@@ -37,8 +38,8 @@ def can_capture(model: Model) -> str | None:
 class GraphDecoder:
     """See `rwkvx.decoding.Decoder`.
 
-    Static: the batch, the room, `topk`, where the weights lie and the memory of the state, which
-    each step updates in place. The state given stays valid: caches are shared with it,
+    Static: the batch, the room and the memory of the state, which each step updates in place. A
+    model that was changed is captured anew. The state given stays valid: caches are shared with it,
     below its length, and whoever else continues it writes to a copy.
     """
 
@@ -52,10 +53,8 @@ class GraphDecoder:
         self._length = torch.tensor(self._lengths, device=device)
         pairs = zip(model.blocks, state.blocks, strict=True)
         self._state = ModelState(tuple(self._own(block, own) for block, own in pairs), 0)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                self._capture()
+        self._form = form_of(model)
+        self._prepare()
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
@@ -68,6 +67,9 @@ class GraphDecoder:
             raise InputError(f"ids must be {list(self._ids.shape)}, got {list(ids.shape)}")
         if self._steps == self._room:
             raise InputError(f"the room for {self._room} tokens is used up")
+        if not self._form.watch.holds():
+            self._form = form_of(self._model)
+            self._prepare()
         self._ids.copy_(ids)
         self._steps += 1
         if self._graph is None:
@@ -93,11 +95,19 @@ class GraphDecoder:
 
     def _run(self) -> Tensor:
         """One step: nothing in it depends on a value, and nothing moves."""
-        logits, new = self._model(self._ids, self._state, logits="last")
-        for own, fresh in zip(_tensors(self._state), _tensors(new), strict=True):
-            own.copy_(fresh)
+        made, new = self._form.step(self._ids, self._state.blocks)
+        for own, fresh in zip(_tensors(self._state), _tensors(ModelState(new, 0)), strict=True):
+            if own is not fresh:  # of a block that was called as a module
+                own.copy_(fresh)
         self._length += 1
-        return cast(Tensor, logits)
+        return made
+
+    def _prepare(self) -> None:
+        """Capture, where that can be done: where it cannot, steps are launched one by one."""
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if can_capture(self._model) is None:
+            with torch.cuda.device(self._ids.device):
+                self._capture()
 
     def _capture(self) -> None:
         before = [x.clone() for x in (*_tensors(self._state), self._length)]
@@ -116,7 +126,7 @@ class GraphDecoder:
 
     def _own(self, block: Block, state: Any) -> Any:
         """A block's state in memory of its own, caches with room."""
-        own = state.map(Tensor.clone)
+        own = state.map(lambda x: x.clone(memory_format=torch.contiguous_format))
         if "cached" not in own._fields:
             return own
         rows: Cached = own.cached

@@ -148,19 +148,23 @@ class SparseAttention(AttentionMixer):
             nn.init.ones_(self.key_conv[-1])
 
     def token_weights(self, common: BlockWeights) -> BlockWeights | None:
-        """All of them, for flat selection."""
-        if self.config.selection != "flat":
-            return None
+        """All of them."""
         heads = self.config.width // self.config.head_size
-        return common._replace(conv=(self._parameters.get("key_conv"),), heads=heads)
+        coarse = self.config.selection != "flat"
+        conv = (self._parameters.get("key_conv"),)
+        return common._replace(conv=conv, heads=heads, coarse=coarse)
 
     def token_state(self, state: SparseState, keep_cache: bool = True) -> TokenState | None:
         """See `Mixer.token_state`."""
         if len(state.cached) != 1 or not keep_cache:
             return None
         (cache, length), conv = state.cached[0], state.conv
+        if isinstance(length, Tensor):  # on the device: a decoder's own, changed in place
+            tensors = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
+            place = Cache(*tensors, length, self.topk, conv, conv)
+            return TokenState(None, None, place, lambda *_: state)
         dtypes = {x.dtype for x in (cache.k_BGSD, state.ffn_shift, conv) if x is not None}
-        if len(dtypes) > 1 or not isinstance(length, int):  # not one that lies on the device
+        if len(dtypes) > 1:
             return None
         cache = cache.reserve(length, length + 1)
         tensors = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)

@@ -3,6 +3,9 @@
 Without a GPU the same steps run one by one, Triton's kernels in its interpreter.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from small import HYBRID, error, random_ids, random_model, triton_everywhere
@@ -14,6 +17,7 @@ from rwkvx import InputError, Model, ModelConfig, ModelState, decoding
 from rwkvx.decoding import graph as graphs
 from rwkvx.decoding.graph import GraphDecoder, can_capture
 from rwkvx.sampling import generate
+from rwkvx_kernels.tools.triton_options import Options, vary
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +59,18 @@ def ordinary(model: Model, ids: Tensor, state: ModelState) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
+@pytest.fixture(autouse=True)
+def _few_programs() -> Iterator[None]:
+    """Large tiles: the interpreter takes as long for each program as for a hundred numbers."""
+    with vary("token", Options(64, 64)), vary("tokens", Options(64, 64)):
+        yield
+
+
+def decoder(model: Model, state: ModelState, tokens: int) -> GraphDecoder:
+    with triton_everywhere():
+        return GraphDecoder(model, state, tokens)
+
+
 def stepwise(graph: GraphDecoder, ids: Tensor) -> Tensor:
     with triton_everywhere():
         return torch.cat([graph.step(token) for token in ids.split(1, dim=1)], dim=1)
@@ -62,16 +78,16 @@ def stepwise(graph: GraphDecoder, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "lengths"),
-    [("plain", (30,)), ("key_conv", (33, 33)), ("key_conv", (14, 47)), ("plain", ())],
+    [("plain", (30,)), ("key_conv", (63, 63)), ("key_conv", (14, 47)), ("plain", ())],
     ids=str,
 )
 def test_steps_equal_ordinary_decoding(name: str, lengths: tuple[int, ...]) -> None:
-    """Past three ends of a chunk, from states with and without tokens, rows of unequal length."""
+    """Past an end of a chunk, from states with and without tokens, rows of unequal length."""
     model = model_of(name)
     state = prompt(model, *lengths) if lengths else model.fresh_state(2)
-    tokens = 2 * CHUNK + 3
+    tokens = 4 if lengths else CHUNK + 2
     ids = random_ids(tokens, batch=len(lengths) or 2, seed=1).to(DEVICE)
-    graph = GraphDecoder(model, state, tokens)
+    graph = decoder(model, state, tokens)
     got = stepwise(graph, ids)
     assert error(got, ordinary(model, ids, state)) < ALLOWED
     with pytest.raises(InputError, match=f"room for {tokens} tokens is used up"):
@@ -83,23 +99,23 @@ def test_states_before_and_after_stay_valid() -> None:
     model = model_of("plain")
     for lengths in ((20, 20), (9, 25)):
         state = prompt(model, *lengths)
-        first, left, right = (random_ids(8, seed=n).to(DEVICE) for n in (1, 2, 3))
+        first, left, right = (random_ids(3, seed=n).to(DEVICE) for n in (1, 2, 3))
         expected = ordinary(model, torch.cat([first, left], 1), state)
-        graph = GraphDecoder(model, state, 16)
+        graph = decoder(model, state, 6)
         stepwise(graph, first)
         fork = graph.state
-        assert fork.length == state.length + 8
+        assert fork.length == state.length + 3
         fork_right = ordinary(model, right, fork)
-        assert error(stepwise(graph, left), expected[:, 8:]) < ALLOWED
-        assert error(ordinary(model, left, fork), expected[:, 8:]) < ALLOWED
+        assert error(stepwise(graph, left), expected[:, 3:]) < ALLOWED
+        assert error(ordinary(model, left, fork), expected[:, 3:]) < ALLOWED
         again = ordinary(model, torch.cat([first, right], 1), state)
-        assert error(fork_right, again[:, 8:]) < ALLOWED
+        assert error(fork_right, again[:, 3:]) < ALLOWED
 
 
 def test_memory_is_static() -> None:
     """Every step writes to the same places."""
     model = model_of("key_conv")
-    graph = GraphDecoder(model, prompt(model, 30), 20)
+    graph = decoder(model, prompt(model, 30), 3)
 
     def places() -> list[int]:
         caches = [b.cached[0].cache for b in graph._state.blocks if hasattr(b, "cached")]
@@ -107,26 +123,30 @@ def test_memory_is_static() -> None:
         return [x.data_ptr() for x in (*tensors, *graphs._tensors(graph._state))]
 
     before = places()
-    stepwise(graph, random_ids(20, batch=1).to(DEVICE))
+    stepwise(graph, random_ids(3, batch=1).to(DEVICE))
     assert places() == before
 
 
 def test_ids_of_another_batch_are_refused() -> None:
     model = model_of("plain")
-    graph = GraphDecoder(model, prompt(model, 5), 3)
+    graph = decoder(model, prompt(model, 5), 3)
     with pytest.raises(InputError, match=r"ids must be \[1, 1\], got \[2, 1\]"):
         graph.step(random_ids(1).to(DEVICE))
 
 
 def test_generation_takes_the_graph_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("plain")
-    options = {"max_tokens": 36, "temperature": 0, "stop_ids": (), "device": DEVICE}
+    options = {"max_tokens": 6, "temperature": 0, "stop_ids": (), "device": DEVICE}
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "can_capture", lambda model: "not here")
         expected = list(generate(model, [1, 2, 3], **options))
     made = []
 
     class Watched(GraphDecoder):
+        def __init__(self, *args: Any) -> None:
+            with triton_everywhere():
+                super().__init__(*args)
+
         def step(self, ids: Tensor) -> Tensor:
             made.append(ids)
             with triton_everywhere():
@@ -135,12 +155,13 @@ def test_generation_takes_the_graph_where_it_can(monkeypatch: pytest.MonkeyPatch
     def choose(model: Model, rows: int, tokens: int) -> decoding.Choice:
         return decoding.Choice("graph" if tokens >= decoding.WORTHWHILE else "eager", "a test")
 
+    monkeypatch.setattr(decoding, "WORTHWHILE", 4)
     monkeypatch.setattr(decoding, "GraphDecoder", Watched)
     monkeypatch.setattr(decoding, "choose", choose)
     assert list(generate(model, [1, 2, 3], **options)) == expected
-    assert len(made) == 35
-    assert len(list(generate(model, [1, 2, 3], **{**options, "max_tokens": 5}))) == 5
-    assert len(made) == 35  # too few to be worth it
+    assert len(made) == 5
+    assert len(list(generate(model, [1, 2, 3], **{**options, "max_tokens": 3}))) == 3
+    assert len(made) == 5  # too few to be worth it
 
 
 def test_what_can_be_captured() -> None:
@@ -158,10 +179,10 @@ def test_replay_equals_single_launches(
     """The same kernels on the same numbers: to the bit. And no memory is taken by a step."""
     model = model_of("plain").to(dtype)
     state, ids = prompt(model, *lengths), random_ids(100, batch=len(lengths), seed=1).to(DEVICE)
-    graph = GraphDecoder(model, state, 100)
+    graph = decoder(model, state, 100)
     assert graph._graph is not None
     monkeypatch.setattr(GraphDecoder, "_capture", lambda self: None)
-    single = GraphDecoder(model, state, 100)
+    single = decoder(model, state, 100)
     assert single._graph is None
     graph.step(ids[:, :1])
     torch.cuda.synchronize()

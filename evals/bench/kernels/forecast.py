@@ -1,4 +1,4 @@
-"""What chunk attention on a GPU should take, stage by stage, before it is measured there.
+"""What chunk attention and a decoded token on a GPU should take, before it is measured there.
 
     python -m rwkvx_evals.bench.kernels.forecast > docs/results/kernels_forecast.md
 
@@ -91,6 +91,57 @@ def stages(tokens: int) -> dict[str, list[Stage]]:
     }
 
 
+# The 0.22B shape (configs/rwkvx_0b2.yaml): width, ranks of the factors, vocabulary, blocks
+# of both kinds, tokens of a chunk, chunks read.
+WIDTH, RANKS, VOCABULARY, BLOCKS, LONG_CHUNK, LONG_TOPK = 768, 288, 65536, (12, 4), 2048, 3
+
+
+def decoded() -> list[Stage]:
+    """Launches of one token of one row (kernels/one_token/README.md), weights read once each."""
+    time_mixes, attentions = BLOCKS
+    matrix, factors = 2.0 * WIDTH * WIDTH, 2.0 * WIDTH * RANKS
+    attended = 2 * 2.0 * LONG_TOPK * LONG_CHUNK * WIDTH
+
+    def stage(name: str, count: int, launches: int, moved: float) -> Stage:
+        seconds = count * (launches * LAUNCH + moved / (STREAMED * COPY))
+        return Stage(name, count * launches, count * moved, seconds)
+
+    return [
+        stage("embedding, norm, lengths", 1, 2, 2.0 * WIDTH),
+        stage("r, k, v and first factors", time_mixes, 1, 3 * matrix + factors),
+        stage("heads", time_mixes, 1, factors + 2 * 4.0 * WIDTH * SIZE),
+        stage("queries, keys and values", attentions, 1, 3 * matrix),
+        stage("placing and selection", attentions, 1, 0.0),
+        stage("attention", attentions, 2, attended),
+        stage("output projections", sum(BLOCKS), 1, matrix),
+        stage("channel mixes", sum(BLOCKS), 2, 8 * matrix),
+        stage("norm, head", 1, 1, 2.0 * WIDTH * VOCABULARY),
+    ]
+
+
+def render_decoded() -> list[str]:
+    """A table of it."""
+    found = decoded()
+    floor = sum(x.bytes for x in found) / COPY
+    lines = [
+        "",
+        "## One decoded token of the 0.22B shape",
+        "",
+        "Batch 1, bfloat16, chunks of 2,048, top 3. Launches follow one another in a graph; each",
+        "is taken to cost what that card's least launch did, and its bytes at the rate of streams.",
+        "Before: 1.57 ms on an H100 (some 400 launches), 16.6 times the floor on an H200.",
+        "",
+        "| what | launches | MB | forecast, µs |",
+        "|---|---|---|---|",
+    ]
+    launches, seconds = sum(x.launches for x in found), sum(x.seconds for x in found)
+    total = Stage("a token", launches, sum(x.bytes for x in found), seconds)
+    for x in [*found, total]:
+        lines.append(f"| {x.name} | {x.launches} | {x.bytes / 1e6:.3g} | {1e6 * x.seconds:.3g} |")
+    over = total.seconds / floor
+    return [*lines, "", f"{over:.1f} times reading all bytes once ({1e6 * floor:.0f} µs)."]
+
+
 def _own(tokens: int) -> int:
     """Pairs of query and key in own chunks, of one head."""
     whole, rest = divmod(tokens, CHUNK)
@@ -100,10 +151,10 @@ def _own(tokens: int) -> int:
 def render() -> str:
     """The table, in Markdown."""
     lines = [
-        "# Chunk attention on an H100: forecast",
+        "# Kernels on an H100: forecast",
         "",
         "Made by `python -m rwkvx_evals.bench.kernels.forecast`; nothing in the column *forecast*",
-        "was measured. Batch 1, 16 heads of 64, chunks of 128, top 8, bfloat16, flat selection.",
+        "was measured. Chunk attention: batch 1, 16 heads of 64, chunks of 128, top 8, bfloat16.",
         "Bytes over the floor: of inputs and outputs, read and written once. Where memory asks for",
         "parts, launches repeat. *Before*: an H100 with the kernels of commit 262a1fa. *Measured*:",
         "an H200 with these kernels (selection: the difference of two rows).",
@@ -130,7 +181,7 @@ def render() -> str:
                 f"| {tokens:,} | {name} | {sum(x.launches for x in parts)} | {moved / 1e9:.3g} | "
                 f"{over} | {before} | {1e3 * sum(x.seconds for x in parts):.3g} | {measured} |"
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *render_decoded()]) + "\n"
 
 
 if __name__ == "__main__":

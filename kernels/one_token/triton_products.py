@@ -1,0 +1,372 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Products with all matrices that read one vector, in one launch, and what comes before and after.
+
+A block reads a vector three times: the normalised token (all matrices and first low-rank factors of
+a mixer, each with a mix of its own), what the mixer made (the output projection), and so for the
+channel mix. Every program normalises for itself: that costs a few KB from the cache, and a launch
+costs more. Weights are asked for first, so that they are on their way meanwhile.
+
+Axes: B rows of the batch, C width, O outputs, I inputs, R rank. Names: i_ index, p_ pointer, b_
+tile in registers, o_ offset, m_ mask. What is not there (mixes, scales, factors) is None.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rwkvx_kernels.one_token.options import MOST_ROWS, TABLE
+from rwkvx_kernels.tools.triton_options import options_for
+from rwkvx_kernels.tools.triton_products import precisions, product
+from rwkvx_kernels.tools.triton_tiles import load, store
+
+
+@triton.jit
+def pick(i, p_0, p_1, p_2, p_3):
+    """The i-th of some pointers; those that never count may be None."""
+    p_x = p_0
+    if p_1 is not None:
+        if i == 1:
+            p_x = p_1
+        if p_2 is not None:
+            if i == 2:
+                p_x = p_2
+            if p_3 is not None:  # noqa: SIM102 (the outer one is decided when compiled)
+                if i == 3:
+                    p_x = p_3
+    return p_x
+
+
+@triton.jit
+def statistics(p_x, o_b, m_b, eps, C: tl.constexpr, K: tl.constexpr):
+    """Mean and one over the deviation of rows, [B, 1]."""
+    o_k = tl.arange(0, K)[None, :]
+    b_mean, b_square = tl.zeros_like(o_b).to(tl.float32), tl.zeros_like(o_b).to(tl.float32)
+    for i in range(0, C, K):
+        b_x = load(p_x, o_b * C + i + o_k, m_b & (i + o_k < C))
+        b_mean += tl.sum(b_x, axis=1, keep_dims=True)
+    b_mean = b_mean / C
+    for i in range(0, C, K):
+        m_x = m_b & (i + o_k < C)
+        b_x = tl.where(m_x, load(p_x, o_b * C + i + o_k, m_x) - b_mean, 0.0)
+        b_square += tl.sum(b_x * b_x, axis=1, keep_dims=True)
+    return b_mean, 1.0 / tl.sqrt(b_square / C + eps)
+
+
+@triton.jit
+def read(
+    p_x, p_before, p_weight, p_bias, p_mix, b_mean, b_inverse, o_b, o_i, m_x, INPUTS: tl.constexpr
+):
+    """Inputs: as they are, or normalised and mixed with those of the token before."""
+    b_x = load(p_x, o_b * INPUTS + o_i, m_x)
+    if p_weight is not None:
+        b_x = (b_x - b_mean) * b_inverse * load(p_weight, o_i, o_i < INPUTS) + load(
+            p_bias, o_i, o_i < INPUTS
+        )
+        if p_mix is not None:
+            b_x += (load(p_before, o_b * INPUTS + o_i, m_x) - b_x) * load(p_mix, o_i, o_i < INPUTS)
+        b_x = tl.where(m_x, b_x, 0.0)
+    return b_x
+
+
+@triton.jit
+def exact(b_w):
+    """int8 as bfloat16, which holds it; float16 as float32, which the products know."""
+    if b_w.dtype == tl.int8:
+        return b_w.to(tl.float32).to(tl.bfloat16)
+    elif b_w.dtype == tl.float16:
+        return b_w.to(tl.float32)
+    else:
+        return b_w
+
+
+@triton.jit
+def matrix_rows(
+    p_w, p_scale, o_o, outputs, p_x, p_before, p_weight, p_bias, p_mix, eps, o_b, m_b,
+    INPUTS: tl.constexpr, K: tl.constexpr, NORM_K: tl.constexpr, UNROLLED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some outputs of a matrix [O, I]: [B, outputs] float32."""
+    o_k, m_o = tl.arange(0, K)[None, :], (o_o < outputs)[:, None]
+    p_row = p_w + o_o.to(tl.int64)[:, None] * INPUTS
+    b_first = tl.load(p_row + o_k, mask=m_o & (o_k < INPUTS), other=0)
+    b_mean, b_inverse = 0.0, 1.0
+    if p_weight is not None:
+        b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, INPUTS, NORM_K)
+    how = (p_x, p_before, p_weight, p_bias, p_mix, b_mean, b_inverse, o_b)
+    if o_b.shape[0] == 1:
+        b_sum = b_first.to(tl.float32) * read(*how, o_k, m_b & (o_k < INPUTS), INPUTS)
+        # So many at once are on their way.
+        for i_first in range(K, INPUTS, UNROLLED * K):
+            for j in tl.static_range(UNROLLED):
+                o_i = i_first + j * K + o_k
+                b_w = load(p_row, o_i, m_o & (o_i < INPUTS))
+                b_sum += b_w * read(*how, o_i, m_b & (o_i < INPUTS), INPUTS)
+        b_y = tl.sum(b_sum, axis=1)[None, :]
+    else:
+        b_x = read(*how, o_k, m_b & (o_k < INPUTS), INPUTS)
+        b_y = product(b_x, tl.trans(exact(b_first)), PRECISION)
+        for i in range(K, INPUTS, K):
+            b_w = tl.load(p_row + i + o_k, mask=m_o & (i + o_k < INPUTS), other=0)
+            b_x = read(*how, i + o_k, m_b & (i + o_k < INPUTS), INPUTS)
+            b_y += product(b_x, tl.trans(exact(b_w)), PRECISION)
+    if p_scale is not None:
+        b_y *= load(p_scale, o_o, o_o < outputs)[None, :]
+    return b_y
+
+
+@triton.jit
+def factor_columns(
+    p_w, o_r, rank, p_x, p_before, p_weight, p_bias, p_mix, eps, o_b, m_b,
+    C: tl.constexpr, K: tl.constexpr, NORM_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some columns of a factor [C, R]: [B, columns] float32."""
+    b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, C, NORM_K)
+    how = (p_x, p_before, p_weight, p_bias, p_mix, b_mean, b_inverse)
+    o_k, m_r = tl.arange(0, K), (o_r < rank)[None, :]
+    b_sum = tl.zeros((K, o_r.shape[0]), tl.float32)
+    b_y = tl.zeros((o_b.shape[0], o_r.shape[0]), tl.float32)
+    if o_b.shape[0] == 1:
+        for i in range(0, C, K):
+            o_i = (i + o_k)[:, None]
+            b_w = load(p_w, o_i * rank + o_r[None, :], (o_i < C) & m_r)
+            b_sum += b_w * read(*how, o_b, o_i, m_b & (o_i < C), C)
+        b_y = tl.sum(b_sum, axis=0)[None, :]
+    else:
+        for i in range(0, C, K):
+            o_i, o_x = (i + o_k)[:, None], (i + o_k)[None, :]
+            p_tile = p_w + o_i * rank + o_r[None, :]
+            b_w = tl.load(p_tile, mask=(o_i < C) & m_r, other=0.0)
+            b_x = read(*how, o_b, o_x, m_b & (o_x < C), C)
+            b_y += product(b_x, exact(b_w), PRECISION)
+    return b_y
+
+
+@triton.jit
+def tanh(b_x):
+    """(1 - t) / (1 + t) with t = exp(-2 |x|), which near 0 would lose digits."""
+    b_t = tl.exp(-2.0 * tl.abs(b_x))
+    b_far = (1.0 - b_t) / (1.0 + b_t)
+    b_2 = b_x * b_x
+    b_near = b_x * (1.0 + b_2 * (-1 / 3 + b_2 * (2 / 15 - b_2 * (17 / 315))))
+    return tl.where(tl.abs(b_x) < 0.1, b_near, tl.where(b_x < 0, -b_far, b_far))
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _read_kernel(
+    p_x, p_before, p_weight, p_bias, p_now,
+    p_m0, p_m1, p_m2, p_w0, p_w1, p_w2, p_s0, p_s1, p_s2, p_y,
+    p_mf0, p_mf1, p_mf2, p_mf3, p_f0, p_f1, p_f2, p_f3, p_low,
+    batch, eps,
+    C: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr,
+    R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, R3: tl.constexpr,
+    SQUARED: tl.constexpr, BLOCK_B: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
+    COLUMNS: tl.constexpr, FACTOR_K: tl.constexpr, NORM_K: tl.constexpr, UNROLLED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Programs are tiles of the factors, which have most to read, then of the matrices; the last
+    one keeps the normalised token."""
+    o_b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    m_b = o_b < batch
+    how = (p_x, p_before, p_weight, p_bias)
+    i_tile = tl.program_id(0)
+    F1: tl.constexpr = (R0 + COLUMNS - 1) // COLUMNS
+    F2: tl.constexpr = F1 + (R1 + COLUMNS - 1) // COLUMNS
+    F3: tl.constexpr = F2 + (R2 + COLUMNS - 1) // COLUMNS
+    FACTORS: tl.constexpr = F3 + (R3 + COLUMNS - 1) // COLUMNS
+    M1: tl.constexpr = FACTORS + (O0 + ROWS - 1) // ROWS
+    M2: tl.constexpr = M1 + (O1 + ROWS - 1) // ROWS
+    TILES: tl.constexpr = M2 + (O2 + ROWS - 1) // ROWS
+    if i_tile >= TILES:
+        b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, C, NORM_K)
+        o_k = tl.arange(0, NORM_K)[None, :]
+        for i in range(0, C, NORM_K):
+            m_x = m_b & (i + o_k < C)
+            b_x = read(*how, None, b_mean, b_inverse, o_b, i + o_k, m_x, C)
+            store(p_now, o_b * C + i + o_k, b_x, m_x)
+    elif i_tile >= FACTORS:
+        i_w = (i_tile >= M1).to(tl.int32) + (i_tile >= M2).to(tl.int32)
+        first = tl.where(i_w == 0, FACTORS, tl.where(i_w == 1, M1, M2))
+        outputs = tl.where(i_w == 0, O0, tl.where(i_w == 1, O1, O2))
+        before = tl.where(i_w == 0, 0, tl.where(i_w == 1, O0, O0 + O1))
+        # Triton 3.6 returns no None from a function.
+        p_scale, p_mix = p_s0, p_m0
+        if p_s0 is not None:
+            p_scale = pick(i_w, p_s0, p_s1, p_s2, None)
+        if p_m0 is not None:
+            p_mix = pick(i_w, p_m0, p_m1, p_m2, None)
+        o_o = (i_tile - first) * ROWS + tl.arange(0, ROWS)
+        b_y = matrix_rows(
+            pick(i_w, p_w0, p_w1, p_w2, None), p_scale, o_o, outputs, *how, p_mix, eps, o_b, m_b,
+            C, K, NORM_K, UNROLLED, PRECISION,
+        )  # fmt: skip
+        if SQUARED:
+            b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            b_y = b_y * b_y
+        o_y = (batch * before).to(tl.int64) + o_b.to(tl.int64) * outputs + o_o[None, :]
+        store(p_y, o_y, b_y, m_b & (o_o < outputs)[None, :])
+    elif FACTORS > 0:
+        i_f = (i_tile >= F1).to(tl.int32) + (i_tile >= F2).to(tl.int32)
+        i_f += (i_tile >= F3).to(tl.int32)
+        first = tl.where(i_f < 2, tl.where(i_f == 0, 0, F1), tl.where(i_f == 2, F2, F3))
+        rank = tl.where(i_f < 2, tl.where(i_f == 0, R0, R1), tl.where(i_f == 2, R2, R3))
+        before = tl.where(i_f < 2, 0, R0 + R1) + tl.where(i_f == 1, R0, 0)
+        before += tl.where(i_f == 3, R2, 0)
+        o_r = (i_tile - first) * COLUMNS + tl.arange(0, COLUMNS)
+        b_low = factor_columns(
+            pick(i_f, p_f0, p_f1, p_f2, p_f3), o_r, rank, *how,
+            pick(i_f, p_mf0, p_mf1, p_mf2, p_mf3), eps, o_b, m_b, C, FACTOR_K, NORM_K, PRECISION,
+        )  # fmt: skip
+        b_low = tl.where(i_f == 0, tanh(b_low), tl.where(i_f == 3, tl.sigmoid(b_low), b_low))
+        o_low = o_b * (R0 + R1 + R2 + R3) + before + o_r[None, :]
+        store(p_low, o_low, b_low, m_b & (o_r < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _add_kernel(
+    p_y, p_w, p_scale, p_x, p_now, p_shift, batch,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BLOCK_B: tl.constexpr, ROWS: tl.constexpr,
+    K: tl.constexpr, UNROLLED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x += W y; and what the next token mixes with takes the place of what this one did."""
+    o_b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    o_o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b_y = matrix_rows(
+        p_w, p_scale, o_o, OUTPUTS, p_y, None, None, None, None, 0.0, o_b, o_b < batch, INPUTS, K,
+        K, UNROLLED, PRECISION,
+    )  # fmt: skip
+    o_x, m_x = o_b * OUTPUTS + o_o[None, :], (o_b < batch) & (o_o < OUTPUTS)[None, :]
+    tl.store(p_x + o_x, tl.load(p_x + o_x, mask=m_x, other=0.0) + b_y, mask=m_x)
+    if p_shift is not None:
+        store(p_shift, o_x, load(p_now, o_x, m_x), m_x)
+
+
+@triton.jit
+def _embed_kernel(p_ids, p_table, p_weight, p_bias, p_x, eps, C: tl.constexpr, BLOCK: tl.constexpr):
+    """A row of the embedding, normalised."""
+    i_b = tl.program_id(0)
+    o_b, o_c = tl.zeros((1, 1), tl.int32), tl.arange(0, BLOCK)[None, :]
+    p_row = p_table + tl.load(p_ids + i_b).to(tl.int64) * C
+    b_mean, b_inverse = statistics(p_row, o_b, o_b == 0, eps, C, BLOCK)
+    for i in range(0, C, BLOCK):
+        m_x = i + o_c < C
+        b_x = read(p_row, None, p_weight, p_bias, None, b_mean, b_inverse, o_b, i + o_c, m_x, C)
+        store(p_x + i_b * C, i + o_c, b_x, m_x)
+
+
+class Matrix(NamedTuple):
+    """[O, I]; int8 with a scale for each row; the mix of its input, where it has one."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+    mix: Tensor | None = None
+
+
+class Norm(NamedTuple):
+    """A layer norm."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+def sizes(rows: int, inputs: int, like: Tensor) -> tuple[dict[str, object], int, int]:
+    """Constants and options of a launch for so many rows of the batch; outputs of a program, and
+    tiles of rows."""
+    stage = "token" if rows == 1 else "tokens"
+    options = options_for(TABLE, stage, like.dtype, 1, like.device)
+    block = 1 if rows == 1 else min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
+    dtype = like.dtype if like.dtype.is_floating_point else torch.bfloat16
+    columns = min(options.columns, max(16, triton.next_power_of_2(inputs)))
+    constants = {
+        "BLOCK_B": block,
+        "ROWS": options.rows,
+        "K": columns,
+        "UNROLLED": max(1, min(4, (inputs - 1) // columns)),
+        "PRECISION": precisions(dtype, like.device)[0],
+        **options.launch,
+    }
+    return constants, options.rows, triton.cdiv(rows, block)
+
+
+def read_token(
+    x: Tensor,
+    before: Tensor | None,
+    norm: Norm,
+    matrices: list[Matrix],
+    factors: list[tuple[Tensor | None, Tensor | None]],
+    squared: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    """Launch: what up to three matrices make of norm(x), mixed with what was before it.
+
+    Args:
+        x: [B, C] float32. before: [B, C], for those with a mix.
+        factors: none, or [C, R] of w, a, v, g and their mixes; None for what is not there.
+        squared: the squared ReLU of the outputs.
+
+    Returns:
+        [B, O] of each matrix; [B, R of all], after tanh (w) and sigmoid (g); norm(x) [B, C].
+    """
+    batch, width = x.shape
+    outputs = [len(m.weight) for m in matrices]
+    constants, rows, tiles_b = sizes(batch, width, matrices[0].weight)
+    options = options_for(TABLE, "factors", x.dtype, 1, x.device)
+    ranks = [0 if f is None else f.shape[1] for f, _ in factors] or [0] * 4
+    flat = x.new_empty(batch * sum(outputs), dtype=dtype)
+    low = x.new_empty(batch, sum(ranks)) if factors else None
+    now = torch.empty_like(x)
+    # One that is missing has no programs; a pointer must stand there.
+    downs = [factors[0][0] if f is None else f for f, _ in factors] or [None] * 4
+    mixes = [m for _, m in factors] or [None] * 4
+    tiles = sum(triton.cdiv(n, options.rows) for n in ranks)
+    tiles += sum(triton.cdiv(n, rows) for n in outputs)
+    three = [*matrices, *[Matrix(None, None, None)] * (3 - len(matrices))]  # type: ignore[arg-type]
+    _read_kernel[(tiles + 1, tiles_b)](
+        x, before, norm.weight, norm.bias, now, *(m.mix for m in three),
+        *(m.weight for m in three), *(m.scale for m in three), flat, *mixes, *downs, low,
+        batch, norm.eps,
+        C=width, **{f"O{i}": n for i, n in enumerate([*outputs, 0, 0][:3])},
+        **{f"R{i}": n for i, n in enumerate(ranks)}, SQUARED=squared, COLUMNS=options.rows,
+        NORM_K=4096 // constants["BLOCK_B"],
+        FACTOR_K=min(options.columns, max(16, triton.next_power_of_2(width)))
+        if batch == 1 else constants["K"],
+        **constants,
+    )  # fmt: skip
+    parts = flat.split([batch * n for n in outputs])
+    return [p.view(batch, -1) for p in parts], low, now
+
+
+def add_product(
+    x: Tensor,
+    y: Tensor,
+    matrix: Matrix,
+    now: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> None:
+    """Launch: x [B, O] += W y [B, I], float32, in place; shift [B, O] becomes `now`."""
+    batch, inputs = y.shape
+    constants, rows, tiles_b = sizes(batch, inputs, matrix.weight)
+    _add_kernel[(triton.cdiv(x.shape[1], rows), tiles_b)](
+        y,
+        matrix.weight,
+        matrix.scale,
+        x,
+        now,
+        shift,
+        batch,
+        OUTPUTS=x.shape[1],
+        INPUTS=inputs,
+        **constants,
+    )
+
+
+def embed_rows(ids: Tensor, table: Tensor, norm: Norm) -> Tensor:
+    """Launch: ids [B] -> norm(table[ids]) [B, C] float32."""
+    width = table.shape[1]
+    x = torch.empty((len(ids), width), dtype=torch.float32, device=ids.device)
+    block = min(4096, triton.next_power_of_2(width))
+    _embed_kernel[(len(ids),)](ids, table, *norm[:2], x, norm.eps, C=width, BLOCK=block)
+    return x
