@@ -10,7 +10,7 @@ Axes: B rows of the batch, C width, O outputs, I inputs, R rank. Names: i_ index
 tile in registers, o_ offset, m_ mask. What is not there (mixes, scales, factors) is None.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -272,7 +272,7 @@ class Norm(NamedTuple):
     eps: float
 
 
-def sizes(rows: int, inputs: int, like: Tensor) -> tuple[dict[str, object], int, int]:
+def sizes(rows: int, inputs: int, like: Tensor) -> tuple[dict[str, Any], int, int]:
     """Constants and options of a launch for so many rows of the batch; outputs of a program, and
     tiles of rows."""
     stage = "token" if rows == 1 else "tokens"

@@ -60,7 +60,7 @@ def test_pieces_of_packed_documents_are_refused(write_config: Writer, tmp_path: 
     lines = [f'{{"text": "number {i} of many"}}' for i in range(50)]
     (tmp_path / "many.jsonl").write_text("\n".join(lines))
     data = "{kind: text, paths: [" + str(tmp_path / "many.jsonl") + "]"
-    with pytest.raises(InputError, match="set data.separate to false"):
+    with pytest.raises(InputError, match="documents begin inside"):
         Trainer(read_config(write_config(), {"stages": STAGES, "data": data + "}"}))
     data += ", separate: false}"
     Trainer(read_config(write_config(), {"stages": STAGES, "data": data})).train_step()
