@@ -88,8 +88,8 @@ def step_batch(source: Source, config: TrainConfig, step: int) -> Batch:
     batch = Batch.of(source.rows(wanted))
     if stage.recurrent_length and batch.offsets is not None:
         raise InputError(
-            f"stages[{number}]: recurrent_length reads rows whole, but documents begin inside them: "
-            "set data.separate to false (text, tokens, hub), or recurrent_length to 0"
+            f"stages[{number}]: recurrent_length reads rows whole, but documents begin inside "
+            "them: set data.separate to false (text, tokens, hub), or recurrent_length to 0"
         )
     return batch
 
