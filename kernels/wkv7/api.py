@@ -123,6 +123,10 @@ def _plain(impl: str, inputs: list[Tensor], offsets: list[int] | None) -> tuple[
     lengths = whole if offsets is None else [b - a for a, b in pairwise(offsets)]
     if impl == "torch":
         return wkv7_torch(*inputs, lengths=lengths)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        from rwkvx_kernels.wkv7.numba_gradients import wkv7_with_gradients  # takes a second
+
+        return wkv7_with_gradients(*inputs, lengths=lengths)
     from rwkvx_kernels.wkv7.numba_recurrence import wkv7_compiled  # takes half a second
 
     return wkv7_compiled(*inputs, lengths=lengths)

@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from torch import Tensor
 
 from rwkvx_kernels.dispatch import without_autocast
 from rwkvx_kernels.tools.numba_loops import in_threads, loop
@@ -40,7 +41,13 @@ LANES = 16
 KEYS = 2 * LANES
 
 
-class Recurrence(torch.autograd.Function):
+def wkv7_with_gradients(*inputs: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """As `numba_recurrence.wkv7_compiled`, differentiable; K a multiple of `KEYS`."""
+    y, state = _Recurrence.apply(lengths, *inputs)
+    return y, state
+
+
+class _Recurrence(torch.autograd.Function):
     """`run`, keeping the rows, every `PIECE`th state and u."""
 
     @staticmethod

@@ -42,14 +42,9 @@ def wkv7_compiled(
 ) -> tuple[Tensor, Tensor]:
     """Sequences of `lengths` tokens laid one after the other in [B, T], on the CPU.
 
-    Arguments and results as in `torch_form.wkv7_torch`; differentiable where K is a multiple of
-    `numba_gradients.KEYS`.
+    Arguments and results as in `torch_form.wkv7_torch`; no gradients (see `numba_gradients.py`).
     """
     inputs = (r, log_decay, k, v, alpha, beta, state_BHVK)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        from rwkvx_kernels.wkv7.numba_gradients import Recurrence  # takes a second
-
-        return Recurrence.apply(lengths, *inputs)
     y, state, _, _ = run(inputs, Pieces(lengths, 0))
     return y, state
 

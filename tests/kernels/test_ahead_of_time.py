@@ -1,6 +1,7 @@
-"""Every kernel compiles for every GPU that is supported, within what it offers.
+"""Every kernel compiles for a GPU of each maker, within what it offers.
 
-Here the short list of cases; `scripts/compile_kernels.sh` has all, and any version of Triton.
+Here the short list of cases; `scripts/compile_kernels.sh` has all, for all that are supported, and
+any version of Triton.
 """
 
 import json
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("triton", reason="needs triton (the extra gpu)")
 
 SCRIPT = Path(__file__).parent / "ahead_of_time.py"
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_90", "gfx942")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -32,9 +33,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         *("linear", "one_token"),
     ],
 )
-def test_every_target(family: str, tmp_path: Path) -> None:
+def test_every_kernel(family: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    process = run(family, "--quick", "--json", str(report))
+    process = run(family, "--quick", "--targets", ",".join(TARGETS), "--json", str(report))
     assert process.returncode == 0, process.stdout + process.stderr
     results = json.loads(report.read_text())["results"]
     assert {x["target"] for x in results} == set(TARGETS)
