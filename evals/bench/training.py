@@ -38,6 +38,7 @@ from rwkvx_evals.bench.timing import Run, by_turns, ratio, spread
 from rwkvx_evals.files import peak_memory_bytes, write_json, write_text
 
 Results = dict[str, Any]
+STEPS = 7  # of a process among several, two of which warm up
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def run(settings: Settings, out: Path, quiet: bool = False) -> Results:
         "settings": asdict(settings),
     }
     write_json(out / "results.json", results)
-    total = 2 * (settings.repeats + 1) + len(settings.lengths) + 2 * (settings.processes > 1)
+    total = 2 * (settings.repeats + 1) + len(settings.lengths)
+    total += 2 * turns(settings) * (settings.processes > 1)
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
@@ -195,18 +197,27 @@ def measure_step(settings: Settings, bar: Any) -> Results:
 
 
 def measure_processes(settings: Settings, bar: Any) -> Results:
-    """Tokens a second of processes that train together, one core each, over those of one."""
-    steps = settings.repeats + 2
-    alone = _alone(settings, 4, settings.length // 4, 1, steps)
-    bar.update()
-    together = _together(settings, 4, settings.length // 4, steps)
-    bar.update()
-    speed = [x.tokens / median(x.seconds[2:]) for x in (alone, *together)]
-    return {
-        "alone": speed[0],
-        "together": speed[1:],
-        "share": sum(speed[1:]) / (settings.processes * speed[0]),
-    }
+    """Tokens a second of processes that train together, one core each, over those of one; one and
+    all take turns."""
+    rows = (4, settings.length // 4)
+    alone, together = [], []
+    for _ in range(turns(settings)):
+        alone.append(_speed(_alone(settings, *rows, 1, STEPS)))
+        bar.update()
+        together.append(sum(_speed(x) for x in _together(settings, *rows, STEPS)))
+        bar.update()
+    sums = [settings.processes * x for x in alone]
+    return {"alone": spread(alone), "together": spread(together), "share": ratio(together, sums)}
+
+
+def turns(settings: Settings) -> int:
+    """How often one process and several are measured."""
+    return min(settings.repeats, 3)
+
+
+def _speed(child: Child) -> float:
+    """Tokens a second, without the two steps that warm up."""
+    return child.tokens / median(child.seconds[2:])
 
 
 def _alone(settings: Settings, batch: int, length: int, threads: int, steps: int) -> Child:
@@ -284,12 +295,13 @@ def render(results: Results) -> str:
         ]
     if "processes" in results:
         found = results["processes"]
-        speeds = " + ".join(f"{x:,.0f}" for x in found["together"])
+        share = found["share"]
         lines += [
             "",
-            f"{len(found['together'])} processes that share gradients (DDP, gloo), one core each: "
-            f"{speeds} tokens/s; one alone on one core: {found['alone']:,.0f}. "
-            f"**{found['share']:.2f}** of the sum.",
+            f"{settings['processes']} processes that share gradients (DDP, gloo), one core each: "
+            f"{found['together']['median']:,.0f} tokens/s in all; one alone on one core: "
+            f"{found['alone']['median']:,.0f}. **{share['median']:.2f}** of the sum "
+            f"({share['min']:.2f} to {share['max']:.2f} in turns).",
         ]
     return "\n".join(lines) + "\n"
 

@@ -80,7 +80,9 @@ def distributed(objective: Objective, world: World, how: str, some: bool) -> nn.
     if world.size == 1:
         return objective
     if how == "ddp":
-        return DistributedDataParallel(objective, find_unused_parameters=some)
+        return DistributedDataParallel(
+            objective, find_unused_parameters=some, gradient_as_bucket_view=True
+        )
     shard(objective)
     return objective
 

@@ -66,10 +66,12 @@ def test_the_command_measures_all_three(shape: str, tmp_path: Path) -> None:
     assert results["complete"]
     assert [(x["tokens"], x["rows"]) for x in results["memory"]] == [(16, 4), (64, 1)]
     assert all(x["peak"] > 1e6 for x in results["memory"])
-    found = results["processes"]
-    assert found["share"] == pytest.approx(sum(found["together"]) / (2 * found["alone"]))
+    share, alone, together = (
+        results["processes"][x]["median"] for x in ("share", "alone", "together")
+    )
+    assert share == pytest.approx(together / (2 * alone))
     report = (out / "report.md").read_text()
-    assert f"**{found['share']:.2f}** of the sum" in report
+    assert f"**{share:.2f}** of the sum" in report
     assert f"{results['step']['ratio']['median']:.2f} times" in report
 
 
