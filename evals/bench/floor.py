@@ -30,7 +30,7 @@ class Products:
         self._model = model
         self._head = model.head
         self._linear = [module for module in model.blocks.modules() if isinstance(module, Linear)]
-        self._low_rank = [x for n, x in model.named_parameters() if _LOW_RANK.fullmatch(n)]
+        self._low_rank = low_rank_of(model)
         longest = model.segment_lengths(1, 1 << 20)[0] + SEGMENT_MULTIPLE
         widths = {x.in_features for x in (*self._linear, self._head)}
         widths |= {x.shape[0] for x in self._low_rank}
@@ -60,6 +60,11 @@ class Products:
     def low_rank_flops(self, tokens: int) -> int:
         """FLOPs of `run_low_rank`."""
         return 2 * sum(x.numel() for x in self._low_rank) * tokens
+
+
+def low_rank_of(model: rwkvx.Model) -> list[Tensor]:
+    """The factors of the low-rank products of its RWKV-7 blocks."""
+    return [x for n, x in model.named_parameters() if _LOW_RANK.fullmatch(n)]
 
 
 def segments(model: rwkvx.Model, tokens: int) -> list[int]:

@@ -21,9 +21,8 @@ import torch
 from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.checkpoint.formats import FORMATS
 from rwkvx.errors import InputError
-from rwkvx.shipped import find_config, shipped_configs
 from rwkvx_evals.bench.machine import describe
-from rwkvx_evals.bench.subjects import random_model, read_shape
+from rwkvx_evals.bench.subjects import find_shape, random_model
 from rwkvx_evals.files import write_json, write_text
 
 Results = dict[str, Any]
@@ -37,15 +36,13 @@ def run(shape: str, formats: tuple[str, ...], out: Path) -> Results:
 
     Raises InputError for an unknown shape or format, or where memory cannot be measured.
     """
-    path = find_config(shape)
-    if path is None:
-        raise InputError(f"no shape {shape!r}: a .yaml file, or {', '.join(shipped_configs())}")
+    config = find_shape(shape)
     for name in formats:
         if name not in FORMATS:
             raise InputError(f"no format {name!r}: choose from {', '.join(FORMATS)}")
     if not STATUS.exists():
         raise InputError("peak memory is read from /proc, which this system has not")
-    checkpoint = Checkpoint.of(random_model(read_shape(path)))
+    checkpoint = Checkpoint.of(random_model(config))
     parameters = sum(x.numel() for x in checkpoint.tensors.values())
     rows = []
     with tempfile.TemporaryDirectory(prefix="rwkvx-bench-") as folder:
@@ -61,7 +58,7 @@ def run(shape: str, formats: tuple[str, ...], out: Path) -> Results:
     results = {
         "benchmark": "load",
         "machine": describe(),
-        "model": {"name": path.stem, "parameters": parameters},
+        "model": {"name": Path(shape).stem, "parameters": parameters},
         "rows": rows,
     }
     write_json(out / "results.json", results)

@@ -41,6 +41,14 @@ def read_shape(path: Path) -> rwkvx.ModelConfig:
     return rwkvx.ModelConfig.from_dict(section)
 
 
+def find_shape(name: str) -> rwkvx.ModelConfig:
+    """By the name of a configuration or a .yaml file; raises InputError for what is no shape."""
+    path = find_config(name)
+    if path is None:
+        raise InputError(f"no shape {name!r}: a .yaml file, or {', '.join(shipped_configs())}")
+    return read_shape(path)
+
+
 def open_model(name: str, dtype: str, selection: str = "flat") -> tuple[rwkvx.Model, str]:
     """The model and where its weights are from: a shape with random weights, or whatever loads.
 

@@ -25,15 +25,15 @@ import rwkvx
 from rwkvx.errors import InputError
 from rwkvx.init import init_weights
 from rwkvx.progress import progress
-from rwkvx.shipped import find_config, shipped_configs
 from rwkvx.training.batches import Batch
 from rwkvx.training.config import OptimizerConfig
 from rwkvx.training.distributed import distributed, joined
 from rwkvx.training.forward import Objective
 from rwkvx.training.optim import build_optimizer
 from rwkvx.training.world import World
+from rwkvx_evals.bench.floor import low_rank_of
 from rwkvx_evals.bench.machine import describe
-from rwkvx_evals.bench.subjects import read_shape
+from rwkvx_evals.bench.subjects import find_shape
 from rwkvx_evals.bench.timing import Run, by_turns, ratio, spread
 from rwkvx_evals.files import peak_memory_bytes, write_json, write_text
 
@@ -80,7 +80,7 @@ class Step:
         self, settings: Settings, batch: int, length: int, world: World | None = None
     ) -> None:
         torch.manual_seed(0)
-        self.model = init_weights(rwkvx.Model(shape_of(settings.model)), 0).train()
+        self.model = init_weights(rwkvx.Model(find_shape(settings.model)), 0).train()
         self.half = settings.precision == "bf16"
         self.called: nn.Module = Objective(self.model)
         if world is not None:
@@ -104,15 +104,13 @@ class Step:
 class Products:
     """The products of a step with the model's weights, alone: one forward, two backward.
 
-    Those of all matrices but the embedding, on so many tokens, in the step's precision.
+    Those of its Linear modules and low-rank factors, on so many tokens, in the step's precision.
     """
 
     def __init__(self, model: rwkvx.Model, tokens: int, half: bool) -> None:
         dtype = torch.bfloat16 if half else torch.float32
-        named = [(n, x) for n, x in model.named_parameters() if x.dim() == 2]
-        self._weights = [
-            x.detach().to(dtype) for n, x in named if n != "emb.weight" and "r_k" not in n
-        ]
+        linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+        self._weights = [x.detach().to(dtype) for x in (*linear, *low_rank_of(model))]
         widths = {n for x in self._weights for n in x.shape}
         self._inputs = {n: torch.randn(tokens, n).to(dtype) for n in sorted(widths)}
         self.flops = sum(6 * tokens * x.numel() for x in self._weights)
@@ -135,17 +133,9 @@ class Child(NamedTuple):
     peak: int
 
 
-def shape_of(name: str) -> rwkvx.ModelConfig:
-    """Raises InputError for what is no shape."""
-    path = find_config(name)
-    if path is None:
-        raise InputError(f"no shape {name!r}: a .yaml file, or {', '.join(shipped_configs())}")
-    return read_shape(path)
-
-
 def run(settings: Settings, out: Path, quiet: bool = False) -> Results:
     """Measures, and writes results.json (after every part) and report.md into `out`."""
-    shape_of(settings.model)
+    find_shape(settings.model)
     results: Results = {
         "benchmark": "training",
         "complete": False,

@@ -31,11 +31,10 @@ class BlockWeights(NamedTuple):
     up: tuple[Tensor | None, ...] = (None,) * 4  # [rank, C]
     vectors: tuple[Tensor | None, ...] = (None,) * 8  # [C], as `time_mix.TimeMixWeights`
     conv: tuple[Tensor | None] = (None,)  # [W, G D]
-    coarse: bool = False  # whether chunks are selected coarse to fine
 
     def tensors(self) -> list[Tensor | None]:
         """All, one after the other."""
-        return [x for part in self[2:-1] for x in part]
+        return [x for part in self[2:] for x in part]
 
     def fit(self, like: Tensor) -> bool:
         """Whether they are as said above, of dtype and device of `like`, of shapes that fit."""
@@ -89,8 +88,8 @@ class BlockWeights(NamedTuple):
 class Cache(NamedTuple):
     """What an attention block has read of B rows, contiguous and of the weights' dtype.
 
-    The token is written to `position`; it attends to `topk` chunks. Compiled code, of one row by
-    flat selection, leaves the mean of a chunk that the token completes to the caller.
+    The token is written to `position`; it attends by flat selection to `topk` chunks. Compiled
+    code, of one row, leaves the mean of a chunk that the token completes to the caller.
     """
 
     k: Tensor  # [B, G, S, D]
@@ -100,7 +99,6 @@ class Cache(NamedTuple):
     topk: int
     conv: Tensor | None = None  # [B, W - 1, G D], keys before the convolution
     new_conv: Tensor | None = None  # the same, written; on a GPU it may be the same memory
-    forest: tuple[Tensor, ...] = ()  # over the chunks (chunk_select/forest.py), coarse to fine
 
     def check(self, block: BlockWeights, rows: int = 1) -> None:
         """Refuse a cache that is not of that block, and a position known to be beyond its end.

@@ -2,9 +2,9 @@
 
 Stages: "token", products with the vector of one row, which are sums along it, and "tokens", with
 those of several, on tensor cores; "factors" of a low rank; "heads". Rows are outputs of a program,
-columns the inputs that it reads at once. Chosen such that nothing spills on sm_90, with Triton 3.6
-and 3.9 (docs/results/ahead_of_time.md), and that a width of 768 makes some programs for each of its
-multiprocessors.
+columns the inputs that it reads at once. Chosen such that nothing of the 0.22B shape spills on
+sm_90, with Triton 3.6 and 3.9 (docs/results/ahead_of_time.md has what else does), and that a width
+of 768 makes some programs for each of its multiprocessors.
 """
 
 from rwkvx_kernels.tools.triton_options import Options, Row

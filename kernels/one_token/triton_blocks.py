@@ -49,7 +49,7 @@ def _time_mix(x: Tensor, v_first: Tensor, weights: BlockWeights, memory: Memory)
 
 
 def _attention(x: Tensor, weights: BlockWeights, cache: Cache) -> Tensor:
-    """The same: four launches, some more for long lists of chunks and coarse-to-fine selection."""
+    """The same: four launches, some more for long lists of chunks."""
     norm = Norm(*weights.ln1, weights.eps[0])
     (q, k, v), *_ = read_token(x, None, norm, [_matrix(weights, i) for i in range(3)], [])
     q = q.view(len(x), 1, weights.heads, weights.size)
@@ -57,12 +57,11 @@ def _attention(x: Tensor, weights: BlockWeights, cache: Cache) -> Tensor:
     assert isinstance(lengths, Tensor)
     size = cache.k.shape[2] // chunks
     slots = slots_of(cache.topk, chunks, "triton")
-    if not cache.forest and kept_of_split(slots) <= MOST_JOINED:
+    if kept_of_split(slots) <= MOST_JOINED:
         chosen = place(q, k, v, weights, cache, slots)
     else:
         place(q, k, v, weights, cache, 0)
-        rows = (q, cache.means, list(cache.forest), lengths + 1)
-        chosen = select_rows(*rows, size, slots + 1)
+        chosen = select_rows(q, cache.means, [], lengths + 1, size, slots + 1)
     y = decode(q, cache.k, cache.v, chosen, lengths, size, slots + 1, counted=False)
     return y.view(len(x), -1)
 

@@ -64,7 +64,7 @@ class CompiledModel:
             weights_of(block, model.emb.weight) if plain else None
             for block, plain in zip(blocks, self.watch.plain, strict=True)
         ]
-        self.weights = [None if x is None or x.coarse else x for x in found]
+        self.weights = found
         compiled = [weights for weights in self.weights if weights is not None]
         self.compiled = OneToken(compiled) if compiled else None
 

@@ -98,7 +98,7 @@ def _alike(like: Tensor, *tensors: Tensor) -> bool:
 def _weights(block: Block, like: Tensor) -> BlockWeights | None:
     """None for a block that the kernels do not have."""
     weights = weights_of(block, like)
-    if weights is None or weights.coarse:  # whose trees the host lets grow
+    if weights is None:
         return None
     triton = choose(facts_of(like), head_size=weights.size, impl=block.att.impl).impl == "triton"
     return weights if triton else None

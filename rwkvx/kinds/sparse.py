@@ -148,11 +148,11 @@ class SparseAttention(AttentionMixer):
             nn.init.ones_(self.key_conv[-1])
 
     def token_weights(self, common: BlockWeights) -> BlockWeights | None:
-        """All of them."""
+        """All of them, for flat selection."""
+        if self.config.selection != "flat":
+            return None
         heads = self.config.width // self.config.head_size
-        coarse = self.config.selection != "flat"
-        conv = (self._parameters.get("key_conv"),)
-        return common._replace(conv=conv, heads=heads, coarse=coarse)
+        return common._replace(conv=(self._parameters.get("key_conv"),), heads=heads)
 
     def token_state(self, state: SparseState, keep_cache: bool = True) -> TokenState | None:
         """See `Mixer.token_state`."""

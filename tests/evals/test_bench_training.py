@@ -19,6 +19,7 @@ model:
   pattern: [rwkv7, sparse]
   chunk_size: 16
   topk: 2
+  key_conv: 4
 """
 
 

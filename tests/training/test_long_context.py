@@ -71,6 +71,7 @@ def test_weights_compare_a_short_context_with_the_whole(write_config: Writer, mo
 
 def test_the_loss_is_weighted(write_config: Writer) -> None:
     """Its gradient is that of the weighted sum, the weights taken as constants."""
+    torch.manual_seed(0)  # weights of a random batch may be near 1 by chance
     trainer = stirred(write_config)
     batch, long = a_batch(trainer, 32), LongContext(8, 4.0)
     objective, model = Objective(trainer.model), trainer.model
@@ -90,7 +91,7 @@ def test_the_loss_is_weighted(write_config: Writer) -> None:
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     plain = (losses * batch.weights.flatten()).sum().item()
-    assert loss.item() != pytest.approx(plain, rel=1e-5)
+    assert loss.item() != pytest.approx(plain, rel=1e-3)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-8)
