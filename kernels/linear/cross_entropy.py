@@ -22,6 +22,8 @@ from rwkvx_kernels.dispatch import (
 
 # Up to so many logits are made at once (in float32, 256 MB; their gradient takes their place).
 MOST_LOGITS = 2**26
+# A CPU takes the softmax of so many at a time, in its cache.
+CACHED_LOGITS = 2**18
 
 
 @remembered
@@ -46,8 +48,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum over tokens of `weights * cross_entropy(x @ weight.T, targets)`, differentiable once.
 
-    Up to `most_logits` logits all are made; beyond, a tile of tokens at a time, whose gradients
-    are made at once, as the weights of the tokens are known: no product is done twice.
+    As the weights of the tokens are known, gradients are made with the loss, in the place of the
+    logits: no product is done twice, and a tile of `most_logits` is all that is there at once.
 
     Args:
         x: [T, C]. weight: [V, C]. Under `torch.autocast` the product is in its dtype.
@@ -63,21 +65,22 @@ def linear_cross_entropy(
     if x.dim() != 2 or x.shape[0] != len(targets) or x.shape[0] != len(weights):
         shapes = [list(t.shape) for t in (x, targets, weights)]
         raise ValueError(f"x must be [T, C], targets and weights [T], got {shapes}")
-    if x.shape[0] * weight.shape[0] <= most_logits:
-        return _loss(F.linear(x, weight), targets, weights)
     dtype = autocast_dtype(x)
     tile = max(1, most_logits // weight.shape[0])
     x, weight = x.to(dtype), weight.to(dtype)
     return _tiled(x, weight, targets, weights, tile, choose(facts_of(x), impl).impl)
 
 
-def _loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return (F.cross_entropy(logits.to(wide), targets, reduction="none") * weights).sum()
-
-
 def _losses_and_gradients(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """As `triton_entropy.losses_and_gradients`, in float32 between."""
+    rows = len(logits)
+    if logits.device.type == "cpu":
+        rows = max(1, CACHED_LOGITS // logits.shape[1])
+    parts = zip(*(t.split(rows) for t in (logits, targets, weights)), strict=True)
+    return torch.cat([_in_place(*part) for part in parts])
+
+
+def _in_place(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_shares = wide.sub_(torch.logsumexp(wide, dim=1, keepdim=True))
     own = targets.unsqueeze(1)
