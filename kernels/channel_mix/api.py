@@ -1,10 +1,21 @@
 """The public squared ReLU: chooses an implementation."""
 
+import torch
 from torch import Tensor
 
 from rwkvx_kernels.channel_mix.reference import squared_relu_reference
 from rwkvx_kernels.channel_mix.torch_form import squared_relu_torch
-from rwkvx_kernels.dispatch import Choice, Facts, decide, facts_of, remembered, triton_lacks
+from rwkvx_kernels.dispatch import (
+    Choice,
+    Facts,
+    compiled_lacks,
+    decide,
+    facts_of,
+    remembered,
+    triton_lacks,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)  # of compiled loops
 
 
 @remembered
@@ -16,7 +27,10 @@ def choose(facts: Facts, impl: str = "auto") -> Choice:
         from rwkvx_kernels.tools.triton_options import missing  # Triton may be missing
 
         triton = missing(TABLE, STAGES, facts.dtype, 1, facts.device)
-    return decide(impl, facts, {"triton": triton, "torch": "", "reference": ""})
+    compiled = compiled_lacks(facts._replace(gradients=False), *DTYPES)
+    lacks = {"triton": triton, "compiled": compiled, "torch": "", "reference": ""}
+    traced = {"compiled": "stays apart where torch.compile joins"} if facts.traced else {}
+    return decide(impl, facts, lacks, traced)
 
 
 def squared_relu(x: Tensor, impl: str = "auto", overwrite: bool = False) -> Tensor:
@@ -24,7 +38,8 @@ def squared_relu(x: Tensor, impl: str = "auto", overwrite: bool = False) -> Tens
 
     Args:
         x: of any shape and floating-point dtype.
-        impl: "auto", "reference", "torch" or "triton".
+        impl: "auto", "reference", "torch", "compiled" (Numba, on a CPU; traced by `torch.compile`,
+            it is torch's form) or "triton".
         overwrite: x may be overwritten, where no gradient is wanted: nobody else reads it.
 
     Raises:
@@ -34,8 +49,13 @@ def squared_relu(x: Tensor, impl: str = "auto", overwrite: bool = False) -> Tens
     chosen = choose(facts, impl).impl
     if chosen == "reference":
         return squared_relu_reference(x)
-    if chosen == "torch":
-        return squared_relu_torch(x, overwrite and not facts.gradients and x.is_contiguous())
+    overwrite = overwrite and not facts.gradients and x.is_contiguous()
+    if chosen == "torch" or (chosen == "compiled" and facts.traced):
+        return squared_relu_torch(x, overwrite)
+    if chosen == "compiled":
+        from rwkvx_kernels.channel_mix.numba_relu import squared_relu_compiled  # half a second
+
+        return squared_relu_compiled(x, overwrite)
     from rwkvx_kernels.channel_mix.triton_relu import squared_relu as operator  # may be missing
 
     return operator(x.contiguous())

@@ -1,4 +1,4 @@
-"""The squared ReLU: plain torch and Triton (on a GPU or interpreted)."""
+"""The squared ReLU: plain torch, compiled loops and Triton (on a GPU or interpreted)."""
 
 import pytest
 import torch
@@ -28,6 +28,30 @@ def test_triton_gives_the_same(shape: tuple[int, ...], dtype: torch.dtype) -> No
         tolerance = 2 * torch.finfo(dtype).eps
         torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
         assert got.dtype == dtype
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled loops are for CPUs")
+@pytest.mark.parametrize("shape", [(3, 5, 7), (40, 2049), (0, 4)])  # in one thread and in several
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_compiled_gives_the_same(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    if x.numel():
+        x.view(-1)[:3] = torch.tensor([torch.nan, -torch.inf, torch.inf])
+    tolerance = torch.finfo(dtype).eps
+    found = run(x, "compiled")
+    for got, expected in zip(found, run(x.double(), "reference"), strict=True):
+        torch.testing.assert_close(
+            got.double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True
+        )
+        assert got.dtype == dtype
+    strided = torch.stack([x, x], dim=-1)[..., 0]
+    torch.testing.assert_close(
+        squared_relu(strided, "compiled"), found[0], rtol=0, atol=0, equal_nan=True
+    )
+    kept = x.clone()
+    over = squared_relu(kept, "compiled", overwrite=True)
+    torch.testing.assert_close(over, found[0], rtol=0, atol=0, equal_nan=True)
+    assert over.data_ptr() == kept.data_ptr()
 
 
 @pytest.mark.gpu
