@@ -62,7 +62,16 @@ def bench_command() -> None:
     "--threads", type=Within(THREADS), help="Default: all cores that this process may use."
 )
 @click.option("--repeats", type=Within(COUNT), default=5, show_default=True)
-@click.option("--peer/--no-peer", default=True, help="Measure a peer too, where it is installed.")
+@click.option(
+    "--peer",
+    type=click.Choice(["auto", "none", "rwkv-x", "rwkv", "llama.cpp"]),
+    is_flag=False,
+    flag_value="auto",
+    default="auto",
+    show_default=True,
+    help="Measured too, where it is installed; auto: rwkv-x, of RWKV-7 alone rwkv.",
+)
+@click.option("--no-peer", "peer", flag_value="none", help="As --peer none.")
 @click.option(
     "--peer-dtype",
     type=click.Choice(["float32", "bfloat16"]),
@@ -80,21 +89,21 @@ def cpu_command(
     selection: str,
     threads: int | None,
     repeats: int,
-    peer: bool,
+    peer: str,
     peer_dtype: str | None,
     out: Path | None,
 ) -> None:
     """Prefill, decoding, long prefill and memory, beside what no implementation can avoid.
 
     Ours, the model's matrix products alone (the floor; for decoding: reading its weights once)
-    and a published package on the same weights (rwkv-x for hybrid models, rwkv for RWKV-7 alone)
-    take turns in one process; logits are compared before anything is timed. Leave the machine
-    alone meanwhile.
+    and a published package on the same weights take turns in one process; logits are compared
+    before anything is timed. Leave the machine alone meanwhile.
 
     \b
     Examples:
       rwkvx bench cpu
       rwkvx bench cpu --model rwkv7_0b2 --dtype int8 --peer-dtype float32
+      rwkvx bench cpu --model rwkv7_0b2 --dtype bfloat16 --peer llama.cpp
       rwkvx bench cpu --lengths none --long 16k,64k
       rwkvx bench cpu --model passkey-tiny --lengths none --long 16k,256k --memory 1m
       rwkvx bench cpu --model passkey-tiny --selection coarse_to_fine --lengths none --long 64k,1m

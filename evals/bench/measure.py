@@ -15,11 +15,9 @@ from rwkvx.costs import mixing_flops
 from rwkvx.decoding import start
 from rwkvx.errors import InputError
 from rwkvx_evals.bench.floor import Products, bytes_per_token, plain_buffer
-from rwkvx_evals.bench.subjects import Peer
+from rwkvx_evals.bench.peers import Peer
 from rwkvx_evals.bench.timing import Run, by_turns, ratio, spread
 
-# Largest difference to the peer in float32, relative to the largest logit.
-TOLERANCE = 2e-5
 # Rough costs for the progress bar, in prefilled tokens of ours.
 PEER_TOKEN, DECODED_TOKEN, PEER_DECODED_TOKEN = 5.0, 30.0, 50.0
 PIECE = 1024  # least tokens of one timing of a long prefill
@@ -126,10 +124,11 @@ def check(subjects: Subjects, length: int) -> float | None:
     theirs = subjects.last_logits["peer"].double()
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     exact = subjects.model.dtype == torch.float32 and subjects.peer.dtype == "float32"
-    if exact and difference > TOLERANCE:
+    allowed = subjects.peer.tolerance
+    if exact and difference > allowed:
         raise InputError(
             f"after {length} tokens the logits differ from the peer's by {difference:.1e} of the "
-            f"largest (allowed {TOLERANCE:.0e}): nothing was timed"
+            f"largest (allowed {allowed:.0e}): nothing was timed"
         )
     return difference
 

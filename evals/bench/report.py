@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rwkvx_evals.bench.subjects import HYBRID_PEER
+from rwkvx_evals.bench.peers import HYBRID
 from rwkvx_evals.lengths import length_label
 
 Results = dict[str, Any]
@@ -97,7 +97,7 @@ def _decode(results: Results) -> str:
         f"many bytes as the weights that a step reads: {size / 1e6:,.1f} MB "
         f"({size / fastest / 1e9:.1f} GB/s here)."
     )
-    if results["peer"]["measured"] and results["peer"]["words"].startswith(HYBRID_PEER):
+    if results["peer"]["measured"] and results["peer"]["words"].startswith(HYBRID):
         text += " The peer's decoding attends to 128 tokens of the prompt and to no later ones."
     return f"## Decoding\n\n{_table(names, rows)}\n\n{text}"
 

@@ -16,9 +16,10 @@ from rwkvx_evals.bench import measure
 from rwkvx_evals.bench.floor import Products
 from rwkvx_evals.bench.machine import describe, warnings
 from rwkvx_evals.bench.memory import measure_memory
+from rwkvx_evals.bench.peers import open_peer
 from rwkvx_evals.bench.plot import draw_speed
 from rwkvx_evals.bench.report import render
-from rwkvx_evals.bench.subjects import open_model, open_peer
+from rwkvx_evals.bench.subjects import open_model
 from rwkvx_evals.files import write_atomically, write_json, write_text
 
 Results = dict[str, Any]
@@ -39,7 +40,7 @@ class Settings:
     selection: str
     threads: int
     repeats: int
-    peer: bool
+    peer: str
     peer_dtype: str
 
     def __post_init__(self) -> None:
@@ -100,7 +101,7 @@ def _run(settings: Settings, out: Path, quiet: bool) -> Results:
         },
     }
     write_json(out / "results.json", results)  # a folder that cannot be written is said at once
-    wanted = settings.peer and bool(settings.lengths)
+    wanted = settings.peer if settings.lengths else "none"
     peer, words = open_peer(model, settings.peer_dtype, wanted)
     if settings.dtype == "int8":
         quantize(model)

@@ -1,31 +1,19 @@
-"""What is measured: our model, by name or by shape, and a published package on its weights."""
+"""What is measured: our model, by name or by shape."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import tempfile
 from dataclasses import replace
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rwkvx
-from rwkvx.checkpoint import pth
-from rwkvx.checkpoint.checkpoint import Checkpoint
 from rwkvx.errors import InputError
 from rwkvx.files import read_yaml, user_path
 from rwkvx.quantize import quantize
 from rwkvx.shipped import find_config, shipped_configs, shipped_models
 
-HYBRID_PEER, RWKV7_PEER = "rwkv-x", "rwkv"
-PEERS = {pth.RWKVX: HYBRID_PEER, pth.BLINKDL: RWKV7_PEER}  # by the layout that holds the model
-PEER_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 SEED = 0
 
 
@@ -95,53 +83,3 @@ def random_model(config: rwkvx.ModelConfig) -> rwkvx.Model:
         else:
             x.normal_(0, 0.5, generator=draw)
     return model.eval()
-
-
-class Peer:
-    """A package on the CPU: `rwkv-x` for hybrid models, `rwkv` for RWKV-7 blocks alone."""
-
-    def __init__(self, package: str, path: Path, dtype: str) -> None:
-        self.dtype, strategy = dtype, f"cpu {PEER_DTYPES[dtype]}"
-        with contextlib.redirect_stdout(io.StringIO()):
-            if package == HYBRID_PEER:
-                from rwkv_x.model import RWKV_X
-
-                self._model = RWKV_X(str(path), strategy)
-            else:
-                os.environ["RWKV_V7_ON"] = "1"
-                from rwkv.model import RWKV
-
-                self._model = RWKV(str(path.with_suffix("")), strategy)
-
-    def prefill(self, ids: list[int]) -> tuple[Tensor, Any]:
-        """Logits [V] of the last token and a state; `ids` of two tokens or more."""
-        logits, state = self._model.forward(ids, None)
-        return logits, state
-
-    def decode(self, token: int, state: Any) -> tuple[Tensor, Any]:
-        """Logits [V] after one more token; the state is changed."""
-        logits, state = self._model.forward(token, state)
-        return logits, state
-
-
-def open_peer(model: rwkvx.Model, dtype: str, wanted: bool) -> tuple[Peer | None, str]:
-    """The peer on the very same weights, through a temporary file in its own layout.
-
-    None where there is none; beside it the words that say which, or why not.
-    """
-    config = model.config
-    package = PEERS.get(pth.layout_of(config), HYBRID_PEER)
-    reason = None if wanted else "not asked for"
-    if wanted and find_spec(package.replace("-", "_")) is None:
-        reason = "not installed (pip install 'rwkvx[peers]')"
-    elif wanted and (missing := pth.layout_of(config).no_place(config)):
-        reason = f"cannot hold {missing}"
-    elif wanted and config.head_size != 64:
-        reason = f"knows heads of 64 only, not of {config.head_size}"
-    if reason is not None:
-        return None, f"{package}: {reason}"
-    with tempfile.TemporaryDirectory(prefix="rwkvx-bench-") as folder:
-        path = Path(folder) / "model.pth"
-        pth.write(Checkpoint.of(model), path)
-        peer = Peer(package, path, dtype)
-    return peer, f"{package} {metadata.version(package)}, {dtype}"
