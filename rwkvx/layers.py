@@ -37,6 +37,8 @@ class Linear(nn.Linear):
 class ChannelMix(nn.Module):
     """W_v relu(W_k (x + (shift(x) - x) x_k))^2 (arXiv 2503.14456, eq. 21-22)."""
 
+    shifts = True  # see `Mixer`
+
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(width))
@@ -95,18 +97,21 @@ def _last_token(
     return torch.where(some.unsqueeze(1), last if norm is None else norm(last), previous)
 
 
-def normed(layer: nn.LayerNorm, x: Tensor, reader: Any) -> tuple[Tensor, Norm | None]:
-    """What a module that begins with a token shift reads: x [B, T, C] after a layer norm, or as it
-    is, and the norm that its token shift does by the way.
+def normed(layer: nn.LayerNorm, x: Tensor, reader: Any) -> tuple[Any, ...]:
+    """What a mixer reads of x [B, T, C] after a layer norm: that; or x as it is, and the norm that
+    its token shift does by the way.
 
-    reader: has `impl`. Modules that are not as this package made them, or that somebody watches,
-    are called one after the other.
+    reader: has `shifts` and `impl`. Where somebody put another module or watches what goes in or
+    out, the norm is called.
     """
-    plain = type(layer) is nn.LayerNorm and layer.bias is not None
-    if plain and fuses_norm(x, ELEMENTWISE.get(reader.impl, reader.impl)):
-        if not (is_hooked(layer) or is_hooked(reader)):
-            return x, Norm(layer.weight, layer.bias, layer.eps)
-    return layer(x), None
+    fused = (
+        reader.shifts
+        and type(layer) is nn.LayerNorm
+        and layer.bias is not None
+        and fuses_norm(x, ELEMENTWISE.get(reader.impl, reader.impl))
+        and not (is_hooked(layer) or is_hooked(reader))
+    )
+    return (x, Norm(layer.weight, layer.bias, layer.eps)) if fused else (layer(x),)
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -48,13 +48,11 @@ class Block(nn.Module):
         keep_cache: bool,
     ) -> tuple[Tensor, Any, Tensor | None]:
         """x [B, T, C] -> x [B, T, C], the new state, v_first [B, T, C] (see `Mixer.forward`)."""
-        read, norm = normed(self.ln1, x, self.att) if self.att.shifts else (self.ln1(x), None)
-        options = {} if norm is None else {"norm": norm}
-        arguments = (read, state, v_first, cu_seqlens, keep_cache)
-        y, state, v_first = self.att(*arguments, **options)
+        read, *norm = normed(self.ln1, x, self.att)
+        y, state, v_first = self.att(read, state, v_first, cu_seqlens, keep_cache, *norm)
         x = x + y
-        read, norm = normed(self.ln2, x, self.ffn)
-        y, ffn_shift = self.ffn(read, state.ffn_shift, cu_seqlens, norm)
+        read, *norm = normed(self.ln2, x, self.ffn)
+        y, ffn_shift = self.ffn(read, state.ffn_shift, cu_seqlens, *norm)
         # torch 2.11 compiles a call of the class, and no `_replace`.
         return x + y, self.att.State(*state[:-1], ffn_shift), v_first
 

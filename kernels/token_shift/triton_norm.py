@@ -53,7 +53,7 @@ def _norm_forward_kernel(
     b_hat, _ = normalise(load(p_x, tl.maximum(i_first - 1, 0) * C + o_c, m_c), m_c, eps, C)
     b_before = _affine(b_hat, b_weight, b_bias, p_previous)
     for i_step in range(tl.minimum(count, rows - i_first).to(tl.int32)):
-        i_row = i_first + i_step
+        i_row = i_first + i_step + tl.arange(0, 1)[:, None]
         o_x = i_row * C + o_c
         b_hat, _ = normalise(load(p_x, o_x, m_c), m_c, eps, C)
         b_now = _affine(b_hat, b_weight, b_bias, p_previous)
@@ -111,8 +111,9 @@ def _norm_backward_kernel(
     b_dmix0, b_dmix1, b_dmix2, b_dmix3, b_dmix4, b_dmix5 = zeros, zeros, zeros, zeros, zeros, zeros
     b_dweight, b_dbias = zeros, zeros
     # The token after the last one of this program adds to the gradient of that.
-    i_next = tl.minimum(i_last + 1, rows - 1)
-    m_next = m_c & (i_last + 1 < rows) & (source(i_next, p_starts, tokens) < 0)
+    i_next = i_last + 1 + tl.arange(0, 1)[:, None]
+    m_next, i_next = m_c & (i_next < rows), tl.minimum(i_next, rows - 1)
+    m_next = m_next & (source(i_next, p_starts, tokens) < 0)
     o_next, b_dnext = i_next * C + o_c, zeros
     b_dnext = _share(p_mix0, p_dout0, b_dnext, o_c, o_next, m_c, m_next)
     b_dnext = _share(p_mix1, p_dout1, b_dnext, o_c, o_next, m_c, m_next)
@@ -122,7 +123,7 @@ def _norm_backward_kernel(
     b_dnext = _share(p_mix5, p_dout5, b_dnext, o_c, o_next, m_c, m_next)
     b_hat, b_inverse = normalise(load(p_x, i_last * C + o_c, m_c), m_c, eps, C)
     for i_step in range((i_last + 1 - i_first).to(tl.int32)):
-        i_row = i_last - i_step
+        i_row = i_last - i_step + tl.arange(0, 1)[:, None]
         o_x = i_row * C + o_c
         b_x = load(p_x, tl.maximum(i_row - 1, 0) * C + o_c, m_c)
         b_hat_before, b_inverse_before = normalise(b_x, m_c, eps, C)

@@ -109,8 +109,8 @@ class Mixer(nn.Module):
             block's number. A layout that is not named has no place for the kind.
         recurrent: whether the memory is of constant size, so that training may cut a sequence into
             pieces that start from states of their own.
-        shifts: whether the mixer begins with a token shift: `forward` then takes the layer norm
-            before it as `norm`, as `rwkvx.layers.normed` says, where both are one kernel.
+        shifts: whether the mixer begins with a token shift. Its `forward` then has a last argument
+            `norm`, given where one kernel does both: the layer norm that x has still to go through.
     """
 
     State: ClassVar[Any]
