@@ -42,7 +42,7 @@ TYPES = [
     (torch.float32, torch.float32, torch.float32),
     (torch.float32, torch.float32, torch.bfloat16),  # autocast
 ]
-WIDTHS = (512, 768, 2048)
+WIDTHS = (256, 512, 768, 2048)
 CASES = [
     *(case(t, mixes, packed) for t in TYPES for mixes in (1, 6) for packed in (False, True)),
     *(
