@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Layer norm and token shift in Triton as one operator of torch, forward and backward one pass each.
+"""Layer norm and token shift in Triton as one operator of torch: one pass forward, one backward.
 
 A program has all channels of some tokens, one after the other: what it made of a token is at hand
 for the next one (forward), or for the one before (backward), and sums over tokens stay in

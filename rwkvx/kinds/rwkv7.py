@@ -126,8 +126,8 @@ class TimeMix(Mixer):
     ) -> tuple[Tensor, Rwkv7State, Tensor]:
         """See `Mixer.forward`."""
         mixes = [getattr(self, f"x_{name}") for name in MIXES]
-        tokens, shift = shifted(self, x, state.shift, mixes, cu_seqlens, norm)
-        x_r, x_w, x_k, x_v, x_a, x_g = tokens
+        mixed, shift = shifted(self, x, state.shift, mixes, cu_seqlens, norm)
+        x_r, x_w, x_k, x_v, x_a, x_g = mixed
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         impl = PRODUCTS.get(self.impl, self.impl)
         w = low_rank(x_w, self.w1, self.w2, "tanh", impl)
@@ -141,7 +141,7 @@ class TimeMix(Mixer):
         if self.sequence is not None:
             summary = time_mix_summary(r, w, k, v, a, residual, weights, self.impl)
             matrix = self.sequence.state_before(*summary, matrix)
-        tokens = [r, w, k, v, a, g]
+        tokens = (r, w, k, v, a, g)
         y, wkv = time_mix(*tokens, residual, weights, self.ln_x.eps, matrix, cu_seqlens, self.impl)
         v_first = v if v_first is None else v_first
         return self.output(y), Rwkv7State(shift, wkv, state.ffn_shift), v_first

@@ -1,5 +1,5 @@
-"""What `ahead_of_time.py` compiles of the token shift: types, one and six mixes, packed or not, with
-the layer norm before it at some widths."""
+"""What `ahead_of_time.py` compiles of the token shift: types, one and six mixes, packed or not;
+with the layer norm before it, some widths."""
 
 import torch
 from ahead_of_time import Case

@@ -202,9 +202,7 @@ def test_launches_and_bytes(mixes: int, tokens: int) -> None:
     previous, vector = x[:, 0], x[0, 0]
     norm, given = Norm(vector, vector, EPS), [vector] * mixes
     vectors = (4 + mixes) * vector.nbytes
-    launches, moved = counts(
-        lambda: triton_norm.forward(x, previous, norm, given, None, x.dtype)
-    )
+    launches, moved = counts(lambda: triton_norm.forward(x, previous, norm, given, None, x.dtype))
     assert launches == ["_norm_forward_kernel"]
     assert moved <= (1 + mixes) * x.nbytes + vectors
     dout = [torch.empty_like(x)] * mixes
