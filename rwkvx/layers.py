@@ -1,7 +1,9 @@
-"""What all kinds of block share: projections, the channel mix, the last token of a sequence.
+"""What all kinds of block share: projections, the channel mix, the token shift and its norm.
 
 Axes: B batch, T time, C width.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from rwkvx.sequence import SequenceParallel
 from rwkvx_kernels.channel_mix import squared_relu
 from rwkvx_kernels.linear import linear
-from rwkvx_kernels.token_shift import token_shift
+from rwkvx_kernels.token_shift import Norm, fuses_norm, token_shift
 
 # What a model's `impl` means for operations that do not come in all of them: torch's products are
 # faster than Triton's would be, and compiled loops would gain nothing between products.
@@ -35,6 +37,8 @@ class Linear(nn.Linear):
 class ChannelMix(nn.Module):
     """W_v relu(W_k (x + (shift(x) - x) x_k))^2 (arXiv 2503.14456, eq. 21-22)."""
 
+    shifts = True  # see `Mixer`
+
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(width))
@@ -44,20 +48,76 @@ class ChannelMix(nn.Module):
         self.sequence: SequenceParallel | None = None  # who reads the other parts of a sequence
 
     def forward(
-        self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        shift: Tensor,
+        cu_seqlens: Tensor | None = None,
+        norm: Norm | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x [B, T, C], normalised, and the last input before it [B, C] -> output, new shift."""
+        """x [B, T, C], normalised but for `norm`, and the last input before it, normalised, [B, C]
+        -> output, new shift."""
+        (mixed,), shift = shifted(self, x, shift, [self.x_k], cu_seqlens, norm)
         impl = ELEMENTWISE.get(self.impl, self.impl)
-        if self.sequence is not None:
-            shift = self.sequence.before(x[:, -1], shift)
-        (mixed,) = token_shift(x, shift, [self.x_k], cu_seqlens, impl)
         hidden = squared_relu(self.key(mixed), impl, overwrite=True)
-        return self.value(hidden), last_token(x, shift, cu_seqlens)
+        return self.value(hidden), shift
 
 
-def last_token(x_BTC: Tensor, previous: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The last token of each sequence, what was before it of an empty one: [B or sequences, C]."""
-    if cu_seqlens is None:  # a copy, or the state would hold the whole segment
-        return x_BTC[:, -1] if x_BTC.shape[1] == 1 else x_BTC[:, -1].clone()
-    some = cu_seqlens.diff() > 0
-    return torch.where(some.unsqueeze(1), x_BTC[0, cu_seqlens[1:] - 1], previous)
+def shifted(
+    mixer: Any,
+    x: Tensor,
+    previous: Tensor,
+    mixes: list[Tensor],
+    cu_seqlens: Tensor | None,
+    norm: Norm | None,
+) -> tuple[list[Tensor], Tensor]:
+    """The token shift that a mixer begins with, and the new state: of the normed tokens, the last
+    one of each sequence [B or sequences, C].
+
+    mixer: has `impl` and `sequence`. The others are as for `token_shift`.
+    """
+    start = previous
+    if mixer.sequence is not None:
+        start = mixer.sequence.before(_last_token(x, previous, None, norm), previous)
+    impl = ELEMENTWISE.get(mixer.impl, mixer.impl)
+    mixed = token_shift(x, start, mixes, cu_seqlens, impl, norm)
+    return mixed, _last_token(x, previous, cu_seqlens, norm)
+
+
+def _last_token(
+    x_BTC: Tensor, previous: Tensor, cu_seqlens: Tensor | None, norm: Norm | None
+) -> Tensor:
+    """The last token of each sequence, normed; of an empty one what was before it."""
+    if cu_seqlens is None:
+        last = x_BTC[:, -1]
+        if norm is not None:
+            return norm(last)
+        # A copy, or the state would hold the whole segment.
+        return last if x_BTC.shape[1] == 1 else last.clone()
+    some, last = cu_seqlens.diff() > 0, x_BTC[0, cu_seqlens[1:] - 1]
+    return torch.where(some.unsqueeze(1), last if norm is None else norm(last), previous)
+
+
+def normed(layer: nn.LayerNorm, x: Tensor, reader: Any) -> tuple[Any, ...]:
+    """What a mixer reads of x [B, T, C] after a layer norm: that; or x as it is, and the norm that
+    its token shift does by the way.
+
+    reader: has `shifts` and `impl`. Where somebody put another module or watches what goes in or
+    out, the norm is called.
+    """
+    fused = (
+        reader.shifts
+        and type(layer) is nn.LayerNorm
+        and layer.bias is not None
+        and fuses_norm(x, ELEMENTWISE.get(reader.impl, reader.impl))
+        and not (is_hooked(layer) or is_hooked(reader))
+    )
+    return (x, Norm(layer.weight, layer.bias, layer.eps)) if fused else (layer(x),)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more, or something else, than its class says."""
+    hooks = (
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(module._backward_hooks, module._backward_pre_hooks),
+    )
+    return any(hooks) or "forward" in vars(module)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkvx.config import TOKENIZER_FILE, ModelConfig
 from rwkvx.errors import InputError
 from rwkvx.kinds import Mixer, kind_of
-from rwkvx.layers import ChannelMix, Linear
+from rwkvx.layers import ChannelMix, Linear, normed
 from rwkvx.ranges import check, range_of
 from rwkvx.sequence import SequenceParallel
 from rwkvx.state import ModelState
@@ -48,9 +48,11 @@ class Block(nn.Module):
         keep_cache: bool,
     ) -> tuple[Tensor, Any, Tensor | None]:
         """x [B, T, C] -> x [B, T, C], the new state, v_first [B, T, C] (see `Mixer.forward`)."""
-        y, state, v_first = self.att(self.ln1(x), state, v_first, cu_seqlens, keep_cache)
+        read, *norm = normed(self.ln1, x, self.att)
+        y, state, v_first = self.att(read, state, v_first, cu_seqlens, keep_cache, *norm)
         x = x + y
-        y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, cu_seqlens)
+        read, *norm = normed(self.ln2, x, self.ffn)
+        y, ffn_shift = self.ffn(read, state.ffn_shift, cu_seqlens, *norm)
         # torch 2.11 compiles a call of the class, and no `_replace`.
         return x + y, self.att.State(*state[:-1], ffn_shift), v_first
 

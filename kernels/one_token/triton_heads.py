@@ -12,10 +12,9 @@ from torch import Tensor
 
 from rwkvx_kernels.one_token.common import BlockWeights
 from rwkvx_kernels.one_token.options import TABLE
-from rwkvx_kernels.time_mix.triton_finish import normalise
 from rwkvx_kernels.time_mix.triton_keys import SCALE, keys
 from rwkvx_kernels.tools.triton_options import options_for
-from rwkvx_kernels.tools.triton_tiles import load, store
+from rwkvx_kernels.tools.triton_tiles import load, normalise, store
 
 
 @triton.jit

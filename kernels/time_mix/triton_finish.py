@@ -10,17 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.time_mix.triton_keys import launch
-from rwkvx_kernels.tools.triton_tiles import load, store
-
-
-@triton.jit
-def normalise(b_y, m_y, eps, D: tl.constexpr):
-    """y with mean 0 and variance 1 over the last axis, and one over its deviation."""
-    b_mean = tl.sum(b_y, axis=-1, keep_dims=True) / D
-    b_centred = tl.where(m_y, b_y - b_mean, 0.0)
-    b_variance = tl.sum(b_centred * b_centred, axis=-1, keep_dims=True) / D
-    b_inverse = 1.0 / tl.sqrt(b_variance + eps)
-    return b_centred * b_inverse, b_inverse
+from rwkvx_kernels.tools.triton_tiles import load, normalise, store
 
 
 @triton.jit(do_not_specialize=["tokens"])

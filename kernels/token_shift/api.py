@@ -14,6 +14,7 @@ from rwkvx_kernels.dispatch import (
     remembered,
     triton_lacks,
 )
+from rwkvx_kernels.token_shift.common import Norm
 from rwkvx_kernels.token_shift.reference import token_shift_reference
 from rwkvx_kernels.token_shift.torch_form import token_shift_torch
 
@@ -32,12 +33,24 @@ def choose(facts: Facts, impl: str = "auto") -> Choice:
     return decide(impl, facts, {"triton": triton, "torch": "", "reference": ""})
 
 
+def fuses_norm(x: Tensor, impl: str = "auto") -> bool:
+    """Whether `token_shift` of `x` does a layer norm by the way: it then costs no pass of its own,
+    and the normed tokens exist nowhere."""
+    if choose(facts_of(x), impl).impl != "triton":
+        return False
+    from rwkvx_kernels.token_shift.options import NORM_STAGES, TABLE
+    from rwkvx_kernels.tools.triton_options import missing
+
+    return not missing(TABLE, NORM_STAGES, x.dtype, x.shape[-1], x.device)
+
+
 def token_shift(
     x: Tensor,
     previous: Tensor,
     mixes: Sequence[Tensor],
     cu_seqlens: Tensor | None = None,
     impl: str = "auto",
+    norm: Norm | None = None,
 ) -> list[Tensor]:
     """`x + (before(x) - x) mix` for every mix (arXiv 2503.14456, eq. 3), differentiable.
 
@@ -48,6 +61,8 @@ def token_shift(
         cu_seqlens: [sequences + 1] integer offsets of sequences packed along T, batch size 1. On a
             GPU they are not looked at, which would wait for it.
         impl: "auto", "reference", "torch" or "triton".
+        norm: weight [C], bias [C] and eps of a layer norm that `x` goes through first; `previous`
+            is normed already.
 
     Returns:
         for every mix [B, T, C] in the dtype of x; from Triton, in the dtype of autocast where that
@@ -57,6 +72,32 @@ def token_shift(
         ValueError: shapes that do not fit together.
         UnsupportedError: Triton kernels for float64 or without a GPU.
     """
+    _check_shapes(x, previous, mixes, cu_seqlens, norm)
+    chosen = choose(facts_of(x), impl).impl
+    if norm is not None and not fuses_norm(x, impl):
+        x, norm = norm(x), None
+    if chosen != "triton":
+        form = token_shift_torch if chosen == "torch" else token_shift_reference
+        return form(x, previous, mixes, cu_seqlens)
+    dtype, x, mixes = autocast_dtype(x), x.contiguous(), [m.contiguous() for m in mixes]
+    previous = previous.to(x.dtype if norm is None else norm.dtype(x)).contiguous()
+    if norm is None:
+        from rwkvx_kernels.token_shift.triton_mixes import token_shift as plain  # may be missing
+
+        return plain(x, previous, mixes, cu_seqlens, dtype)
+    from rwkvx_kernels.token_shift.triton_norm import norm_token_shift
+
+    weight, bias = norm.weight.contiguous(), norm.bias.contiguous()
+    return norm_token_shift(x, previous, weight, bias, mixes, cu_seqlens, norm.eps, dtype)
+
+
+def _check_shapes(
+    x: Tensor,
+    previous: Tensor,
+    mixes: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    norm: Norm | None,
+) -> None:
     if x.dim() != 3 or any(mix.shape != x.shape[-1:] for mix in mixes):
         shapes = [list(mix.shape) for mix in mixes]
         raise ValueError(f"x must be [B, T, C] and mixes [C], got {list(x.shape)} and {shapes}")
@@ -65,11 +106,6 @@ def token_shift(
     rows = len(x) if cu_seqlens is None else check_packed(cu_seqlens, len(x))
     if previous.shape != (rows, x.shape[-1]):
         raise ValueError(f"previous must be {[rows, x.shape[-1]]}, got {list(previous.shape)}")
-    chosen = choose(facts_of(x), impl).impl
-    if chosen != "triton":
-        form = token_shift_torch if chosen == "torch" else token_shift_reference
-        return form(x, previous, mixes, cu_seqlens)
-    from rwkvx_kernels.token_shift.triton_mixes import token_shift as operator  # may be missing
-
-    dtype, previous = autocast_dtype(x), previous.to(x.dtype).contiguous()
-    return operator(x.contiguous(), previous, [m.contiguous() for m in mixes], cu_seqlens, dtype)
+    if norm is not None and {norm.weight.shape, norm.bias.shape} != {x.shape[-1:]}:
+        shapes = [list(norm.weight.shape), list(norm.bias.shape)]
+        raise ValueError(f"weight and bias of the norm must be {list(x.shape[-1:])}, got {shapes}")

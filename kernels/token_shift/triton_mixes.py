@@ -22,7 +22,7 @@ MOST_MIXES = 6
 
 
 @triton.jit
-def _source(i_row, p_starts, tokens):
+def source(i_row, p_starts, tokens):
     """Row of `previous` that stands before a token, or -1 for the token before it."""
     if p_starts is None:
         b_source = tl.where(i_row % tokens == 0, (i_row // tokens).to(tl.int32), -1)
@@ -38,7 +38,7 @@ def _before(p_x, p_previous, i_row, o_c, b_source, m_x, C: tl.constexpr):
 
 
 @triton.jit
-def _mix(p_mix, p_out, b_x, b_delta, o_c, o_x, m_c, m_x):
+def mix(p_mix, p_out, b_x, b_delta, o_c, o_x, m_c, m_x):
     if p_mix is not None:
         store(p_out, o_x, b_x + b_delta * load(p_mix, o_c, m_c), m_x)
 
@@ -56,15 +56,15 @@ def _forward_kernel(
     m_row, m_c = i_row < rows, o_c < C
     i_row = tl.minimum(i_row, rows - 1)  # `starts` ends there
     o_x, m_x = i_row * C + o_c, m_row & m_c
-    b_source = _source(i_row, p_starts, tokens)
+    b_source = source(i_row, p_starts, tokens)
     b_x = load(p_x, o_x, m_x)
     b_delta = _before(p_x, p_previous, i_row, o_c, b_source, m_x, C) - b_x
-    _mix(p_mix0, p_out0, b_x, b_delta, o_c, o_x, m_c, m_x)
-    _mix(p_mix1, p_out1, b_x, b_delta, o_c, o_x, m_c, m_x)
-    _mix(p_mix2, p_out2, b_x, b_delta, o_c, o_x, m_c, m_x)
-    _mix(p_mix3, p_out3, b_x, b_delta, o_c, o_x, m_c, m_x)
-    _mix(p_mix4, p_out4, b_x, b_delta, o_c, o_x, m_c, m_x)
-    _mix(p_mix5, p_out5, b_x, b_delta, o_c, o_x, m_c, m_x)
+    mix(p_mix0, p_out0, b_x, b_delta, o_c, o_x, m_c, m_x)
+    mix(p_mix1, p_out1, b_x, b_delta, o_c, o_x, m_c, m_x)
+    mix(p_mix2, p_out2, b_x, b_delta, o_c, o_x, m_c, m_x)
+    mix(p_mix3, p_out3, b_x, b_delta, o_c, o_x, m_c, m_x)
+    mix(p_mix4, p_out4, b_x, b_delta, o_c, o_x, m_c, m_x)
+    mix(p_mix5, p_out5, b_x, b_delta, o_c, o_x, m_c, m_x)
 
 
 @triton.jit
@@ -98,8 +98,8 @@ def _backward_kernel(
     i_row = tl.minimum(i_row, rows - 1)
     i_next = tl.minimum(i_row + 1, rows - 1)
     o_x, m_x = i_row * C + o_c, m_row & m_c
-    b_source = _source(i_row, p_starts, tokens)
-    m_next = m_next & m_c & (_source(i_next, p_starts, tokens) < 0)
+    b_source = source(i_row, p_starts, tokens)
+    m_next = m_next & m_c & (source(i_next, p_starts, tokens) < 0)
     b_x = load(p_x, o_x, m_x)
     b_delta = _before(p_x, p_previous, i_row, o_c, b_source, m_x, C) - b_x
     b_dx = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -116,17 +116,17 @@ def _backward_kernel(
     store(p_dprevious, b_source.to(tl.int64) * C + o_c, b_df, m_x & (b_source >= 0))
 
 
-def _starts(tokens: int, cu_seqlens: Tensor | None) -> Tensor | None:
+def starts(tokens: int, cu_seqlens: Tensor | None) -> Tensor | None:
     """[T] int32: the sequence that starts at a token, -1 where none does."""
     if cu_seqlens is None:
         return None
-    starts = torch.full((tokens + 1,), -1, dtype=torch.int32, device=cu_seqlens.device)
+    found = torch.full((tokens + 1,), -1, dtype=torch.int32, device=cu_seqlens.device)
     rows = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32, device=cu_seqlens.device)
     # Where several start, all but the last are empty; at the end, all.
-    return starts.scatter_reduce(0, cu_seqlens[:-1].long(), rows, "amax")[:tokens].contiguous()
+    return found.scatter_reduce(0, cu_seqlens[:-1].long(), rows, "amax")[:tokens].contiguous()
 
 
-def _six(tensors: list[Tensor]) -> list[Tensor | None]:
+def six(tensors: list[Tensor]) -> list[Tensor | None]:
     return [*tensors, *[None] * (MOST_MIXES - len(tensors))]
 
 
@@ -140,7 +140,7 @@ def forward(
     if x.numel():
         grid = (triton.cdiv(rows, options.rows) * triton.cdiv(width, options.columns),)
         _forward_kernel[grid](
-            *(x, previous, _starts(tokens, cu_seqlens), *_six(mixes), *_six(out), tokens, rows),
+            *(x, previous, starts(tokens, cu_seqlens), *six(mixes), *six(out), tokens, rows),
             C=width,
             ROWS=options.rows,
             COLUMNS=options.columns,
@@ -160,7 +160,7 @@ def backward(
     partial = x.new_empty(parts, len(mixes), width, dtype=torch.float32)
     if x.numel():
         _backward_kernel[(parts * triton.cdiv(width, options.columns),)](
-            *(x, previous, _starts(tokens, cu_seqlens), *_six(mixes), *_six(dout)),
+            *(x, previous, starts(tokens, cu_seqlens), *six(mixes), *six(dout)),
             *(dx, dprevious, partial, tokens, rows),
             M=len(mixes),
             C=width,

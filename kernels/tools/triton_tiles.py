@@ -50,6 +50,16 @@ def store_rows(p_x, o_row, m_row, o_d, b_x, D: tl.constexpr):
 
 
 @triton.jit
+def normalise(b_y, m_y, eps, D: tl.constexpr):
+    """y with mean 0 and variance 1 over the last axis, and one over its deviation."""
+    b_mean = tl.sum(b_y, axis=-1, keep_dims=True) / D
+    b_centred = tl.where(m_y, b_y - b_mean, 0.0)
+    b_variance = tl.sum(b_centred * b_centred, axis=-1, keep_dims=True) / D
+    b_inverse = 1.0 / tl.sqrt(b_variance + eps)
+    return b_centred * b_inverse, b_inverse
+
+
+@triton.jit
 def finite(b_x):
     """With zeros for what is not finite: a weight of zero then makes a zero of it."""
     return tl.where(tl.abs(b_x.to(tl.float32)) < float("inf"), b_x, 0.0)

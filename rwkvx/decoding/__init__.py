@@ -15,6 +15,7 @@ from rwkvx.decoding.compiled import CompiledDecoder, can_compile
 from rwkvx.decoding.eager import EagerDecoder
 from rwkvx.decoding.fused import form_of
 from rwkvx.decoding.graph import GraphDecoder, can_capture
+from rwkvx.layers import is_hooked
 from rwkvx.model import Model
 from rwkvx_kernels.dispatch import Choice
 
@@ -70,7 +71,7 @@ def choose(model: Model, rows: int, tokens: int) -> Choice:
         return Choice("eager", f"impl={model.impl!r} asks for the modules")
     if model.recurrent_pieces != 1:
         return Choice("eager", "sequences are read in pieces")
-    if _is_hooked(model):
+    if is_hooked(model):
         return Choice("eager", "hooks on the model want to see its calls")
     if model.device.type == "cpu":
         why_not = can_compile(model, rows)
@@ -83,7 +84,3 @@ def choose(model: Model, rows: int, tokens: int) -> Choice:
     few = sum(weights is not None for weights in form_of(model).weights)
     why = f"the same launches every time, few for {few} of {len(model.blocks)} blocks"
     return Choice("graph", why)
-
-
-def _is_hooked(model: Model) -> bool:
-    return bool(model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from rwkvx.kinds import KINDS
-from rwkvx.layers import ChannelMix, Linear
+from rwkvx.layers import ChannelMix, Linear, is_hooked
 from rwkvx.model import Block, Model
 from rwkvx_kernels.one_token import BlockWeights
 
@@ -39,7 +39,7 @@ class Watch:
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._own = [vars(m) for m in modules]
         self._were_hooked = self._look_hooks()
-        self.plain = [all(type(m) in PLAIN and not _is_hooked(m) for m in each) for each in lists]
+        self.plain = [all(type(m) in PLAIN and not is_hooked(m) for m in each) for each in lists]
 
     def holds(self) -> bool:
         """Whether it still is. Asked for every token, hence no loop of Python over weights."""
@@ -77,10 +77,6 @@ def _attribute_getters(modules: list[nn.Module]) -> list[_Getter]:
         names = tuple(n for n in vars(module) if not n.startswith("_") and n != "training")
         by_names.setdefault(names, []).append(module)
     return [_Getter(attrgetter(*names), group) for names, group in by_names.items() if names]
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def weights_of(block: Block, like: Tensor) -> BlockWeights | None:

@@ -109,6 +109,8 @@ class Mixer(nn.Module):
             block's number. A layout that is not named has no place for the kind.
         recurrent: whether the memory is of constant size, so that training may cut a sequence into
             pieces that start from states of their own.
+        shifts: whether the mixer begins with a token shift. Its `forward` then has a last argument
+            `norm`, given where one kernel does both: the layer norm that x has still to go through.
     """
 
     State: ClassVar[Any]
@@ -116,6 +118,7 @@ class Mixer(nn.Module):
     options: ClassVar[Mapping[str, Option]] = {}
     prefixes: ClassVar[Mapping[str, str]] = {}
     recurrent: ClassVar[bool] = False
+    shifts: ClassVar[bool] = False
 
     def __init__(self, config: "ModelConfig", position: int) -> None:
         """position: of the block in the model, from 0."""

@@ -19,14 +19,14 @@ from rwkvx.kinds.contract import (
     orthogonal,
     positions,
 )
-from rwkvx.layers import ELEMENTWISE, PRODUCTS, Linear, last_token
+from rwkvx.layers import PRODUCTS, Linear, shifted
 from rwkvx_kernels.dispatch import Choice, Facts
 from rwkvx_kernels.linear import low_rank
 from rwkvx_kernels.linear.api import choose as choose_linear
 from rwkvx_kernels.one_token import BlockWeights
 from rwkvx_kernels.time_mix import TimeMixWeights, time_mix, time_mix_summary
 from rwkvx_kernels.time_mix.api import choose as choose_time_mix
-from rwkvx_kernels.token_shift import token_shift
+from rwkvx_kernels.token_shift import Norm
 
 if TYPE_CHECKING:
     from rwkvx.config import ModelConfig
@@ -69,6 +69,7 @@ class TimeMix(Mixer):
 
     State = Rwkv7State
     recurrent = True
+    shifts = True
     fields = frozenset(("decay_rank", "iclr_rank", "value_rank", "gate_rank", "group_norm_eps"))
     prefixes = {  # noqa: RUF012 (of the class by its contract)
         "blinkdl": "blocks.",
@@ -121,15 +122,12 @@ class TimeMix(Mixer):
         v_first: Tensor | None,
         cu_seqlens: Tensor | None = None,
         keep_cache: bool = True,
+        norm: Norm | None = None,
     ) -> tuple[Tensor, Rwkv7State, Tensor]:
         """See `Mixer.forward`."""
         mixes = [getattr(self, f"x_{name}") for name in MIXES]
-        elementwise = ELEMENTWISE.get(self.impl, self.impl)
-        before, matrix = state.shift, state.wkv
-        if self.sequence is not None:
-            before = self.sequence.before(x[:, -1], before)
-        shifted = token_shift(x, before, mixes, cu_seqlens, elementwise)
-        x_r, x_w, x_k, x_v, x_a, x_g = shifted
+        mixed, shift = shifted(self, x, state.shift, mixes, cu_seqlens, norm)
+        x_r, x_w, x_k, x_v, x_a, x_g = mixed
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         impl = PRODUCTS.get(self.impl, self.impl)
         w = low_rank(x_w, self.w1, self.w2, "tanh", impl)
@@ -139,13 +137,12 @@ class TimeMix(Mixer):
         if v_first is not None:
             residual, v0 = (low_rank(x_v, self.v1, self.v2, impl=impl), v_first), self.v0
         vectors = (self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias)
-        weights = TimeMixWeights(self.w0, self.a0, v0, *vectors)
+        weights, matrix = TimeMixWeights(self.w0, self.a0, v0, *vectors), state.wkv
         if self.sequence is not None:
             summary = time_mix_summary(r, w, k, v, a, residual, weights, self.impl)
             matrix = self.sequence.state_before(*summary, matrix)
         tokens = (r, w, k, v, a, g)
         y, wkv = time_mix(*tokens, residual, weights, self.ln_x.eps, matrix, cu_seqlens, self.impl)
-        shift = last_token(x, state.shift, cu_seqlens)
         v_first = v if v_first is None else v_first
         return self.output(y), Rwkv7State(shift, wkv, state.ffn_shift), v_first
 

@@ -95,6 +95,8 @@ SMALL = [
     "time_mix.step",
     "token_shift.forward",
     "token_shift.backward",
+    "token_shift.norm_forward",
+    "token_shift.norm_backward",
     "channel_mix.forward",
     "channel_mix.backward",
     "linear.entropy",

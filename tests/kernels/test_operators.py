@@ -87,6 +87,13 @@ def shifted(grad: bool = False) -> tuple[Any, ...]:
     return normal(1, TOKENS, DIM, grad=grad), normal(1, DIM, grad=grad), mixes, None
 
 
+def norm_shifted(grad: bool = False) -> tuple[Any, ...]:
+    """As `shifted`, with weight, bias and eps of a norm, and the dtype of what comes out."""
+    x, previous, mixes, offsets = shifted(grad)
+    weight, bias = normal(DIM, grad=grad), normal(DIM, grad=grad)
+    return x, previous, weight, bias, mixes, offsets, 1e-5, torch.float32
+
+
 # Arguments for each operator, and for some more than once.
 CALLS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "wkv7_step": lambda: [(*wkv7(2), None), (*wkv7(2, 2), whole(0, 1, 2))],
@@ -134,6 +141,10 @@ CALLS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "token_shift": lambda: [(*shifted(grad=True), torch.float32)],
     "token_shift_backward": lambda: [
         ([normal(1, TOKENS, DIM), normal(1, TOKENS, DIM)], [], *shifted(), torch.float32),
+    ],
+    "norm_token_shift": lambda: [norm_shifted(grad=True)],
+    "norm_token_shift_backward": lambda: [
+        ([normal(1, TOKENS, DIM), normal(1, TOKENS, DIM)], [], *norm_shifted()),
     ],
     "squared_relu": lambda: [(normal(4, 6, grad=True),)],
     "squared_relu_backward": lambda: [([normal(4, 6)], [], normal(4, 6))],

@@ -23,7 +23,7 @@ from rwkvx_kernels.chunk_attention import (
 from rwkvx_kernels.chunk_select import chunk_means, select_chunks
 from rwkvx_kernels.linear import linear, linear_cross_entropy, low_rank
 from rwkvx_kernels.time_mix import TimeMixWeights, time_mix
-from rwkvx_kernels.token_shift import token_shift
+from rwkvx_kernels.token_shift import Norm, token_shift
 from rwkvx_kernels.wkv7 import wkv7
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,6 +116,15 @@ CALLS: dict[str, tuple[list[str], Callable[[str], tuple[Callable[..., Any], list
         lambda impl: (
             lambda x, before, *mixes: token_shift(x, before, mixes, impl=impl),
             [normal(B, T, C), normal(B, C), *(normal(C) for _ in range(3))],
+        ),
+    ),
+    "token_shift of normed tokens": (
+        ["reference", "torch", "triton"],
+        lambda impl: (
+            lambda x, before, weight, bias, *mixes: token_shift(
+                x, before, mixes, impl=impl, norm=Norm(weight, bias, 1e-5)
+            ),
+            [normal(B, T, C), normal(B, C), *(normal(C) for _ in range(4))],
         ),
     ),
     "squared_relu": (

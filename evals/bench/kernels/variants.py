@@ -28,7 +28,7 @@ SECONDS = 2.0  # spent on a stage
 TOKENS = 131072
 STEP_TOKENS = 8
 VOCABULARY = 65536
-EPS = 64e-5  # of the group norm
+EPS = 64e-5  # of norms
 # Another order of the same sums in bfloat16.
 TOLERANCE = 1e-2
 Run = Callable[[], Sequence[torch.Tensor]]
@@ -39,11 +39,12 @@ class Family(NamedTuple):
 
     Attributes:
         table: its launch options. calls: for a stage, on a device, at so many tokens in a dtype,
-            the call that it is part of.
+            the call that it is part of. size: of what the table's sizes are of (None: of a head).
     """
 
     table: Sequence[Row]
     calls: Mapping[str, Callable[[str, int, torch.dtype], Run]]
+    size: int | None = None
 
 
 def _tensor(device: str, tokens: int, dtype: torch.dtype) -> torch.Tensor:
@@ -73,14 +74,20 @@ def _wide(device: str, tokens: int, dtype: torch.dtype, width: int) -> torch.Ten
     return torch.randn((1, tokens, width), device=device).to(dtype)
 
 
-def _shift(backward: bool, device: str, tokens: int, dtype: torch.dtype) -> Run:
+def _shift(stage: str, device: str, tokens: int, dtype: torch.dtype) -> Run:
+    from rwkvx_kernels.token_shift import Norm, triton_norm
     from rwkvx_kernels.token_shift import triton_mixes as shift
 
     width = HEADS * SIZE
     x, *douts = (_wide(device, tokens, dtype, width) for _ in range(1 + shift.MOST_MIXES))
     previous = torch.randn((1, width), device=device).to(dtype)
-    mixes = [torch.rand(width, device=device).to(dtype) for _ in douts]
-    if backward:
+    weight, bias, *mixes = (torch.rand(width, device=device).to(dtype) for _ in range(8))
+    given = (x, previous, Norm(weight, bias, EPS), mixes, None)
+    if stage == "norm_forward":
+        return lambda: triton_norm.forward(*given, dtype)
+    if stage == "norm_backward":
+        return lambda: triton_norm.backward(*given, douts)
+    if stage == "backward":
         return lambda: shift.backward(x, previous, mixes, None, douts)
     return lambda: shift.forward(x, previous, mixes, None, dtype)
 
@@ -153,7 +160,9 @@ def families() -> dict[str, Family]:
         ),
         "time_mix": Family(time_mix.TABLE, {x: partial(_time_mix, x) for x in time_mix.STAGES}),
         "token_shift": Family(
-            shift.TABLE, {x: partial(_shift, x == "backward") for x in shift.STAGES}
+            shift.TABLE,
+            {x: partial(_shift, x) for x in (*shift.STAGES, *shift.NORM_STAGES)},
+            HEADS * SIZE,
         ),
         "channel_mix": Family(
             channel_mix.TABLE, {x: partial(_relu, x == "backward") for x in channel_mix.STAGES}
@@ -216,7 +225,8 @@ def run(
     write_json(out / "variants.json", results)
     family = known[name]
     for part in [one] if one else family.calls:
-        own = options_for(family.table, part, dtype, SIZE, torch.device(device))
+        size = family.size or SIZE
+        own = options_for(family.table, part, dtype, size, torch.device(device))
         others = neighbours(own) if variants is None else variants
         call = family.calls[part](device, tokens, dtype)
         results["stages"].append(_beside(f"{name}.{part}", part, own, others, call, device, say))
