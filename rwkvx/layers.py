@@ -13,10 +13,8 @@ from rwkvx_kernels.channel_mix import squared_relu
 from rwkvx_kernels.linear import linear
 from rwkvx_kernels.token_shift import Norm, fuses_norm, token_shift
 
-# What a model's `impl` means for operations that do not come in all of them: torch's products are
-# faster than Triton's would be, and compiled loops would gain nothing between products.
+# What a model's `impl` means for products: torch's are faster than Triton's would be.
 PRODUCTS = {"triton": "torch"}
-ELEMENTWISE = {"compiled": "torch"}
 
 
 class Linear(nn.Linear):
@@ -57,8 +55,7 @@ class ChannelMix(nn.Module):
         """x [B, T, C], normalised but for `norm`, and the last input before it, normalised, [B, C]
         -> output, new shift."""
         (mixed,), shift = shifted(self, x, shift, [self.x_k], cu_seqlens, norm)
-        impl = ELEMENTWISE.get(self.impl, self.impl)
-        hidden = squared_relu(self.key(mixed), impl, overwrite=True)
+        hidden = squared_relu(self.key(mixed), self.impl, overwrite=True)
         return self.value(hidden), shift
 
 
@@ -78,8 +75,7 @@ def shifted(
     start = previous
     if mixer.sequence is not None:
         start = mixer.sequence.before(_last_token(x, previous, None, norm), previous)
-    impl = ELEMENTWISE.get(mixer.impl, mixer.impl)
-    mixed = token_shift(x, start, mixes, cu_seqlens, impl, norm)
+    mixed = token_shift(x, start, mixes, cu_seqlens, mixer.impl, norm)
     return mixed, _last_token(x, previous, cu_seqlens, norm)
 
 
@@ -108,7 +104,7 @@ def normed(layer: nn.LayerNorm, x: Tensor, reader: Any) -> tuple[Any, ...]:
         reader.shifts
         and type(layer) is nn.LayerNorm
         and layer.bias is not None
-        and fuses_norm(x, ELEMENTWISE.get(reader.impl, reader.impl))
+        and fuses_norm(x, reader.impl)
         and not (is_hooked(layer) or is_hooked(reader))
     )
     return (x, Norm(layer.weight, layer.bias, layer.eps)) if fused else (layer(x),)

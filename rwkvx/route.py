@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from rwkvx.decoding import choose as choose_decoder
 from rwkvx.errors import InputError
-from rwkvx.layers import ELEMENTWISE, PRODUCTS
+from rwkvx.layers import PRODUCTS
 from rwkvx.model import Model
 from rwkvx_kernels.channel_mix.api import choose as choose_squared_relu
 from rwkvx_kernels.dispatch import Choice, Facts
@@ -55,10 +55,9 @@ def explain(model: Model, batch: int = 1, tokens: int = 1, training: bool = Fals
         for operation, choice in mixer.route(facts, rows, tokens).items():
             add(kind, operation, choice)
     products = choose_linear(facts, rows, PRODUCTS.get(impl, impl))
-    elementwise = ELEMENTWISE.get(impl, impl)
-    add("every block", "token shift", choose_token_shift(facts, elementwise))
+    add("every block", "token shift", choose_token_shift(facts, impl))
     add("every block", "products", products)
-    add("every block", "squared ReLU", choose_squared_relu(facts, elementwise))
+    add("every block", "squared ReLU", choose_squared_relu(facts, impl))
     add("model", "head", products)
     if tokens == 1 and not training:
         add("decoding", "decoder", choose_decoder(model, batch, 1 << 20))

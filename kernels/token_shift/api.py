@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rwkvx_kernels.dispatch import (
@@ -9,6 +10,7 @@ from rwkvx_kernels.dispatch import (
     Facts,
     autocast_dtype,
     check_packed,
+    compiled_lacks,
     decide,
     facts_of,
     remembered,
@@ -19,6 +21,7 @@ from rwkvx_kernels.token_shift.reference import token_shift_reference
 from rwkvx_kernels.token_shift.torch_form import token_shift_torch
 
 MOST_MIXES = 6
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)  # of compiled loops
 
 
 @remembered
@@ -30,14 +33,18 @@ def choose(facts: Facts, impl: str = "auto") -> Choice:
         from rwkvx_kernels.tools.triton_options import missing  # Triton may be missing
 
         triton = missing(TABLE, STAGES, facts.dtype, 1, facts.device)
-    return decide(impl, facts, {"triton": triton, "torch": "", "reference": ""})
+    compiled = compiled_lacks(facts._replace(gradients=False), *DTYPES)
+    lacks = {"triton": triton, "compiled": compiled, "torch": "", "reference": ""}
+    traced = {"compiled": "stays apart where torch.compile joins"} if facts.traced else {}
+    return decide(impl, facts, lacks, traced)
 
 
 def fuses_norm(x: Tensor, impl: str = "auto") -> bool:
     """Whether `token_shift` of `x` does a layer norm by the way: it then costs no pass of its own,
     and the normed tokens exist nowhere."""
-    if choose(facts_of(x), impl).impl != "triton":
-        return False
+    form = _form(x, impl)
+    if form != "triton":
+        return form == "compiled"
     from rwkvx_kernels.token_shift.options import NORM_STAGES, TABLE
     from rwkvx_kernels.tools.triton_options import missing
 
@@ -60,25 +67,31 @@ def token_shift(
         mixes: one to six of [C].
         cu_seqlens: [sequences + 1] integer offsets of sequences packed along T, batch size 1. On a
             GPU they are not looked at, which would wait for it.
-        impl: "auto", "reference", "torch" or "triton".
+        impl: "auto", "reference", "torch", "compiled" (Numba, on a CPU; traced by `torch.compile`,
+            it is torch's form) or "triton".
         norm: weight [C], bias [C] and eps of a layer norm that `x` goes through first; `previous`
             is normed already.
 
     Returns:
-        for every mix [B, T, C] in the dtype of x; from Triton, in the dtype of autocast where that
-        is enabled: what reads it are products.
+        for every mix [B, T, C] in the dtype of x; compiled or from Triton, in the dtype of autocast
+        where that is enabled: what reads it are products.
 
     Raises:
         ValueError: shapes that do not fit together.
         UnsupportedError: Triton kernels for float64 or without a GPU.
     """
     _check_shapes(x, previous, mixes, cu_seqlens, norm)
-    chosen = choose(facts_of(x), impl).impl
+    form = _form(x, impl)
     if norm is not None and not fuses_norm(x, impl):
         x, norm = norm(x), None
-    if chosen != "triton":
-        form = token_shift_torch if chosen == "torch" else token_shift_reference
-        return form(x, previous, mixes, cu_seqlens)
+    if form == "torch":
+        return token_shift_torch(x, previous, mixes, cu_seqlens)
+    if form == "reference":
+        return token_shift_reference(x, previous, mixes, cu_seqlens)
+    if form == "compiled":
+        from rwkvx_kernels.token_shift.numba_mixes import token_shift_compiled  # half a second
+
+        return token_shift_compiled(x, previous, list(mixes), cu_seqlens, norm, autocast_dtype(x))
     dtype, x, mixes = autocast_dtype(x), x.contiguous(), [m.contiguous() for m in mixes]
     previous = previous.to(x.dtype if norm is None else norm.dtype(x)).contiguous()
     if norm is None:
@@ -89,6 +102,12 @@ def token_shift(
 
     weight, bias = norm.weight.contiguous(), norm.bias.contiguous()
     return norm_token_shift(x, previous, weight, bias, mixes, cu_seqlens, norm.eps, dtype)
+
+
+def _form(x: Tensor, impl: str) -> str:
+    facts = facts_of(x)
+    chosen = choose(facts, impl).impl
+    return "torch" if chosen == "compiled" and facts.traced else chosen
 
 
 def _check_shapes(

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from rwkvx_kernels.dispatch import check_cu_seqlens, without_autocast
+from rwkvx_kernels.token_shift.common import Norm
 from rwkvx_kernels.tools.numba_loops import in_threads, loop
 from rwkvx_kernels.tools.numba_scalars import as_array, narrow, widen
 
+# Numbers that one thread is quicker with than several.
+FEW = 2**14
 # Rows whose gradients of weights are summed together: the same sums with any number of threads.
 ROWS = 128
 
@@ -22,7 +25,7 @@ def token_shift_compiled(
     previous: Tensor,
     mixes: list[Tensor],
     cu_seqlens: Tensor | None,
-    norm: tuple[Tensor, Tensor, float] | None,
+    norm: Norm | None,
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """As `api.token_shift`; mixes come in `dtype`."""
@@ -47,7 +50,11 @@ class _Mixes(torch.autograd.Function):
         arrays = tuple(_rows(out) for out in outs)
         given = (_rows(x), _rows(previous), _first_of(starts, rows))
         table = _table(x, weight, bias, mixes)
-        in_threads(_forward, rows, *given, table, eps, ctx.normed, arrays)
+        arguments = (*given, table, eps, ctx.normed, arrays)
+        if x.numel() <= FEW:
+            _forward(0, rows, *arguments)
+        else:
+            in_threads(_forward, rows, *arguments)
         return outs
 
     @staticmethod
@@ -58,7 +65,8 @@ class _Mixes(torch.autograd.Function):
         starts, rows, eps = ctx.settings
         table = _table(x, weight, bias, mixes)
         units = -(-rows // ROWS)
-        dx, dprevious = torch.empty_like(x), torch.zeros_like(previous)
+        dx = torch.empty(x.shape, dtype=x.dtype)
+        dprevious = torch.zeros(previous.shape, dtype=previous.dtype)
         sums = np.zeros((units, *table.shape), table.dtype)
         given = (_rows(x), _rows(previous), _first_of(starts, rows))
         arrays = tuple(_rows(g) for g in gradients)

@@ -1,4 +1,5 @@
-"""Layer norm and token shift as one: Triton (on a GPU or interpreted) against both equations."""
+"""Layer norm and token shift as one against both equations: compiled loops, and Triton (on a GPU
+or interpreted)."""
 
 from collections.abc import Callable
 
@@ -73,6 +74,60 @@ def test_outputs_and_gradients(
     assert_as_good(got, reference, exact, FACTOR, names(mixes), least)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled loops are for CPUs")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "width", "mixes", "offsets"),
+    [*CASES, (2, 300, 48, 6, None), (1, 300, 48, 1, [0, 127, 127, 128, 256, 300])],  # blocks of 128
+)
+def test_compiled(
+    dtype: torch.dtype, batch: int, tokens: int, width: int, mixes: int, offsets: list[int] | None
+) -> None:
+    args = inputs(batch, tokens, width, mixes, len(offsets) - 1 if offsets else 0)
+    exact = run(args, torch.float64, "reference", offsets)
+    got = run(args, dtype, "compiled", offsets)
+    least = batch * tokens * torch.finfo(dtype).eps / 2
+    if dtype == torch.float64:
+        for a, b in zip(got, exact, strict=True):
+            assert relative_error(a, b) < least * FACTOR
+        return
+    reference = run(args, dtype, "reference", offsets)
+    assert_as_good(got, reference, exact, FACTOR, names(mixes), least)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled loops are for CPUs")
+def test_compiled_in_threads_gives_the_same_bits() -> None:
+    args = inputs(1, 700, 32, 6)
+    one = run(args, torch.float32, "compiled")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        several = run(args, torch.float32, "compiled")
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(one, several, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled loops are for CPUs")
+def test_compiled_reads_strided_tokens_and_keeps_a_nan_to_its_readers() -> None:
+    x, previous, weight, bias, *mixes = inputs(1, 9, 16, 2)
+    norm = Norm(weight, bias, EPS)
+    strided = torch.stack([x, x], dim=-1)[..., 0].requires_grad_()
+    out = token_shift(strided, previous, mixes, impl="compiled", norm=norm)
+    torch.autograd.backward(out, [torch.ones_like(y) for y in out])
+    leaf = x.clone().requires_grad_()
+    plain = token_shift(leaf, previous, mixes, impl="compiled", norm=norm)
+    torch.autograd.backward(plain, [torch.ones_like(y) for y in plain])
+    assert torch.equal(strided.grad, leaf.grad)  # type: ignore[arg-type]
+    x[0, 4, 3] = torch.nan
+    for y, good in zip(
+        token_shift(x, previous, mixes, impl="compiled", norm=norm), plain, strict=True
+    ):
+        assert y.isnan().any(-1)[0].nonzero().flatten().tolist() == [4, 5]
+        assert torch.equal(y[:, :4], good[:, :4])
+
+
 def test_other_forms_norm_first() -> None:
     args = inputs(2, 7, 16, 3)
     x, previous, weight, bias, *mixes = args
@@ -104,15 +159,20 @@ def test_normed_tokens_are_rounded_as_the_state_is() -> None:
     assert torch.equal(rest, whole[:, 5:])
 
 
-def test_autocast_mixes_in_its_dtype() -> None:
-    pytest.importorskip("triton", reason="needs triton (the extra gpu)")
+@pytest.mark.parametrize("impl", ["triton", "compiled"])
+def test_autocast_mixes_in_its_dtype(impl: str) -> None:
+    if impl == "triton":
+        pytest.importorskip("triton", reason="needs triton (the extra gpu)")
+    elif DEVICE == "cuda":
+        pytest.skip("compiled loops are for CPUs")
+    dtype = torch.float16 if impl == "triton" else torch.bfloat16
     x, previous, weight, bias, *mixes = (t.float() for t in inputs(2, 5, 16, 2))
     norm = Norm(weight, bias, EPS)
-    wide = token_shift(x, previous, mixes, impl="triton", norm=norm)
-    with torch.autocast(DEVICE, torch.float16):
-        narrow = token_shift(x, previous, mixes, impl="triton", norm=norm)
+    wide = token_shift(x, previous, mixes, impl=impl, norm=norm)
+    with torch.autocast(DEVICE, dtype):
+        narrow = token_shift(x, previous, mixes, impl=impl, norm=norm)
     for got, expected in zip(narrow, wide, strict=True):
-        assert torch.equal(got, expected.half())
+        assert torch.equal(got, expected.to(dtype))
 
 
 @pytest.mark.parametrize(("batch", "tokens", "offsets"), [(2, 0, None), (1, 0, [0, 0, 0])])
