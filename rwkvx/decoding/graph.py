@@ -71,11 +71,14 @@ class GraphDecoder:
             self._form = form_of(self._model)
             self._prepare()
         self._ids.copy_(ids)
-        self._steps += 1
         if self._graph is None:
-            return self._run()
-        self._graph.replay()
-        return self._logits.clone()
+            logits = self._run()
+        else:
+            self._graph.replay()
+            logits = self._logits.clone()
+        self._steps += 1
+        self._between_tokens()
+        return logits
 
     @property
     def room(self) -> int:
@@ -102,8 +105,18 @@ class GraphDecoder:
         self._length += 1
         return made
 
+    def _between_tokens(self) -> None:
+        """What cannot be in the graph: behind the last step and before the next on their stream."""
+        lengths = self._read_by_rows()
+        for block, own in zip(self._model.blocks, self._state.blocks, strict=True):
+            block.att.between_tokens(own, lengths)
+
+    def _read_by_rows(self) -> list[int]:
+        return [length + self._steps for length in self._lengths]
+
     def _prepare(self) -> None:
         """Capture, where that can be done: where it cannot, steps are launched one by one."""
+        self._between_tokens()
         self._graph: torch.cuda.CUDAGraph | None = None
         if can_capture(self._model) is None:
             with torch.cuda.device(self._ids.device):
@@ -140,7 +153,7 @@ class GraphDecoder:
         return own._replace(cached=(DeviceRows(cache, self._length),))
 
     def _rows(self, cache: KeyValueCache) -> Cached:
-        lengths = [length + self._steps for length in self._lengths]
+        lengths = self._read_by_rows()
         if len(set(lengths)) == 1:
             return (CachedRows(cache, lengths[0]),)
         index = torch.arange(len(lengths), device=cache.k_BGSD.device).split(1)

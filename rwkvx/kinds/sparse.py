@@ -5,7 +5,7 @@ that of "Optimizing Mixture of Block Attention" (arXiv 2511.11571).
 Axes: B batch, T time, C width, H query heads, G key/value heads, N head size, W convolution width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -182,7 +182,12 @@ class SparseAttention(AttentionMixer):
         """With the Triton kernel that takes lengths on the device."""
         config = self.config
         queries = like.new_empty(0, 1, config.heads, config.head_size)
-        return has_decode_kernel(queries, config.chunk_size, config.selection)
+        return has_decode_kernel(queries, config.chunk_size)
+
+    def between_tokens(self, state: SparseState, lengths: Sequence[int]) -> None:
+        """Trees grow when chunks complete."""
+        if self.config.selection != "flat":
+            state.cached[0].cache.forest(self.topk, *lengths)
 
     def route(self, facts: Facts, rows: int, tokens: int) -> dict[str, Choice]:
         """See `Mixer.route`."""
