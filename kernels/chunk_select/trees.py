@@ -44,9 +44,7 @@ class Trees:
                 start = stop
         return forest.tensors()
 
-    def fill(
-        self, groups: slice, other: "Trees", chunks: int, index: Tensor | None = None
-    ) -> None:
+    def fill(self, groups: slice, other: "Trees", chunks: int, index: Tensor | None = None) -> None:
         """The first chunks of these groups are those of another, or of its groups `index`."""
         if groups.start is None and other._tree.chunks <= chunks:
             self._tree = other._tree if index is None else other._tree.rows(index)

@@ -245,9 +245,7 @@ def descend_rows(
     """
     top = common.first_level(means.shape[2]) if forest else 0
     for level in range(top if above is None else top - 1, -1, -1):
-        above = best_of_level(
-            q, means, forest, level, above, lengths, chunk_size, topk, counted
-        )
+        above = best_of_level(q, means, forest, level, above, lengths, chunk_size, topk, counted)
     assert above is not None
     return above
 

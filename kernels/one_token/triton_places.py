@@ -113,6 +113,7 @@ def place(
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_W=max(1, triton.next_power_of_2(width - 1)) if width > 1 else 1,
         TILE=min(64, triton.next_power_of_2(capacity // chunks)),
-        LEVEL=level, **tree_constants(cache.forest, slots + 1), **score, num_warps=4 if score["K"] <= 64 else 8,
+        LEVEL=level, **tree_constants(cache.forest, slots + 1), **score,
+        num_warps=4 if score["K"] <= 64 else 8,
     )  # fmt: skip
     return best
