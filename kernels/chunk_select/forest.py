@@ -65,7 +65,8 @@ def room_for(means_NCD: Tensor) -> Forest:
     while lengths and nodes:
         levels.append(means_NCD.new_empty((lengths, groups, nodes, dim + EXTRA)))
         nodes //= common.FANOUT
-    order = means_NCD.new_empty((lengths, groups, chunks), dtype=torch.int32)
+    # Whoever descends where nothing has grown yet finds a chunk, if not the right one.
+    order = means_NCD.new_zeros((lengths, groups, chunks), dtype=torch.int32)
     return Forest(order, tuple(levels))
 
 

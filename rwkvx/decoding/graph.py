@@ -123,19 +123,22 @@ class GraphDecoder:
                 self._capture()
 
     def _capture(self) -> None:
-        before = [x.clone() for x in (*_tensors(self._state), self._length)]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._run()
-                # What it wrote to the caches lies behind the lengths, where the first step writes.
-                for own, old in zip((*_tensors(self._state), self._length), before, strict=True):
-                    own.copy_(old)
+            self._warm_up()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = self._run()
+
+    def _warm_up(self) -> None:
+        before = [x.clone() for x in (*_tensors(self._state), self._length)]
+        for _ in range(WARM_UP):
+            self._run()
+            # What it wrote to the caches lies behind the lengths, where the first step writes.
+            for own, old in zip((*_tensors(self._state), self._length), before, strict=True):
+                own.copy_(old)
 
     def _own(self, block: Block, state: Any) -> Any:
         """A block's state in memory of its own, caches with room."""

@@ -119,7 +119,7 @@ def cache_of(decoder: GraphDecoder) -> KeyValueCache:
     ("lengths", "tokens", "dtype"),
     [
         ((14,), 7, torch.float32),
-        ((5, 22, 14), 5, torch.float32),
+        ((5, 22, 15), 5, torch.float32),
         ((11, 18, 3), 5, torch.bfloat16),
         ((), 10, torch.float32),
         ((15,), 3, torch.bfloat16),
@@ -129,13 +129,16 @@ def cache_of(decoder: GraphDecoder) -> KeyValueCache:
 def test_steps_equal_eager_decoding(
     lengths: tuple[int, ...], tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Past several ends of runs, of all rows at other steps; from nothing; and what goes on."""
+    """Past several ends of runs, of all rows at other steps; from nothing; and what goes on. What
+    warms up for a graph leaves no trace."""
+    monkeypatch.setattr(GraphDecoder, "_capture", GraphDecoder._warm_up)  # choices are looked at
     model = model_of(dtype, key_conv=2)
     state = prompt(model, *lengths) if lengths else model.fresh_state(1)
     ids = random_ids(tokens + 1, batch=state.rows, seed=1).to(DEVICE)
     choices = Choices(monkeypatch)
     with triton_everywhere():
         decoder = GraphDecoder(model, state, tokens)
+        decoder._warm_up()
         choices.means = cache_of(decoder).means_BGCD
         got = steps(decoder, ids[:, :tokens])
     assert choices.checked >= tokens * state.rows
@@ -183,9 +186,9 @@ def test_called_as_a_module_it_is_the_eager_one(dtype: torch.dtype) -> None:
     """The same kernels on the same numbers: to the bit."""
     model = model_of(dtype)
     model.blocks[0].att.output.register_forward_hook(lambda *_: None)
-    state, ids = prompt(model, 13), random_ids(5, batch=1, seed=1).to(DEVICE)
+    state, ids = prompt(model, 14), random_ids(4, batch=1, seed=1).to(DEVICE)
     with triton_everywhere():
-        decoder = GraphDecoder(model, state, 5)
+        decoder = GraphDecoder(model, state, 4)
         assert decoder._form.weights == [None]
         assert torch.equal(steps(decoder, ids), steps(EagerDecoder(model, state), ids))
 
