@@ -190,7 +190,8 @@ def cached_chunk_attention(
     Args:
         q: [B, T, H, D]; the T tokens are already in the cache.
         length: tokens of the sequence, including those T; or of each sequence, [B] int64, for the
-            Triton kernels and T up to 8: nothing waits for their values, which are not checked.
+            Triton kernels and T up to 8: nothing waits for their values, which are not checked, and
+            for coarse-to-fine selection the cache was grown to them (`KeyValueCache.forest`).
 
     Returns:
         o [B, T, H, D] in the dtype of `q`.
@@ -207,12 +208,13 @@ def cached_chunk_attention(
     facts = Facts(q.device, q.dtype, traced=torch.compiler.is_compiling())
     chosen_impl = choose(facts, size, topk, tokens, q.shape[3], impl).impl
     if isinstance(length, Tensor):
-        if chosen_impl != "triton" or tokens > DECODED or selection != "flat":
+        if chosen_impl != "triton" or tokens > DECODED:
             raise UnsupportedError(
-                f'lengths on the device need impl="triton", flat selection and at most {DECODED} '
-                f'queries, these are {tokens} for impl="{chosen_impl}", "{selection}"'
+                f'lengths on the device need impl="triton" and at most {DECODED} queries, these '
+                f'are {tokens} for impl="{chosen_impl}"'
             )
-        return _decode(q, cache, length, topk, [])
+        forest = [] if selection == "flat" else cache.forest(topk)
+        return _decode(q, cache, length, topk, forest)
     if not tokens <= length <= cache.written:
         raise ValueError(f"{tokens} queries at length {length}: cache has {cache.written}")
     if q.numel() == 0:
@@ -231,10 +233,9 @@ def selected_chunks(
     return selecting.select_chunks(q, cache.means_BGCD, *numbers, trees=cache.trees)
 
 
-def has_decode_kernel(q: Tensor, chunk_size: int, selection: str = "flat") -> bool:
+def has_decode_kernel(q: Tensor, chunk_size: int) -> bool:
     """Whether `cached_chunk_attention` of q [B, T, H, D] takes lengths on the device."""
-    facts = Facts(q.device, q.dtype)
-    return selection == "flat" and choose(facts, chunk_size, 1, 1, q.shape[3]).impl == "triton"
+    return choose(Facts(q.device, q.dtype), chunk_size, 1, 1, q.shape[3]).impl == "triton"
 
 
 def _select_impl(impl: str, chosen_impl: str, facts: Facts, selection: str) -> str:

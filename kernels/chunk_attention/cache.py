@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rwkvx_kernels.chunk_select.common import chunk_means
+from rwkvx_kernels.chunk_select.common import chunk_means, scored_whole
 from rwkvx_kernels.chunk_select.trees import Trees
 from rwkvx_kernels.tools.operators import operator
 
@@ -81,6 +81,17 @@ class KeyValueCache:
         tensors = (self.k_BGSD, self.v_BGSD, self.means_BGCD, k_BTGD, v_BTGD)
         append_each(*tensors, lengths_B, self.chunk_size)
 
+    def forest(self, topk: int, *lengths: int) -> list[Tensor]:
+        """What coarse-to-fine selection descends behind lengths on the device; it stays in place.
+
+        Whoever knows the lengths of all rows on the host gives them as chunks complete: it grows to
+        them, by launches that wait for nothing. [] where the capacity is too small to leave out any
+        chunk.
+        """
+        if self.means_BGCD.shape[2] <= scored_whole(topk):
+            return []
+        return self.trees.forest(*(length // self.chunk_size for length in lengths))
+
     def appended_elsewhere(self, length: int, end: int) -> None:
         """Tokens length ... end - 1 were written to reserved places: completes their chunks."""
         _write_means(self.k_BGSD, self.means_BGCD, length, end, self.chunk_size)
@@ -124,11 +135,6 @@ class KeyValueCache:
         new = KeyValueCache(rows, heads, dim, self.chunk_size, self.k_BGSD, capacity)
         new._fill(slice(None), self, length, index)
         new.written = length
-        groups, chunks = None, length // self.chunk_size
-        if index is not None:
-            head = torch.arange(heads, device=index.device)
-            groups = (index[:, None] * heads + head).flatten()
-        new.trees = self.trees.copy(new.means_BGCD.flatten(0, 1), chunks, groups)
         return new
 
     def _fill(
@@ -142,6 +148,14 @@ class KeyValueCache:
         ):
             kept = old[:, :, :size]
             fresh[rows, :, :size] = kept if index is None else kept[index]
+        heads, groups = self.k_BGSD.shape[1], None
+        if index is not None:
+            head = torch.arange(heads, device=index.device)
+            groups = (index[:, None] * heads + head).flatten()
+        own = rows
+        if rows.start is not None:
+            own = slice(rows.start * heads, rows.stop * heads)
+        self.trees.fill(own, other.trees, length // self.chunk_size, groups)
 
 
 def _write(

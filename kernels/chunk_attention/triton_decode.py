@@ -11,23 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.triton_forward import LOG2E
-from rwkvx_kernels.chunk_select.triton_decode import LOWEST, keep_best, kept_of_split, unpack
+from rwkvx_kernels.chunk_select.triton_decode import LOWEST, best_of, kept_of_split
 from rwkvx_kernels.tools.triton_device import device_kind
 from rwkvx_kernels.tools.triton_tiles import load, store
 
 TILE = 64  # keys at once
-
-
-@triton.jit
-def best_of(p_best, candidates, i_slot, K: tl.constexpr, LOWEST: tl.constexpr):
-    """The i-th best of what splits kept (chunk_select/triton_decode.py), from 0; -1 for none."""
-    b_best = tl.full((1, K), LOWEST, tl.int64)
-    for i_c in range(0, candidates, 4 * K):
-        o_c = i_c + tl.arange(0, 4 * K)
-        b_packed = tl.load(p_best + o_c, mask=o_c < candidates, other=LOWEST)[None, :]
-        b_best = keep_best(b_best, b_packed, K)
-    m_slot = (tl.arange(0, K) == K - 1 - i_slot)[None, :]  # the best come last
-    return tl.sum(tl.where(m_slot, unpack(b_best, LOWEST), 0))
 
 
 @triton.jit(do_not_specialize=["tokens", "ahead", "candidates"])
@@ -49,7 +37,9 @@ def _part_kernel(
         if i_slot < SLOTS:
             if K > 0:
                 p_best = p_chosen + i_row * candidates
-                i_chunk = best_of(p_best, candidates, i_slot, K, LOWEST).to(tl.int64)
+                b_best = best_of(p_best, candidates, K, 4 * K, LOWEST)
+                m_slot = (tl.arange(0, K) == K - 1 - i_slot)[None, :]  # the best come last
+                i_chunk = tl.sum(tl.where(m_slot, b_best, 0)).to(tl.int64)
             else:
                 i_chunk = tl.load(p_chosen + i_row * SLOTS + i_slot).to(tl.int64)
     o_part = i_row * ((SLOTS + 1) * PIECES) + tl.program_id(1)

@@ -37,18 +37,20 @@ class Forest(NamedTuple):
         """What kernels take."""
         return [self.order_SNC, *self.nodes]
 
-    def copy(self, chunks: int, means_NCD: Tensor, index: Tensor | None = None) -> "Forest":
-        """With room for as many chunks as `means_NCD` has: the first ones, of groups `index`."""
-        new = room_for(means_NCD)
+    def rows(self, groups: slice) -> "Forest":
+        """A view of some groups."""
+        return Forest(self.order_SNC[:, groups], tuple(x[:, groups] for x in self.nodes))
+
+    def fill(self, other: "Forest", chunks: int, index: Tensor | None = None) -> None:
+        """The first chunks from another forest, or from its groups `index`."""
         size = 1
-        for old, fresh in zip(self.tensors(), new.tensors(), strict=False):
+        for old, fresh in zip(other.tensors(), self.tensors(), strict=False):
             members = chunks // size
             part = old[:, :, :members]
             # A shorter capacity has fewer lengths of runs, and a longer one more.
             lengths = min(len(old), len(fresh))
             fresh[:lengths, :, :members] = (part if index is None else part[:, index])[:lengths]
             size *= common.FANOUT
-        return new
 
 
 def run_lengths(chunks: int) -> list[int]:
@@ -63,7 +65,8 @@ def room_for(means_NCD: Tensor) -> Forest:
     while lengths and nodes:
         levels.append(means_NCD.new_empty((lengths, groups, nodes, dim + EXTRA)))
         nodes //= common.FANOUT
-    order = means_NCD.new_empty((lengths, groups, chunks), dtype=torch.int32)
+    # Whoever descends where nothing has grown yet finds a chunk, if not the right one.
+    order = means_NCD.new_zeros((lengths, groups, chunks), dtype=torch.int32)
     return Forest(order, tuple(levels))
 
 

@@ -52,10 +52,21 @@ def keep_best(b_best, b_packed, K: tl.constexpr):
 
 
 @triton.jit
+def best_of(p_best, candidates, K: tl.constexpr, BLOCK_C: tl.constexpr, LOWEST: tl.constexpr):
+    """The best K of what splits kept for a row, [1, K], the best last; -1 for none."""
+    b_best = tl.full((1, K), LOWEST, tl.int64)
+    for i_c in range(0, candidates, BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        b_packed = tl.load(p_best + o_c, mask=o_c < candidates, other=LOWEST)[None, :]
+        b_best = keep_best(b_best, b_packed, K)
+    return unpack(b_best, LOWEST)
+
+
+@triton.jit
 def score_split(
-    i_row, i_n, i_split, past, p_q, p_table, p_order, p_kept, p_best,
-    members, parents, groups, chunks, splits,
-    D: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr,
+    i_row, i_n, i_split, past, p_q, p_table, p_order, p_above, p_best,
+    above, members, parents, groups, chunks, splits,
+    D: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr,
     RUNS: tl.constexpr, LEVELS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constexpr,
     FANOUT: tl.constexpr, EXTRA: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, K: tl.constexpr,
@@ -63,7 +74,8 @@ def score_split(
 ):  # fmt: skip
     """The best K candidates of one split for a row behind `past` chunks, packed with their scores.
 
-    The candidates of a row are the children of the entries it kept, then members without parent.
+    The candidates of a row are the children of the WIDTH entries it kept of the level above, then
+    members without parent. `above` entries, KEPT of each split, were written there.
     """
     P = tree_size(past, LEVELS, RUN, WHOLE)
     top = first_level(P, LEVELS, FANOUT, DENSE)
@@ -75,6 +87,8 @@ def score_split(
     candidates = children + stop - root
     o_d = tl.arange(0, BLOCK_D)
     b_q = tl.load(p_q + i_row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
+    if WIDTH > 0:
+        b_kept = tl.reshape(best_of(p_above + i_row * above, above, KEPT, KEPT, LOWEST), (KEPT,))
     b_best = tl.full((1, K), LOWEST, tl.int64)
     begin = i_split * SPLIT
     for i_c in range(begin, tl.minimum(begin + SPLIT, candidates), BLOCK_C):
@@ -84,7 +98,8 @@ def score_split(
         o_run = run_of(o_member * FANOUT**LEVEL, P, RUNS, RUN, GROWTH)
         if WIDTH > 0:
             m_child = o_c < children
-            b_parent = tl.load(p_kept + i_row * WIDTH + o_c // FANOUT, mask=m_child, other=0)
+            o_kept = tl.where(m_child, KEPT - 1 - o_c // FANOUT, 0).to(tl.int32)
+            b_parent = tl.where(m_child, tl.gather(b_kept, o_kept, 0), 0)
             m_c &= b_parent >= 0
             o_run = tl.where(m_child, b_parent // parents, o_run)
             o_member = tl.where(
@@ -112,12 +127,16 @@ def score_split(
     tl.store(p_best + o_best[None, :], b_best)
 
 
-@triton.jit(do_not_specialize=["tokens", "members", "parents", "groups", "chunks", "splits"])
+@triton.jit(
+    do_not_specialize=[
+        *("tokens", "ahead", "above", "members", "parents", "groups", "chunks", "splits")
+    ]
+)
 def _score_kernel(
-    p_q, p_table, p_order, p_kept, p_lengths, p_best,
-    tokens, members, parents, groups, chunks, splits,
+    p_q, p_table, p_order, p_above, p_lengths, p_best,
+    tokens, ahead, above, members, parents, groups, chunks, splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    CHUNK: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr, LEVEL: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr,
     RUNS: tl.constexpr, LEVELS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constexpr,
     FANOUT: tl.constexpr, EXTRA: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, K: tl.constexpr,
@@ -125,11 +144,11 @@ def _score_kernel(
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_t, i_h = i_row // H // tokens, i_row // H % tokens, i_row % H
-    past = (tl.load(p_lengths + i_b) - tokens + i_t) // CHUNK
+    past = (tl.load(p_lengths + i_b) + ahead + i_t) // CHUNK
     score_split(
-        i_row, i_b * G + i_h // (H // G), tl.program_id(1), past, p_q, p_table, p_order, p_kept,
-        p_best, members, parents, groups, chunks, splits, D, LEVEL, WIDTH, RUNS, LEVELS, RUN,
-        GROWTH, FANOUT, EXTRA, DENSE, WHOLE, BLOCK_D, BLOCK_C, SPLIT, K, LOWEST,
+        i_row, i_b * G + i_h // (H // G), tl.program_id(1), past, p_q, p_table, p_order, p_above,
+        p_best, above, members, parents, groups, chunks, splits, D, LEVEL, WIDTH, KEPT, RUNS,
+        LEVELS, RUN, GROWTH, FANOUT, EXTRA, DENSE, WHOLE, BLOCK_D, BLOCK_C, SPLIT, K, LOWEST,
     )  # fmt: skip
 
 
@@ -145,15 +164,10 @@ def _merge_kernel(
 ):
     """The best of all splits of a row, unpacked."""
     i_row = tl.program_id(0).to(tl.int64)
-    b_best = tl.full((1, K), LOWEST, tl.int64)
-    for i_c in range(0, candidates, BLOCK_C):
-        o_c = i_c + tl.arange(0, BLOCK_C)
-        p_tile = p_best + i_row * candidates + o_c
-        b_packed = tl.load(p_tile, mask=o_c < candidates, other=LOWEST)[None, :]
-        b_best = keep_best(b_best, b_packed, K)
+    b_best = best_of(p_best + i_row * candidates, candidates, K, BLOCK_C, LOWEST)
     o_k = K - 1 - tl.arange(0, K)  # the best come last
     p_out = (p_entries + i_row * SLOTS + o_k)[None, :]
-    tl.store(p_out, unpack(b_best, LOWEST), mask=(o_k < SLOTS)[None, :])
+    tl.store(p_out, b_best, mask=(o_k < SLOTS)[None, :])
 
 
 def _most_candidates(members: int, forest: list[Tensor], level: int, topk: int) -> int:
@@ -176,55 +190,90 @@ def score_sizes(keep: int, dim: int) -> dict[str, int]:
     return {"BLOCK_C": block, "SPLIT": SPLIT, "K": keep, "LOWEST": LOWEST}
 
 
-def _best(
+def splits_of(members: int, forest: list[Tensor], level: int, topk: int) -> int:
+    """Into how many splits the candidates of a row at a level of so many members are cut."""
+    return triton.cdiv(_most_candidates(members, forest, level, topk), SPLIT)
+
+
+def best_of_level(
     q: Tensor,
-    table: Tensor,
+    means: Tensor,
     forest: list[Tensor],
     level: int,
-    kept: Tensor | None,
+    above: Tensor | None,
     lengths: Tensor,
-    sizes: dict[str, int],
+    chunk_size: int,
     topk: int,
+    counted: bool,
 ) -> Tensor:
-    """As `triton_best.best_members`, by row: [B·T·H, width]."""
+    """Launch: what each split of a level's candidates keeps, packed: [B·T·H, splits · K] int64.
+
+    above: the same of the level above; None at the highest. The rest as for `select_rows`.
+    """
     batch, tokens, heads, dim = q.shape
-    rows, members = batch * tokens * heads, table.shape[2]
-    slots = common.kept_at(level, topk)
-    keep = kept_of_split(slots)
-    splits = triton.cdiv(_most_candidates(members, forest, level, topk), SPLIT)
+    groups, rows = means.shape[1], batch * tokens * heads
+    table = forest[level] if level else means
+    keep = kept_of_split(common.kept_at(level, topk))
+    splits = splits_of(table.shape[2], forest, level, topk)
     best = torch.empty((rows, splits * keep), dtype=torch.int64, device=q.device)
+    width = 0 if above is None else common.kept_at(level + 1, topk)
     _score_kernel[(rows, splits)](
-        q, table, forest[0] if forest else None, kept, lengths, best, tokens, members,
-        forest[level + 1].shape[2] if kept is not None else 1, batch * sizes["G"],
-        forest[0].shape[2] if forest else 1, splits,
-        **sizes, **tree_constants(forest, topk), LEVEL=level,
-        WIDTH=0 if kept is None else kept.shape[1],
-        **score_sizes(keep, dim), num_warps=4 if keep <= 64 else 8,
+        q, table, forest[0] if forest else None, above, lengths, best, tokens,
+        -tokens if counted else 0, 0 if above is None else above.shape[1], table.shape[2],
+        1 if above is None else forest[level + 1].shape[2], batch * groups, means.shape[2], splits,
+        H=heads, G=groups, D=dim, CHUNK=chunk_size, LEVEL=level,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)), WIDTH=width, KEPT=kept_of_split(width),
+        **tree_constants(forest, topk), **score_sizes(keep, dim),
+        num_warps=4 if keep <= 64 else 8,
     )  # fmt: skip
-    entries = torch.empty((rows, slots), dtype=torch.int32, device=q.device)
-    block = max(LEAST_BLOCK, keep)
-    _merge_kernel[(rows,)](
-        best, entries, splits * keep, SLOTS=slots, BLOCK_C=block, K=keep, LOWEST=LOWEST
-    )
-    return entries
+    return best
+
+
+def descend_rows(
+    q: Tensor,
+    means: Tensor,
+    forest: list[Tensor],
+    lengths: Tensor,
+    chunk_size: int,
+    topk: int,
+    counted: bool = True,
+    above: Tensor | None = None,
+) -> Tensor:
+    """As `select_rows`, with the best of the splits not joined: [B·T·H, splits · K] int64, packed.
+
+    above: of the highest level, where that was scored by somebody else.
+    """
+    top = common.first_level(means.shape[2]) if forest else 0
+    for level in range(top if above is None else top - 1, -1, -1):
+        above = best_of_level(q, means, forest, level, above, lengths, chunk_size, topk, counted)
+    assert above is not None
+    return above
 
 
 def select_rows(
-    q: Tensor, means: Tensor, forest: list[Tensor], lengths: Tensor, chunk_size: int, topk: int
+    q: Tensor,
+    means: Tensor,
+    forest: list[Tensor],
+    lengths: Tensor,
+    chunk_size: int,
+    topk: int,
+    counted: bool = True,
 ) -> Tensor:
     """The chosen chunks of the last T tokens of each sequence, by row: [B·T·H, topk - 1] int32.
 
+    A launch for each level, and one.
+
     Args:
         q: [B, T, H, D], contiguous. means: [B, G, C, D] float32, contiguous, of every completed
-            chunk. lengths: [B] int64, tokens of each sequence, the T new ones included.
+            chunk. lengths: [B] int64, tokens of each sequence; the T new ones included where
+            `counted`.
         forest: tensors of the forest over them, with room for C chunks; [] for flat selection.
     """
-    heads, dim = q.shape[2:]
-    sizes = {"H": heads, "G": means.shape[1], "D": dim, "CHUNK": chunk_size}
-    sizes["BLOCK_D"] = max(16, triton.next_power_of_2(dim))
-    chosen: Tensor | None = None
-    for level in range(common.first_level(means.shape[2]) if forest else 0, -1, -1):
-        table = forest[level] if level else means
-        chosen = _best(q, table, forest, level, chosen, lengths, sizes, topk)
-    assert chosen is not None
-    return chosen
+    best = descend_rows(q, means, forest, lengths, chunk_size, topk, counted)
+    keep = kept_of_split(topk - 1)
+    entries = torch.empty((len(best), topk - 1), dtype=torch.int32, device=q.device)
+    _merge_kernel[(len(best),)](
+        best, entries, best.shape[1], SLOTS=topk - 1, BLOCK_C=max(LEAST_BLOCK, keep), K=keep,
+        LOWEST=LOWEST,
+    )  # fmt: skip
+    return entries

@@ -73,8 +73,8 @@ class OneToken:
 def read_block(x: Tensor, v_first: Tensor, weights: BlockWeights, memory: Memory) -> None:
     """One token of each row through a block, by Triton kernels: in place, waiting for nothing.
 
-    The same equations as `OneToken`, for any number of rows; at most 6 launches for a time mix, 7
-    for an attention by flat selection.
+    The same equations as `OneToken`, for any number of rows: 5 launches for a time mix, 7 for an
+    attention, one more for each level of nodes where it selects coarse to fine.
 
     Args:
         x: [B, C] float32, changed. v_first: [B, C] float32, written by a time mix without v0.

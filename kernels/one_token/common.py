@@ -88,8 +88,9 @@ class BlockWeights(NamedTuple):
 class Cache(NamedTuple):
     """What an attention block has read of B rows, contiguous and of the weights' dtype.
 
-    The token is written to `position`; it attends by flat selection to `topk` chunks. Compiled
-    code, of one row, leaves the mean of a chunk that the token completes to the caller.
+    The token is written to `position`; it attends to `topk` chunks, which are selected flat where
+    there is no forest. Compiled code, of one row and without a forest, leaves the mean of a chunk
+    that the token completes to the caller.
     """
 
     k: Tensor  # [B, G, S, D]
@@ -99,6 +100,7 @@ class Cache(NamedTuple):
     topk: int
     conv: Tensor | None = None  # [B, W - 1, G D], keys before the convolution
     new_conv: Tensor | None = None  # the same, written; on a GPU it may be the same memory
+    forest: list[Tensor] = []  # noqa: RUF012  # to select coarse to fine (chunk_select/forest.py)
 
     def check(self, block: BlockWeights, rows: int = 1) -> None:
         """Refuse a cache that is not of that block, and a position known to be beyond its end.
@@ -116,6 +118,8 @@ class Cache(NamedTuple):
             and self.means.shape == (rows, groups, chunks, size)
             and tokens % chunks == 0
             and all((None if x is None else x.shape) == conv for x in (self.conv, self.new_conv))
+            and all(x.shape[1] == rows * groups for x in self.forest)
+            and (not self.forest or self.forest[0].shape[2] == chunks)
         )
         if isinstance(self.position, Tensor):
             fits = fits and self.position.shape == (rows,)

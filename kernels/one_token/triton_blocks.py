@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.triton_decode import decode
 from rwkvx_kernels.chunk_select.api import slots_of
-from rwkvx_kernels.chunk_select.triton_decode import kept_of_split, select_rows
+from rwkvx_kernels.chunk_select.triton_decode import descend_rows, kept_of_split, select_rows
 from rwkvx_kernels.one_token.common import BlockWeights, Cache, Memory
 from rwkvx_kernels.one_token.triton_heads import mix_heads
 from rwkvx_kernels.one_token.triton_places import place
@@ -49,7 +49,7 @@ def _time_mix(x: Tensor, v_first: Tensor, weights: BlockWeights, memory: Memory)
 
 
 def _attention(x: Tensor, weights: BlockWeights, cache: Cache) -> Tensor:
-    """The same: four launches, some more for long lists of chunks."""
+    """The same: four launches; one more for each level of a tree, some for long lists of chunks."""
     norm = Norm(*weights.ln1, weights.eps[0])
     (q, k, v), *_ = read_token(x, None, norm, [_matrix(weights, i) for i in range(3)], [])
     q = q.view(len(x), 1, weights.heads, weights.size)
@@ -57,11 +57,14 @@ def _attention(x: Tensor, weights: BlockWeights, cache: Cache) -> Tensor:
     assert isinstance(lengths, Tensor)
     size = cache.k.shape[2] // chunks
     slots = slots_of(cache.topk, chunks, "triton")
+    past = (q, cache.means, cache.forest, lengths, size, slots + 1)
     if kept_of_split(slots) <= MOST_JOINED:
         chosen = place(q, k, v, weights, cache, slots)
+        if chosen is not None:
+            chosen = descend_rows(*past, counted=False, above=chosen)
     else:
         place(q, k, v, weights, cache, 0)
-        chosen = select_rows(q, cache.means, [], lengths + 1, size, slots + 1)
+        chosen = select_rows(*past, counted=False)
     y = decode(q, cache.k, cache.v, chosen, lengths, size, slots + 1, counted=False)
     return y.view(len(x), -1)
 

@@ -12,12 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.triton_append import put
+from rwkvx_kernels.chunk_select import common
 from rwkvx_kernels.chunk_select.triton_best import tree_constants
 from rwkvx_kernels.chunk_select.triton_decode import (
     SPLIT,
     kept_of_split,
     score_sizes,
     score_split,
+    splits_of,
 )
 from rwkvx_kernels.one_token.common import BlockWeights, Cache
 from rwkvx_kernels.tools.triton_tiles import load, store
@@ -43,18 +45,18 @@ def convolved(
     return b_k
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "capacity", "chunks", "splits"])
+@triton.jit(do_not_specialize=["groups", "rows", "capacity", "chunks", "members", "splits"])
 def _place_kernel(
-    p_q, p_new_k, p_new_v, p_conv, p_taps, p_k, p_v, p_means, p_lengths, p_best,
-    groups, rows, capacity, chunks, splits,
+    p_q, p_new_k, p_new_v, p_conv, p_taps, p_k, p_v, p_means, p_table, p_lengths, p_best,
+    groups, rows, capacity, chunks, members, splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, TILE: tl.constexpr, LEVEL: tl.constexpr,
     RUNS: tl.constexpr, LEVELS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constexpr,
     FANOUT: tl.constexpr, EXTRA: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, K: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
-    """The first B · G programs have a key and a value each, the others a split of a row's chunks
-    (flat selection: the constants of trees are those of none)."""
+    """The first B · G programs have a key and a value each, the others a split of what a row
+    scores first: its past chunks, or the highest level of its tree."""
     i_program = tl.program_id(0).to(tl.int64)
     if i_program < groups:
         i_b, i_g = i_program // G, i_program % G
@@ -73,9 +75,9 @@ def _place_kernel(
         i_b, i_h = i_row // H, i_row % H
         past = tl.load(p_lengths + i_b) // CHUNK
         score_split(
-            i_row, i_b * G + i_h // (H // G), i_split, past, p_q, p_means, None, None, p_best,
-            chunks, 1, groups, 1, splits, D, 0, 0, RUNS, LEVELS, RUN, GROWTH, FANOUT, EXTRA,
-            DENSE, WHOLE, BLOCK_D, BLOCK_C, SPLIT, K, LOWEST,
+            i_row, i_b * G + i_h // (H // G), i_split, past, p_q, p_table, None, None, p_best, 0,
+            members, 1, groups, 1, splits, D, LEVEL, 0, 0, RUNS, LEVELS, RUN, GROWTH, FANOUT,
+            EXTRA, DENSE, WHOLE, BLOCK_D, BLOCK_C, SPLIT, K, LOWEST,
         )  # fmt: skip
 
 
@@ -85,28 +87,33 @@ def place(
     """Launch: k, v [B, G, D] float32 into the cache, keys after their convolution.
 
     Args:
-        q: [B, H, D] float32. slots: chunks to select, flat; 0 for none.
+        q: [B, H, D] float32. slots: chunks to select; 0 for none.
 
     Returns:
-        What each split of the chunks kept for each row, packed: [B · H, candidates] int64.
+        What each split of the chunks, or of the nodes of the highest level, kept for each row,
+        packed: [B · H, candidates] int64.
     """
     batch, groups, capacity, dim = cache.k.shape
     chunks, rows = cache.means.shape[2], batch * weights.heads
+    level = common.first_level(chunks) if cache.forest else 0
+    table = cache.forest[level] if level else cache.means
     splits, best = 0, None
     score: dict[str, int] = {"BLOCK_C": 1, "SPLIT": SPLIT, "K": 0, "LOWEST": 0}
     if slots:
-        keep = kept_of_split(slots)
-        splits, score = triton.cdiv(chunks, SPLIT), score_sizes(keep, dim)
+        keep = kept_of_split(common.kept_at(level, slots + 1))
+        splits = splits_of(table.shape[2], cache.forest, level, slots + 1)
+        score = score_sizes(keep, dim)
         best = torch.empty((rows, splits * keep), dtype=torch.int64, device=q.device)
     taps = weights.conv[0]
     width = 0 if taps is None else len(taps)
     _place_kernel[(batch * groups + rows * splits,)](
-        q, k, v, cache.conv, taps, cache.k, cache.v, cache.means, cache.position, best,
-        batch * groups, rows, capacity, chunks, splits,
+        q, k, v, cache.conv, taps, cache.k, cache.v, cache.means, table, cache.position, best,
+        batch * groups, rows, capacity, chunks, table.shape[2], splits,
         H=weights.heads, G=groups, D=dim, W=width, CHUNK=capacity // chunks,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_W=max(1, triton.next_power_of_2(width - 1)) if width > 1 else 1,
         TILE=min(64, triton.next_power_of_2(capacity // chunks)),
-        **tree_constants([], slots + 1), **score, num_warps=4 if score["K"] <= 64 else 8,
+        LEVEL=level, **tree_constants(cache.forest, slots + 1), **score,
+        num_warps=4 if score["K"] <= 64 else 8,
     )  # fmt: skip
     return best

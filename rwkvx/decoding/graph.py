@@ -71,11 +71,14 @@ class GraphDecoder:
             self._form = form_of(self._model)
             self._prepare()
         self._ids.copy_(ids)
-        self._steps += 1
         if self._graph is None:
-            return self._run()
-        self._graph.replay()
-        return self._logits.clone()
+            logits = self._run()
+        else:
+            self._graph.replay()
+            logits = self._logits.clone()
+        self._steps += 1
+        self._between_tokens()
+        return logits
 
     @property
     def room(self) -> int:
@@ -102,27 +105,40 @@ class GraphDecoder:
         self._length += 1
         return made
 
+    def _between_tokens(self) -> None:
+        """What cannot be in the graph: behind the last step and before the next on their stream."""
+        lengths = self._read_by_rows()
+        for block, own in zip(self._model.blocks, self._state.blocks, strict=True):
+            block.att.between_tokens(own, lengths)
+
+    def _read_by_rows(self) -> list[int]:
+        return [length + self._steps for length in self._lengths]
+
     def _prepare(self) -> None:
         """Capture, where that can be done: where it cannot, steps are launched one by one."""
+        self._between_tokens()
         self._graph: torch.cuda.CUDAGraph | None = None
         if can_capture(self._model) is None:
             with torch.cuda.device(self._ids.device):
                 self._capture()
 
     def _capture(self) -> None:
-        before = [x.clone() for x in (*_tensors(self._state), self._length)]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._run()
-                # What it wrote to the caches lies behind the lengths, where the first step writes.
-                for own, old in zip((*_tensors(self._state), self._length), before, strict=True):
-                    own.copy_(old)
+            self._warm_up()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = self._run()
+
+    def _warm_up(self) -> None:
+        before = [x.clone() for x in (*_tensors(self._state), self._length)]
+        for _ in range(WARM_UP):
+            self._run()
+            # What it wrote to the caches lies behind the lengths, where the first step writes.
+            for own, old in zip((*_tensors(self._state), self._length), before, strict=True):
+                own.copy_(old)
 
     def _own(self, block: Block, state: Any) -> Any:
         """A block's state in memory of its own, caches with room."""
@@ -140,7 +156,7 @@ class GraphDecoder:
         return own._replace(cached=(DeviceRows(cache, self._length),))
 
     def _rows(self, cache: KeyValueCache) -> Cached:
-        lengths = [length + self._steps for length in self._lengths]
+        lengths = self._read_by_rows()
         if len(set(lengths)) == 1:
             return (CachedRows(cache, lengths[0]),)
         index = torch.arange(len(lengths), device=cache.k_BGSD.device).split(1)

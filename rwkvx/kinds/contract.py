@@ -232,6 +232,10 @@ class Mixer(nn.Module):
         """Whether a decoded token is the same launches every time, so that a graph can hold it."""
         return False
 
+    def between_tokens(self, state: Any, lengths: Sequence[int]) -> None:
+        """What such a graph cannot hold, as it depends on the tokens that each row has by now:
+        work on the state, in place, that waits for no device."""
+
     def route(self, facts: Facts, rows: int, tokens: int) -> dict[str, Choice]:
         """Which implementations the mixer's own operations run, by name.
 

@@ -5,7 +5,7 @@ that of "Optimizing Mixture of Block Attention" (arXiv 2511.11571).
 Axes: B batch, T time, C width, H query heads, G key/value heads, N head size, W convolution width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from rwkvx_kernels.chunk_attention import (
 )
 from rwkvx_kernels.chunk_attention.api import choose as choose_attention
 from rwkvx_kernels.chunk_select.api import choose as choose_select
+from rwkvx_kernels.chunk_select.common import scored_whole
 from rwkvx_kernels.dispatch import Choice, Facts
 from rwkvx_kernels.one_token import BlockWeights, Cache
 
@@ -148,9 +149,7 @@ class SparseAttention(AttentionMixer):
             nn.init.ones_(self.key_conv[-1])
 
     def token_weights(self, common: BlockWeights) -> BlockWeights | None:
-        """All of them, for flat selection."""
-        if self.config.selection != "flat":
-            return None
+        """All of them."""
         heads = self.config.width // self.config.head_size
         return common._replace(conv=(self._parameters.get("key_conv"),), heads=heads)
 
@@ -161,8 +160,12 @@ class SparseAttention(AttentionMixer):
         (cache, length), conv = state.cached[0], state.conv
         if isinstance(length, Tensor):  # on the device: a decoder's own, changed in place
             tensors = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD)
-            place = Cache(*tensors, length, self.topk, conv, conv)
+            forest = [] if self.config.selection == "flat" else cache.forest(self.topk)
+            place = Cache(*tensors, length, self.topk, conv, conv, forest)
             return TokenState(None, None, place, lambda *_: state)
+        chunks = length // self.config.chunk_size
+        if self.config.selection != "flat" and chunks > scored_whole(self.topk):
+            return None
         dtypes = {x.dtype for x in (cache.k_BGSD, state.ffn_shift, conv) if x is not None}
         if len(dtypes) > 1:
             return None
@@ -182,7 +185,12 @@ class SparseAttention(AttentionMixer):
         """With the Triton kernel that takes lengths on the device."""
         config = self.config
         queries = like.new_empty(0, 1, config.heads, config.head_size)
-        return has_decode_kernel(queries, config.chunk_size, config.selection)
+        return has_decode_kernel(queries, config.chunk_size)
+
+    def between_tokens(self, state: SparseState, lengths: Sequence[int]) -> None:
+        """Trees grow when chunks complete."""
+        if self.config.selection != "flat":
+            state.cached[0].cache.forest(self.topk, *lengths)
 
     def route(self, facts: Facts, rows: int, tokens: int) -> dict[str, Choice]:
         """See `Mixer.route`."""

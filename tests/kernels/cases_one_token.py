@@ -3,8 +3,12 @@
 import torch
 from ahead_of_time import Case
 
+from rwkvx_kernels.chunk_select.common import DENSE_NODES, FANOUT
+from rwkvx_kernels.chunk_select.forest import room_for
 from rwkvx_kernels.one_token import BlockWeights, Cache, Memory, embed, logits, read_block
 
+# Chunks of a forest whose descent has two levels.
+MANY = 2 * DENSE_NODES * FANOUT
 RANKS = (64, 64, 32, 128)
 
 
@@ -77,16 +81,23 @@ def attention(weights: BlockWeights, kv: int, conv: int) -> BlockWeights:
 
 
 def attended(
-    dtype: torch.dtype, rows: int, weights: BlockWeights, chunk: int, topk: int, chunks: int = 64
+    dtype: torch.dtype,
+    rows: int,
+    weights: BlockWeights,
+    chunk: int,
+    topk: int,
+    chunks: int = 64,
+    coarse: bool = False,
 ) -> Memory:
-    """Of an attention block."""
+    """Of an attention block, one that selects coarse to fine."""
     size, kv = weights.size, weights.kv_width
     k = empty(rows, kv // size, chunks * chunk, size, dtype=dtype)
     taps = weights.conv[0]
     conv = None if taps is None else empty(rows, len(taps) - 1, kv, dtype=dtype)
     means = empty(rows, kv // size, chunks, size)
     lengths = empty(rows, dtype=torch.int64)
-    cache = Cache(k, k, means, lengths, topk, conv, conv)
+    forest = room_for(means.flatten(0, 1)).tensors() if coarse else []
+    cache = Cache(k, k, means, lengths, topk, conv, conv, forest)
     return Memory(None, None, empty(rows, len(weights.ln1[0]), dtype=dtype), cache)
 
 
@@ -101,6 +112,8 @@ def case(
         for kv, conv, chunk, topk in ((width, 0, 2048, 3), (2 * size, 4, 128, 9), (size, 1, 16, 1)):
             sparse = attention(own, kv, conv)
             read_block(x, x, sparse, attended(dtype, rows, sparse, chunk, topk))
+            if topk > 1:
+                read_block(x, x, sparse, attended(dtype, rows, sparse, chunk, topk, MANY, True))
         norm = (*own.ln1, 1e-5)
         embed(empty(rows, dtype=torch.int64), empty(65536, width, dtype=dtype), norm)
         head = empty(65536, width, dtype=torch.int8 if int8 else dtype)

@@ -84,7 +84,8 @@ def test_growing_is_building(cuts: list[int]) -> None:
     forest.grow(whole, means, 0, 1800)
     room, grown = forest.room_for(means[:, : max(cuts[0], 256)]), 0
     for chunks in [*cuts, 1800]:
-        room = room.copy(grown, means[:, : max(chunks, 256)], torch.tensor([0, 1]))
+        old, room = room, forest.room_for(means[:, : max(chunks, 256)])
+        room.fill(old, grown, torch.tensor([0, 1]))
         forest.grow(room, means, grown, chunks)
         grown = chunks
     for length in (256, 1024, 1280, 1792):

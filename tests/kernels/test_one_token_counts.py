@@ -72,11 +72,27 @@ def test_an_attention_is_seven_launches(
     assert moved == reading(own)
 
 
-def test_a_long_list_of_chunks_is_joined_apart() -> None:
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize(("chunks", "levels"), [(2048, 1), (32768, 1), (2**16, 2), (2**21, 3)])
+def test_coarse_to_fine_is_a_launch_more_for_each_level(
+    rows: int, chunks: int, levels: int
+) -> None:
+    """Four million tokens in chunks of 128 have one level of nodes to descend from."""
+    own = attention(weights(torch.bfloat16, WIDTH, SIZE), 2 * SIZE, 4)
+    names, moved = run(own, attended(torch.bfloat16, rows, own, 128, 8, chunks, True), rows)
+    assert names == [
+        *("_read_kernel", "_place_kernel", *["_score_kernel"] * levels, "_part_kernel"),
+        *("_join_kernel", "_add_kernel", "_read_kernel", "_add_kernel"),
+    ]
+    assert moved == reading(own)
+
+
+@pytest.mark.parametrize(("coarse", "launches"), [(False, 9), (True, 10)])
+def test_a_long_list_of_chunks_is_joined_apart(coarse: bool, launches: int) -> None:
     own = attention(weights(torch.bfloat16, WIDTH, SIZE), WIDTH, 0)
-    names, _ = run(own, attended(torch.bfloat16, 1, own, 16, 100, 4096), 1)
-    assert "_merge_kernel" in names
-    assert len(names) <= 10
+    names, _ = run(own, attended(torch.bfloat16, 1, own, 16, 100, 20000, coarse), 1)
+    assert names.count("_merge_kernel") == 1
+    assert len(names) == launches
 
 
 def test_one_launch_before_the_blocks_and_one_after() -> None:

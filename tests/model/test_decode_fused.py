@@ -195,6 +195,6 @@ def test_what_the_kernels_lack() -> None:
         assert not any(form_of(model_of(torch.float64)).weights)
         large = model_of(width=136, head_size=136, pattern=("rwkv7",))
         assert not any(form_of(large).weights)
-        coarse = form_of(model_of(selection="coarse_to_fine")).weights
-        assert [w is None for w in coarse] == [False, True, False]
+        window = form_of(model_of(pattern=("rwkv7", "window"))).weights
+        assert [w is None for w in window] == [False, True]
     assert rwkvx.explain(model_of())

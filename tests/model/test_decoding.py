@@ -17,6 +17,7 @@ from rwkvx import Model, ModelConfig, ModelState
 from rwkvx.decoding import choose, start
 from rwkvx.decoding.compiled import form_of
 from rwkvx.quantize import quantize
+from rwkvx_kernels.chunk_select import common
 
 TOKENS = 60
 
@@ -54,6 +55,24 @@ def test_bfloat16_errs_as_the_modules(name: str) -> None:
     exact = whole(copy.deepcopy(model).double(), ids)
     assert compiles(model)
     assert error(decode(model, ids), exact) < 1.5 * error(whole(model, ids), exact)
+
+
+def test_coarse_to_fine_is_compiled_until_chunks_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Up to 32 chunks here; then it is called as a module."""
+    monkeypatch.setattr(common, "beam_widths", lambda topk: (1, 1))
+    monkeypatch.setattr(common, "RUN", 32)
+    config = replace(variant("plain"), chunk_size=1, selection="coarse_to_fine")
+    model, ids = random_model(config).float(), random_ids(80, 1)
+    assert compiles(model)
+    states = [model(ids[:, :n], logits="none")[1].blocks[1] for n in (32, 33)]
+    tokens = [model.blocks[1].att.token_state(state) for state in states]
+    assert [token is None for token in tokens] == [False, True]
+    exact = whole(copy.deepcopy(model).double(), ids)
+    assert error(decode(model, ids), exact) < 3 * error(whole(model, ids), exact) + 1e-6
+    flat = random_model(replace(config, selection="flat"))
+    assert error(whole(flat, ids), exact) > 1e-3
 
 
 @pytest.mark.parametrize("threads", [1, 3])
