@@ -16,11 +16,10 @@ from rwkvx_kernels.dispatch import (
     remembered,
     triton_lacks,
 )
-from rwkvx_kernels.token_shift.common import Norm
+from rwkvx_kernels.token_shift.common import MOST_MIXES, Norm
 from rwkvx_kernels.token_shift.reference import token_shift_reference
 from rwkvx_kernels.token_shift.torch_form import token_shift_torch
 
-MOST_MIXES = 6
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)  # of compiled loops
 
 

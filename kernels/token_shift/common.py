@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MOST_MIXES = 6  # of one call
+
 
 class Norm(NamedTuple):
     """A layer norm over channels (arXiv 1607.06450): weight and bias [C], and what is added to the

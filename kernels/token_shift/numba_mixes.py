@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rwkvx_kernels.dispatch import check_cu_seqlens, without_autocast
-from rwkvx_kernels.token_shift.common import Norm
+from rwkvx_kernels.token_shift.common import MOST_MIXES, Norm
 from rwkvx_kernels.tools.numba_loops import in_threads, loop
 from rwkvx_kernels.tools.numba_scalars import as_array, narrow, widen
 
@@ -47,7 +47,7 @@ class _Mixes(torch.autograd.Function):
         ctx.settings, ctx.normed = (starts, rows, eps), weight is not None
         ctx.save_for_backward(x, previous, weight, bias, *mixes)
         outs = tuple(torch.empty(x.shape, dtype=dtype) for _ in mixes)
-        arrays = tuple(_rows(out) for out in outs)
+        arrays = _six(outs)
         given = (_rows(x), _rows(previous), _first_of(starts, rows))
         table = _table(x, weight, bias, mixes)
         arguments = (*given, table, eps, ctx.normed, arrays)
@@ -69,7 +69,7 @@ class _Mixes(torch.autograd.Function):
         dprevious = torch.zeros(previous.shape, dtype=previous.dtype)
         sums = np.zeros((units, *table.shape), table.dtype)
         given = (_rows(x), _rows(previous), _first_of(starts, rows))
-        arrays = tuple(_rows(g) for g in gradients)
+        arrays = _six(gradients)
         made = (_rows(dx), _rows(dprevious), sums)
         in_threads(_backward, units, *given, table, eps, ctx.normed, arrays, *made)
         dweight, dbias, *dmixes = torch.from_numpy(sums.sum(axis=0))
@@ -81,6 +81,12 @@ class _Mixes(torch.autograd.Function):
 
 def _rows(x: Tensor) -> np.ndarray:
     return as_array(x.contiguous().view(-1, x.shape[-1]))
+
+
+def _six(tensors):
+    """As many arrays as there can be, the last ones again: compiled once for any number."""
+    arrays = tuple(_rows(x) for x in tensors)
+    return (*arrays, *arrays[-1:] * (MOST_MIXES - len(arrays)))
 
 
 def _first_of(starts, rows):
@@ -149,7 +155,7 @@ def _forward(first, last, x, previous, first_of, table, eps, normed, outs):
         if row > first and first_of[row] >= 0:
             _token_before(x, previous, row, first_of[row], table, eps, normed, before)
         _norm(x, row, table, eps, normed, now)
-        for m in range(len(outs)):
+        for m in range(len(table) - 2):
             out = outs[m]
             for c in range(width):
                 mixed = now[c] + (before[c] - now[c]) * table[2 + m, c]
@@ -174,7 +180,7 @@ def _backward(
         # What the next row's mixes send back to the token before it.
         carried[:] = 0
         if first_of[stop] < 0:
-            for m in range(len(gradients)):
+            for m in range(len(table) - 2):
                 for c in range(width):
                     carried[c] += widen(gradients[m][stop, c]) * table[2 + m, c]
         _norm(x, stop - 1, table, eps, normed, both[stop % 2])
@@ -185,7 +191,7 @@ def _backward(
             for c in range(width):
                 dnormed[c] = carried[c]
                 carried[c] = 0
-            for m in range(len(gradients)):
+            for m in range(len(table) - 2):
                 g, dmix, mix = gradients[m], sums[unit, 2 + m], table[2 + m]
                 for c in range(width):
                     there = widen(g[row, c])

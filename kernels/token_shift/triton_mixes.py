@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.token_shift.common import MOST_MIXES
 from rwkvx_kernels.token_shift.options import TABLE
 from rwkvx_kernels.tools.operators import operator
 from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_tiles import load, store
-
-MOST_MIXES = 6
 
 
 @triton.jit
