@@ -20,6 +20,6 @@ TABLE = (
     Row("follow", Options(0, 16, 8, 1), bytes=4, size=128),
     Row("carry", Options(16, 64, 4, 1), bytes=2, size=64),
     Row("carry", Options(16, 32, 8, 1), bytes=4, size=128),
-    Row("gradients", Options(32, 32, 4, 1), bytes=2, size=64),
+    Row("gradients", Options(64, 32, 8, 1), bytes=2, size=64),
     Row("gradients", Options(16, 32, 4, 1), bytes=4, size=128),
 )

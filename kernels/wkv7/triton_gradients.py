@@ -13,62 +13,7 @@ from torch import Tensor
 
 from rwkvx_kernels.tools.triton_tiles import dot, load, precision, store
 from rwkvx_kernels.wkv7.triton_chunk import Layout, stage
-from rwkvx_kernels.wkv7.triton_scores import decays, launch_options, locate_chunk, matrices, tile
-
-
-@triton.jit(do_not_specialize=["tokens", "per_sequence"])
-def _values_kernel(
-    p_r, p_log_decay, p_k, p_v, p_alpha, p_beta, p_dy, p_state, p_dstate, p_table, p_u, p_x, p_dv,
-    tokens, per_sequence,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
-    CHUNK: tl.constexpr, LENGTH: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
-):  # fmt: skip
-    i_m, i_h = tl.program_id(0) // H, tl.program_id(0) % H
-    first, count, i_chunk = locate_chunk(i_m, p_table, tokens, per_sequence, LENGTH, CHUNK)
-    if count <= 0:
-        return
-    i_first = first * H + i_h
-    i_mh = i_chunk * H + i_h
-    p_state, p_dstate = p_state + i_mh * (V * K), p_dstate + i_mh * (V * K)
-    p_v, p_dy, p_dv = p_v + i_first * V, p_dy + i_first * V, p_dv + i_first * V
-    p_u, p_x = p_u + i_first * V, p_x + i_first * V
-    p_r, p_log_decay, p_k = p_r + i_first * K, p_log_decay + i_first * K, p_k + i_first * K
-    p_alpha, p_beta = p_alpha + i_first * K, p_beta + i_first * K
-    b_inverse, b_ak, b_rb, b_rk = matrices(
-        p_r, p_log_decay, p_k, p_alpha, p_beta, count, H, K, TILE_K, CHUNK, PRECISION, INVERSE
-    )
-    i_row = tl.arange(0, CHUNK)[:, None]
-    for start_v in range(0, V, TILE_V):
-        o_v = start_v + tl.arange(0, TILE_V)
-        o_value, m_value = i_row * (H * V) + o_v[None, :], (i_row < count) & (o_v[None, :] < V)
-        o_state, m_state = o_v[None, :] * K, o_v[None, :] < V  # of S^T
-        # U = I (alpha S^T + A_ak V)
-        b_u = dot(b_ak, load(p_v, o_value, m_value), PRECISION)
-        for start in range(0, K, TILE_K):
-            o_k = start + tl.arange(0, TILE_K)
-            o_key, m_key = i_row * (H * K) + o_k[None, :], (i_row < count) & (o_k[None, :] < K)
-            b_log_decay, b_centred, b_middle, _ = decays(p_log_decay, o_key, m_key, CHUNK)
-            b_alpha = load(p_alpha, o_key, m_key) * tl.exp(b_centred + b_middle - b_log_decay)
-            b_state = load(p_state, o_state + o_k[:, None], m_state & (o_k[:, None] < K))
-            b_u += dot(dot(b_inverse, b_alpha, PRECISION), b_state, PRECISION)
-        store(p_u, o_value, b_u, m_value)
-        # X = I^T (beta T^T + A_rb^T dY), with T decayed from the end of the chunk
-        b_dy = load(p_dy, o_value, m_value)
-        b_x = dot(tl.trans(b_rb), b_dy, PRECISION)
-        # dV = k T^T + A_ak^T X + A_rk^T dY
-        b_dv = dot(tl.trans(b_rk), b_dy, PRECISION)
-        for start in range(0, K, TILE_K):
-            o_k = start + tl.arange(0, TILE_K)
-            o_key, m_key = i_row * (H * K) + o_k[None, :], (i_row < count) & (o_k[None, :] < K)
-            _, b_centred, b_middle, b_end = decays(p_log_decay, o_key, m_key, CHUNK)
-            b_to_end = tl.exp(b_end - b_middle - b_centred)
-            b_beta = load(p_beta, o_key, m_key) * b_to_end
-            b_dstate = load(p_dstate, o_state + o_k[:, None], m_state & (o_k[:, None] < K))
-            b_x += dot(dot(tl.trans(b_inverse), b_beta, PRECISION), b_dstate, PRECISION)
-            b_k = load(p_k, o_key, m_key) * b_to_end + dot(tl.trans(b_ak), b_beta, PRECISION)
-            b_dv += dot(b_k, b_dstate, PRECISION)
-        store(p_x, o_value, b_x, m_value)
-        store(p_dv, o_value, b_dv, m_value)
+from rwkvx_kernels.wkv7.triton_scores import decays, launch_options, locate_chunk, tile
 
 
 @triton.jit
@@ -194,34 +139,29 @@ def _keys_kernel(
 
 
 def gradients(
-    tensors: list[Tensor], dy: Tensor, states: Tensor, dstates: Tensor, layout: Layout
+    tensors: list[Tensor],
+    dy: Tensor,
+    u: Tensor,
+    x: Tensor,
+    states: Tensor,
+    dstates: Tensor,
+    layout: Layout,
 ) -> list[Tensor]:
-    """Launch over all chunks: gradients of r, log_decay, k, v, alpha, beta.
+    """Launch over all chunks: gradients of r, log_decay, k, alpha, beta.
 
-    states, dstates [chunks, H, V, K]: the state before each chunk, the gradient of that after it.
+    u, x [B, T, H, V]: U and its gradient. states, dstates [chunks, H, V, K]: the state before each
+    chunk, the gradient of that after it.
     """
     r, v = tensors[0], tensors[3]
     heads, key, value = *r.shape[2:], v.shape[3]
-    dr, dlog_decay, dk, dv, dalpha, dbeta = (torch.empty_like(x) for x in tensors)
-    u, x = torch.empty_like(v), torch.empty_like(v)
-    plan = layout.plan
-    programs = plan.segments * (plan.length // plan.chunk) * heads
-    sizes = {"H": heads, "K": key, "V": value, "TILE_K": tile(key), "TILE_V": tile(value)}
-    sizes |= {"CHUNK": plan.chunk, "LENGTH": plan.length}
-    multiply = precision(r.dtype, r.device)
+    found = [torch.empty_like(x) for i, x in enumerate(tensors) if i != 3]
+    plan, tile_k = layout.plan, tile(key)
+    programs = plan.segments * (plan.length // plan.chunk) * heads * triton.cdiv(key, tile_k)
     if r.numel():
-        _values_kernel[(programs,)](
-            *(*tensors, dy, states, dstates, layout.table, u, x, dv, *layout.arguments),
-            **sizes,
-            PRECISION=multiply,
-            INVERSE=precision(torch.float32, r.device),
+        _keys_kernel[(programs,)](
+            *(*tensors, dy, u, x, states, dstates, layout.table, *found, *layout.arguments),
+            H=heads, K=key, V=value, TILE_K=tile_k, TILE_V=tile(value),
+            CHUNK=plan.chunk, LENGTH=plan.length, PRECISION=precision(r.dtype, r.device),
             **launch_options(stage("gradients", r, v), r.device),
-        )
-        _keys_kernel[(programs * triton.cdiv(key, sizes["TILE_K"]),)](
-            *(*tensors, dy, u, x, states, dstates, layout.table),
-            *(dr, dlog_decay, dk, dalpha, dbeta, *layout.arguments),
-            **sizes,
-            PRECISION=multiply,
-            **launch_options(stage("gradients", r, v), r.device),
-        )
-    return [dr, dlog_decay, dk, dv, dalpha, dbeta]
+        )  # fmt: skip
+    return found
