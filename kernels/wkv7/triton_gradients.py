@@ -1,9 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Gradients of everything in a chunk, for all chunks in parallel, from S before and dS' after it.
+"""Gradients of r, log_decay, k, alpha and beta, for all chunks in parallel.
 
-Two kernels: along value channels for U, its gradient X and dV; then along key channels for the
-rest. Axes and names as in `triton_chunk.py`, equations as in README.md; there T is the gradient of
-the state before its decay from the middle to the end of the chunk.
+From S before and dS' after a chunk, from U of the forward pass and its gradient X, which
+`triton_carry.py` made. Axes and names as in `triton_chunk.py`, equations as in README.md.
 """
 
 import torch
@@ -11,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.tools.triton_device import device_kind
 from rwkvx_kernels.tools.triton_tiles import dot, load, precision, store
-from rwkvx_kernels.wkv7.triton_chunk import Layout, stage
-from rwkvx_kernels.wkv7.triton_scores import decays, launch_options, locate_chunk, tile
+from rwkvx_kernels.wkv7.triton_chunk import Layout, decays, locate, stage
 
 
 @triton.jit
@@ -64,10 +63,13 @@ def _keys_kernel(
 ):  # fmt: skip
     TILES: tl.constexpr = (K + TILE_K - 1) // TILE_K
     i_m, i_h = tl.program_id(0) // TILES // H, tl.program_id(0) // TILES % H
-    first, count, i_chunk = locate_chunk(i_m, p_table, tokens, per_sequence, LENGTH, CHUNK)
+    i_s, i_within = i_m // (LENGTH // CHUNK), i_m % (LENGTH // CHUNK)
+    first, count, i_chunk = locate(i_s, p_table, tokens, per_sequence, LENGTH, CHUNK)
+    count = tl.minimum(count - i_within * CHUNK, CHUNK)
     if count <= 0:
         return
-    i_first, i_mh = first * H + i_h, i_chunk * H + i_h
+    i_first = (first + i_within * CHUNK) * H + i_h
+    o_matrix = ((i_chunk + i_within) * H + i_h).to(tl.int64) * (V * K)
     p_r, p_log_decay, p_k = p_r + i_first * K, p_log_decay + i_first * K, p_k + i_first * K
     p_alpha, p_beta = p_alpha + i_first * K, p_beta + i_first * K
     p_dr, p_dlog_decay, p_dk = p_dr + i_first * K, p_dlog_decay + i_first * K, p_dk + i_first * K
@@ -78,7 +80,6 @@ def _keys_kernel(
         p_u + i_first * V,
         p_x + i_first * V,
     )
-    o_matrix = i_mh.to(tl.int64) * (V * K)
     p_state, p_dstate = p_state + o_matrix, p_dstate + o_matrix
     i_row = tl.arange(0, CHUNK)[:, None]
     i_k = (tl.program_id(0) % TILES) * TILE_K
@@ -90,13 +91,13 @@ def _keys_kernel(
         o_state, m_state = o_v * K + o_k, (o_v < V) & (o_k < K)
         b_product = load(p_state, o_state, m_state) * load(p_dstate, o_state, m_state)
         b_dend += tl.sum(b_product, axis=0)[None, :]
-    _, b_centred, b_middle, b_end = decays(p_log_decay, o_key, m_key, CHUNK)
+    _, b_centred, b_middle, b_rest = decays(p_log_decay, o_key, m_key, CHUNK)
     b_dbeta = _through(p_u, p_dstate, i_k, count, H, K, V, TILE_K, TILE_V, CHUNK, PRECISION)
     b_dk = _through(p_v, p_dstate, i_k, count, H, K, V, TILE_K, TILE_V, CHUNK, PRECISION)
-    b_dbeta, b_dk = b_dbeta * tl.exp(b_end - b_middle), b_dk * tl.exp(b_end - b_middle)
+    b_dbeta, b_dk = b_dbeta * tl.exp(b_rest)[None, :], b_dk * tl.exp(b_rest)[None, :]
     b_shrink = tl.exp(-b_centred)
     b_dg = load(p_beta, o_key, m_key) * b_dbeta + load(p_k, o_key, m_key) * b_dk
-    b_dend = b_dend * tl.exp(b_end) + tl.sum(b_dg * b_shrink, axis=0)[None, :]
+    b_dend = b_dend * tl.exp(b_middle + b_rest)[None, :] + tl.sum(b_dg * b_shrink, axis=0)[None, :]
     # A log decay is part of g_i, and so of every exponent, from its own token on: sums to the end.
     b_dlog_decay = tl.zeros((CHUNK, TILE_K), tl.float32)
     # alpha with X, then r with dY: in a loop, and everything read
@@ -111,7 +112,7 @@ def _keys_kernel(
         b_grow = tl.exp(b_grow)
         b_query = load(p_query, o_key, m_key) * b_grow
         b_dquery = _through(p_left, p_state, i_k, count, H, K, V, TILE_K, TILE_V, CHUNK, PRECISION)
-        b_dquery *= tl.exp(b_middle)
+        b_dquery *= tl.exp(b_middle)[None, :]
         # dA = [X; dY] [U; V]^T
         m_seen = i_row + i > tl.arange(0, CHUNK)[None, :]
         b_da = _outer(p_left, p_u, count, H, V, TILE_V, CHUNK, PRECISION)
@@ -138,6 +139,11 @@ def _keys_kernel(
     store(p_dk, o_key, b_dk, m_key)
 
 
+def tile(width: int) -> int:
+    """Channels that a program works on at once; masks of a part of 32 cost too many registers."""
+    return 16 if width % 32 else 32
+
+
 def gradients(
     tensors: list[Tensor],
     dy: Tensor,
@@ -155,13 +161,15 @@ def gradients(
     r, v = tensors[0], tensors[3]
     heads, key, value = *r.shape[2:], v.shape[3]
     found = [torch.empty_like(x) for i, x in enumerate(tensors) if i != 3]
-    plan, tile_k = layout.plan, tile(key)
+    plan, tile_k, options = layout.plan, tile(key), stage("gradients", r, v)
+    # All registers that there are.
+    most = {"maxnreg": 255} if device_kind(r.device).backend == "cuda" else {}
     programs = plan.segments * (plan.length // plan.chunk) * heads * triton.cdiv(key, tile_k)
     if r.numel():
         _keys_kernel[(programs,)](
             *(*tensors, dy, u, x, states, dstates, layout.table, *found, *layout.arguments),
             H=heads, K=key, V=value, TILE_K=tile_k, TILE_V=tile(value),
             CHUNK=plan.chunk, LENGTH=plan.length, PRECISION=precision(r.dtype, r.device),
-            **launch_options(stage("gradients", r, v), r.device),
+            **options.launch, **most,
         )  # fmt: skip
     return found
