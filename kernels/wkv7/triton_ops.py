@@ -24,8 +24,9 @@ STEP_TOKENS = 8
 def wkv7_triton(tensors: list[Tensor], cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """y [B, T, H, V] and the final state of r, log_decay, k, v, alpha, beta and the state.
 
-    Differentiable. For the backward pass the inputs are kept, and 2·K·V/32 bytes per token and head
-    (4·K·V/32 for float16; 4·K·V/16 for float32 and for heads of more than 64 channels).
+    Differentiable. For the backward pass the inputs are kept, U (as large as v), and 2·K·V/64 bytes
+    per token and head (4·K·V/64 for float16; 4·K·V/16 for float32 and for heads of more than 64
+    channels).
     """
     tensors = [x.contiguous() for x in tensors]
     training = facts_of(*tensors).gradients
