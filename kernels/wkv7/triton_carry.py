@@ -2,9 +2,9 @@
 """The gradient of the state, from the last chunk of a segment to the first, as a two-level scan.
 
 One kernel twice: from zeros, what every segment adds to the gradient of its start (which then
-follow from each other, with P transposed); from its own end, the gradients after chunks. Axes and
-names as in `triton_chunk.py`, equations as in README.md; T is the gradient of the state before its
-decay from the middle to the end of the chunk.
+follow from each other, with P transposed); from its own end, the gradients after chunks, X and dV.
+Axes and names as in `triton_chunk.py`, equations as in README.md; T is the gradient of the state
+before its decay from the middle to the end of the chunk.
 """
 
 import torch
@@ -111,14 +111,16 @@ def _carry(
     r, log_decay, k, v, alpha, beta = tensors
     heads, key, value = *r.shape[2:], v.shape[3]
     end = r.new_empty(layout.plan.segments, heads, value, key, dtype=torch.float32)
-    kept = [states_like(r, v, layout.plan), torch.empty_like(v), torch.empty_like(v)]
-    dstates, x, dv = kept if keep else [None] * 3
+    kept = []
+    if keep:
+        kept = [states_like(r, v, layout.plan), torch.empty_like(v), torch.empty_like(v)]
+    p_k, dstates, x, dv = [k, *kept] if keep else [None] * 4
     options = stage("carry", r, v)
     columns = min(options.columns, block(value))
     programs = layout.plan.segments * heads * triton.cdiv(value, columns)
     if programs:
         _carry_kernel[(programs,)](
-            r, log_decay, k, alpha, beta, dy, start, layout.table, end, dstates, x, dv,
+            r, log_decay, p_k, alpha, beta, dy, start, layout.table, end, dstates, x, dv,
             *layout.arguments,
             COLUMNS=columns, **constants(options, layout, r, v),
         )  # fmt: skip

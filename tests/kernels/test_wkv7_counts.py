@@ -70,13 +70,13 @@ def test_bytes_of_a_forward_pass(batch: int, tokens: int) -> None:
 def test_bytes_of_forward_and_backward() -> None:
     """The floor: forward, and backward the inputs again, dY, and a gradient of every input.
 
-    2.23 times that: the carry goes through the tokens twice, the gradients once more.
+    2.19 times that: the carry goes through the tokens twice, the gradients once more.
     """
     args = inputs(1, 65_536, 16, torch.bfloat16)
     once = sum(x.nbytes for x in args)
     floor = once + args[3].nbytes + args[3].nbytes + 2 * once
     _, moved = run(args, True)
-    assert floor <= moved <= 2.25 * floor
+    assert floor <= moved <= 2.2 * floor
 
 
 @pytest.mark.parametrize("packed", [False, True])
