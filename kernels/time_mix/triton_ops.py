@@ -52,10 +52,12 @@ def forward(
     w0, a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights
     made = triton_keys.prepare([w, k, v, a], residual, [w0, a0, k_k, k_a, *v0], len(r_k))
     inputs = _recurrent(r, v, made, len(r_k))
-    y, final, *kept = recurrence.forward(inputs, state, cu_seqlens, keep)
+    y, final, states, u, p = recurrence.forward(inputs, state, cu_seqlens, keep)
     y, key, value = (x.flatten(2) for x in (y, *inputs[2:4]))
     out = triton_finish.finish([y, r, key, value, g], [r_k, norm_weight, norm_bias], eps)
-    return [out, final, y, *kept, *made] if keep else [out, final]
+    if states is None or u is None:
+        return [out, final]
+    return [out, final, y, states, u, p, *made]
 
 
 def _recurrent(r: Tensor, v: Tensor, made: list[Tensor], heads: int) -> list[Tensor]:

@@ -93,7 +93,7 @@ def wkv7_forward(
     """In chunks: what `forward` says."""
     y, final, states, u, p = forward([r, log_decay, k, v, alpha, beta], state, cu_seqlens, keep)
     if states is None or u is None:
-        return y, final, *(state.new_empty(0) for _ in range(3))  # type: ignore[return-value]
+        return y, final, state.new_empty(0), state.new_empty(0), state.new_empty(0)
     return y, final, states, u, p
 
 
