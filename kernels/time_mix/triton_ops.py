@@ -52,10 +52,12 @@ def forward(
     w0, a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights
     made = triton_keys.prepare([w, k, v, a], residual, [w0, a0, k_k, k_a, *v0], len(r_k))
     inputs = _recurrent(r, v, made, len(r_k))
-    y, final, states, p = recurrence.forward(inputs, state, cu_seqlens, keep)
+    y, final, states, u, p = recurrence.forward(inputs, state, cu_seqlens, keep)
     y, key, value = (x.flatten(2) for x in (y, *inputs[2:4]))
     out = triton_finish.finish([y, r, key, value, g], [r_k, norm_weight, norm_bias], eps)
-    return [out, final] if states is None else [out, final, y, states, p, *made]
+    if states is None or u is None:
+        return [out, final]
+    return [out, final, y, states, u, p, *made]
 
 
 def _recurrent(r: Tensor, v: Tensor, made: list[Tensor], heads: int) -> list[Tensor]:
@@ -70,14 +72,14 @@ def _gradients(grads: list[Tensor], kept: list[Tensor], args: tuple[Any, ...]) -
     (tokens, weights, eps, _, cu_seqlens, _), (dout, dfinal) = args, grads
     r, w, k, v, a, g, *residual = tokens
     w0, a0, k_k, k_a, r_k, norm_weight, norm_bias, *v0 = weights
-    y, states, p, *made = kept
+    y, states, u, p, *made = kept
     inputs = _recurrent(r, v, made, len(r_k))
     key, value = inputs[2].flatten(2), inputs[3].flatten(2)
     (dy, dvalue, dg, dbonus), last = triton_finish.gradients(
         dout, [y, r, key, value, g], [r_k, norm_weight, norm_bias], eps
     )
     *later, dstate = recurrence.backward(
-        inputs, [states, p], cu_seqlens, dy.unflatten(2, (len(r_k), -1)), dfinal
+        inputs, [states, u, p], cu_seqlens, dy.unflatten(2, (len(r_k), -1)), dfinal
     )
     later = [dbonus, dvalue, *(x.flatten(2) for x in later)]
     own = [w0, a0, k_k, k_a, *v0]

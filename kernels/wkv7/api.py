@@ -85,7 +85,7 @@ def wkv7(
         cu_seqlens: [sequences + 1] integer offsets of sequences packed along T, batch size 1.
         impl: "auto", "reference", "torch", "compiled" (Numba, on a CPU; gradients where K is a
             multiple of 32) or "triton": heads of 16 to 128 channels, no float64, and log decays of
-            which 8 in a row (16 for gradients of narrow dtypes) sum to -80 or more; stronger ones
+            which 8 in a row (32 for gradients of narrow dtypes) sum to -80 or more; stronger ones
             give results that are not finite.
 
     Returns:

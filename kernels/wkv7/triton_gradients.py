@@ -1,9 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Gradients of everything in a chunk, for all chunks in parallel, from S before and dS' after it.
+"""Gradients of r, log_decay, k, alpha and beta, for all chunks in parallel.
 
-Two kernels: along value channels for U, its gradient X and dV; then along key channels for the
-rest. Axes and names as in `triton_chunk.py`, equations as in README.md; there T is the gradient of
-the state before its decay from the middle to the end of the chunk.
+From S before and dS' after a chunk, from U of the forward pass and its gradient X, which
+`triton_carry.py` made. Axes and names as in `triton_chunk.py`, equations as in README.md.
 """
 
 import torch
@@ -11,64 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.tools.triton_device import device_kind
 from rwkvx_kernels.tools.triton_tiles import dot, load, precision, store
-from rwkvx_kernels.wkv7.triton_chunk import Layout, stage
-from rwkvx_kernels.wkv7.triton_scores import decays, launch_options, locate_chunk, matrices, tile
-
-
-@triton.jit(do_not_specialize=["tokens", "per_sequence"])
-def _values_kernel(
-    p_r, p_log_decay, p_k, p_v, p_alpha, p_beta, p_dy, p_state, p_dstate, p_table, p_u, p_x, p_dv,
-    tokens, per_sequence,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
-    CHUNK: tl.constexpr, LENGTH: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
-):  # fmt: skip
-    i_m, i_h = tl.program_id(0) // H, tl.program_id(0) % H
-    first, count, i_chunk = locate_chunk(i_m, p_table, tokens, per_sequence, LENGTH, CHUNK)
-    if count <= 0:
-        return
-    i_first = first * H + i_h
-    i_mh = i_chunk * H + i_h
-    p_state, p_dstate = p_state + i_mh * (V * K), p_dstate + i_mh * (V * K)
-    p_v, p_dy, p_dv = p_v + i_first * V, p_dy + i_first * V, p_dv + i_first * V
-    p_u, p_x = p_u + i_first * V, p_x + i_first * V
-    p_r, p_log_decay, p_k = p_r + i_first * K, p_log_decay + i_first * K, p_k + i_first * K
-    p_alpha, p_beta = p_alpha + i_first * K, p_beta + i_first * K
-    b_inverse, b_ak, b_rb, b_rk = matrices(
-        p_r, p_log_decay, p_k, p_alpha, p_beta, count, H, K, TILE_K, CHUNK, PRECISION, INVERSE
-    )
-    i_row = tl.arange(0, CHUNK)[:, None]
-    for start_v in range(0, V, TILE_V):
-        o_v = start_v + tl.arange(0, TILE_V)
-        o_value, m_value = i_row * (H * V) + o_v[None, :], (i_row < count) & (o_v[None, :] < V)
-        o_state, m_state = o_v[None, :] * K, o_v[None, :] < V  # of S^T
-        # U = I (alpha S^T + A_ak V)
-        b_u = dot(b_ak, load(p_v, o_value, m_value), PRECISION)
-        for start in range(0, K, TILE_K):
-            o_k = start + tl.arange(0, TILE_K)
-            o_key, m_key = i_row * (H * K) + o_k[None, :], (i_row < count) & (o_k[None, :] < K)
-            b_log_decay, b_centred, b_middle, _ = decays(p_log_decay, o_key, m_key, CHUNK)
-            b_alpha = load(p_alpha, o_key, m_key) * tl.exp(b_centred + b_middle - b_log_decay)
-            b_state = load(p_state, o_state + o_k[:, None], m_state & (o_k[:, None] < K))
-            b_u += dot(dot(b_inverse, b_alpha, PRECISION), b_state, PRECISION)
-        store(p_u, o_value, b_u, m_value)
-        # X = I^T (beta T^T + A_rb^T dY), with T decayed from the end of the chunk
-        b_dy = load(p_dy, o_value, m_value)
-        b_x = dot(tl.trans(b_rb), b_dy, PRECISION)
-        # dV = k T^T + A_ak^T X + A_rk^T dY
-        b_dv = dot(tl.trans(b_rk), b_dy, PRECISION)
-        for start in range(0, K, TILE_K):
-            o_k = start + tl.arange(0, TILE_K)
-            o_key, m_key = i_row * (H * K) + o_k[None, :], (i_row < count) & (o_k[None, :] < K)
-            _, b_centred, b_middle, b_end = decays(p_log_decay, o_key, m_key, CHUNK)
-            b_to_end = tl.exp(b_end - b_middle - b_centred)
-            b_beta = load(p_beta, o_key, m_key) * b_to_end
-            b_dstate = load(p_dstate, o_state + o_k[:, None], m_state & (o_k[:, None] < K))
-            b_x += dot(dot(tl.trans(b_inverse), b_beta, PRECISION), b_dstate, PRECISION)
-            b_k = load(p_k, o_key, m_key) * b_to_end + dot(tl.trans(b_ak), b_beta, PRECISION)
-            b_dv += dot(b_k, b_dstate, PRECISION)
-        store(p_x, o_value, b_x, m_value)
-        store(p_dv, o_value, b_dv, m_value)
+from rwkvx_kernels.wkv7.triton_chunk import Layout, decays, locate, stage
 
 
 @triton.jit
@@ -119,10 +63,13 @@ def _keys_kernel(
 ):  # fmt: skip
     TILES: tl.constexpr = (K + TILE_K - 1) // TILE_K
     i_m, i_h = tl.program_id(0) // TILES // H, tl.program_id(0) // TILES % H
-    first, count, i_chunk = locate_chunk(i_m, p_table, tokens, per_sequence, LENGTH, CHUNK)
+    i_s, i_within = i_m // (LENGTH // CHUNK), i_m % (LENGTH // CHUNK)
+    first, count, i_chunk = locate(i_s, p_table, tokens, per_sequence, LENGTH, CHUNK)
+    count = tl.minimum(count - i_within * CHUNK, CHUNK)
     if count <= 0:
         return
-    i_first, i_mh = first * H + i_h, i_chunk * H + i_h
+    i_first = (first + i_within * CHUNK) * H + i_h
+    o_matrix = ((i_chunk + i_within) * H + i_h).to(tl.int64) * (V * K)
     p_r, p_log_decay, p_k = p_r + i_first * K, p_log_decay + i_first * K, p_k + i_first * K
     p_alpha, p_beta = p_alpha + i_first * K, p_beta + i_first * K
     p_dr, p_dlog_decay, p_dk = p_dr + i_first * K, p_dlog_decay + i_first * K, p_dk + i_first * K
@@ -133,7 +80,6 @@ def _keys_kernel(
         p_u + i_first * V,
         p_x + i_first * V,
     )
-    o_matrix = i_mh.to(tl.int64) * (V * K)
     p_state, p_dstate = p_state + o_matrix, p_dstate + o_matrix
     i_row = tl.arange(0, CHUNK)[:, None]
     i_k = (tl.program_id(0) % TILES) * TILE_K
@@ -145,13 +91,13 @@ def _keys_kernel(
         o_state, m_state = o_v * K + o_k, (o_v < V) & (o_k < K)
         b_product = load(p_state, o_state, m_state) * load(p_dstate, o_state, m_state)
         b_dend += tl.sum(b_product, axis=0)[None, :]
-    _, b_centred, b_middle, b_end = decays(p_log_decay, o_key, m_key, CHUNK)
+    _, b_centred, b_middle, b_rest = decays(p_log_decay, o_key, m_key, CHUNK)
     b_dbeta = _through(p_u, p_dstate, i_k, count, H, K, V, TILE_K, TILE_V, CHUNK, PRECISION)
     b_dk = _through(p_v, p_dstate, i_k, count, H, K, V, TILE_K, TILE_V, CHUNK, PRECISION)
-    b_dbeta, b_dk = b_dbeta * tl.exp(b_end - b_middle), b_dk * tl.exp(b_end - b_middle)
+    b_dbeta, b_dk = b_dbeta * tl.exp(b_rest)[None, :], b_dk * tl.exp(b_rest)[None, :]
     b_shrink = tl.exp(-b_centred)
     b_dg = load(p_beta, o_key, m_key) * b_dbeta + load(p_k, o_key, m_key) * b_dk
-    b_dend = b_dend * tl.exp(b_end) + tl.sum(b_dg * b_shrink, axis=0)[None, :]
+    b_dend = b_dend * tl.exp(b_middle + b_rest)[None, :] + tl.sum(b_dg * b_shrink, axis=0)[None, :]
     # A log decay is part of g_i, and so of every exponent, from its own token on: sums to the end.
     b_dlog_decay = tl.zeros((CHUNK, TILE_K), tl.float32)
     # alpha with X, then r with dY: in a loop, and everything read
@@ -166,7 +112,7 @@ def _keys_kernel(
         b_grow = tl.exp(b_grow)
         b_query = load(p_query, o_key, m_key) * b_grow
         b_dquery = _through(p_left, p_state, i_k, count, H, K, V, TILE_K, TILE_V, CHUNK, PRECISION)
-        b_dquery *= tl.exp(b_middle)
+        b_dquery *= tl.exp(b_middle)[None, :]
         # dA = [X; dY] [U; V]^T
         m_seen = i_row + i > tl.arange(0, CHUNK)[None, :]
         b_da = _outer(p_left, p_u, count, H, V, TILE_V, CHUNK, PRECISION)
@@ -193,35 +139,37 @@ def _keys_kernel(
     store(p_dk, o_key, b_dk, m_key)
 
 
-def gradients(
-    tensors: list[Tensor], dy: Tensor, states: Tensor, dstates: Tensor, layout: Layout
-) -> list[Tensor]:
-    """Launch over all chunks: gradients of r, log_decay, k, v, alpha, beta.
+def tile(width: int) -> int:
+    """Channels that a program works on at once; masks of a part of 32 cost too many registers."""
+    return 16 if width % 32 else 32
 
-    states, dstates [chunks, H, V, K]: the state before each chunk, the gradient of that after it.
+
+def gradients(
+    tensors: list[Tensor],
+    dy: Tensor,
+    u: Tensor,
+    x: Tensor,
+    states: Tensor,
+    dstates: Tensor,
+    layout: Layout,
+) -> list[Tensor]:
+    """Launch over all chunks: gradients of r, log_decay, k, alpha, beta.
+
+    u, x [B, T, H, V]: U and its gradient. states, dstates [chunks, H, V, K]: the state before each
+    chunk, the gradient of that after it.
     """
     r, v = tensors[0], tensors[3]
     heads, key, value = *r.shape[2:], v.shape[3]
-    dr, dlog_decay, dk, dv, dalpha, dbeta = (torch.empty_like(x) for x in tensors)
-    u, x = torch.empty_like(v), torch.empty_like(v)
-    plan = layout.plan
-    programs = plan.segments * (plan.length // plan.chunk) * heads
-    sizes = {"H": heads, "K": key, "V": value, "TILE_K": tile(key), "TILE_V": tile(value)}
-    sizes |= {"CHUNK": plan.chunk, "LENGTH": plan.length}
-    multiply = precision(r.dtype, r.device)
+    found = [torch.empty_like(x) for i, x in enumerate(tensors) if i != 3]
+    plan, tile_k, options = layout.plan, tile(key), stage("gradients", r, v)
+    # All registers that there are.
+    most = {"maxnreg": 255} if device_kind(r.device).backend == "cuda" else {}
+    programs = plan.segments * (plan.length // plan.chunk) * heads * triton.cdiv(key, tile_k)
     if r.numel():
-        _values_kernel[(programs,)](
-            *(*tensors, dy, states, dstates, layout.table, u, x, dv, *layout.arguments),
-            **sizes,
-            PRECISION=multiply,
-            INVERSE=precision(torch.float32, r.device),
-            **launch_options(stage("gradients", r, v), r.device),
-        )
-        _keys_kernel[(programs * triton.cdiv(key, sizes["TILE_K"]),)](
-            *(*tensors, dy, u, x, states, dstates, layout.table),
-            *(dr, dlog_decay, dk, dalpha, dbeta, *layout.arguments),
-            **sizes,
-            PRECISION=multiply,
-            **launch_options(stage("gradients", r, v), r.device),
-        )
-    return [dr, dlog_decay, dk, dv, dalpha, dbeta]
+        _keys_kernel[(programs,)](
+            *(*tensors, dy, u, x, states, dstates, layout.table, *found, *layout.arguments),
+            H=heads, K=key, V=value, TILE_K=tile_k, TILE_V=tile(value),
+            CHUNK=plan.chunk, LENGTH=plan.length, PRECISION=precision(r.dtype, r.device),
+            **options.launch, **most,
+        )  # fmt: skip
+    return found

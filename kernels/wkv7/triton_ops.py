@@ -24,8 +24,9 @@ STEP_TOKENS = 8
 def wkv7_triton(tensors: list[Tensor], cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """y [B, T, H, V] and the final state of r, log_decay, k, v, alpha, beta and the state.
 
-    Differentiable. For the backward pass the inputs are kept, and 2·K·V/32 bytes per token and head
-    (4·K·V/32 for float16; 4·K·V/16 for float32 and for heads of more than 64 channels).
+    Differentiable. For the backward pass the inputs are kept, U (as large as v), and 2·K·V/64 bytes
+    per token and head (4·K·V/64 for float16; 4·K·V/16 for float32 and for heads of more than 64
+    channels).
     """
     tensors = [x.contiguous() for x in tensors]
     training = facts_of(*tensors).gradients
@@ -50,25 +51,26 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of r, log_decay, k, v, alpha, beta and of the initial state.
 
-    kept: states and P of `forward`.
+    kept: states, U and P of `forward`.
     """
     plan = make_plan(tensors[0], tensors[3], cu_seqlens)
-    layout, (states, p) = lay_out(plan, cu_seqlens), kept
-    dstate, dstates = carry(tensors, dy, dfinal, p, layout)
-    return [*gradients(tensors, dy, states, dstates, layout), dstate]
+    layout, (states, u, p) = lay_out(plan, cu_seqlens), kept
+    dstate, dstates, x, dv = carry(tensors, dy, dfinal, p, layout)
+    dr, dlog_decay, dk, dalpha, dbeta = gradients(tensors, dy, u, x, states, dstates, layout)
+    return [dr, dlog_decay, dk, dv, dalpha, dbeta, dstate]
 
 
 def kept_like(r: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
     """Empty, as what `forward` keeps for the backward pass."""
     plan, (heads, key) = make_plan(r, v, cu_seqlens), r.shape[2:]
     shape = (plan.segments, heads, key, key) if plan.split else (0,)
-    return [states_like(r, v, plan), r.new_empty(shape, dtype=torch.float32)]
+    return [states_like(r, v, plan), torch.empty_like(v), r.new_empty(shape, dtype=torch.float32)]
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, ...]:
     r, _, _, v, _, _, state, cu_seqlens, keep = args
-    kept = kept_like(r, v, cu_seqlens) if keep else [state.new_empty(0) for _ in range(2)]
-    return torch.empty_like(v), torch.empty_like(state), kept[0], kept[1]
+    kept = kept_like(r, v, cu_seqlens) if keep else [state.new_empty(0) for _ in range(3)]
+    return torch.empty_like(v), torch.empty_like(state), *kept
 
 
 def _gradients(grads: list[Tensor], kept: list[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
@@ -76,7 +78,7 @@ def _gradients(grads: list[Tensor], kept: list[Tensor], args: tuple[Any, ...]) -
     return backward(tensors, kept, cu_seqlens, *grads)
 
 
-@operator("wkv7", _fake, _gradients, outputs=2, kept=slice(2, 4))
+@operator("wkv7", _fake, _gradients, outputs=2, kept=slice(2, 5))
 def wkv7_forward(
     r: Tensor,
     log_decay: Tensor,
@@ -87,12 +89,12 @@ def wkv7_forward(
     state: Tensor,
     cu_seqlens: Tensor | None,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """In chunks: what `forward` says."""
-    y, final, states, p = forward([r, log_decay, k, v, alpha, beta], state, cu_seqlens, keep)
-    if states is None:
-        return y, final, state.new_empty(0), state.new_empty(0)
-    return y, final, states, p
+    y, final, states, u, p = forward([r, log_decay, k, v, alpha, beta], state, cu_seqlens, keep)
+    if states is None or u is None:
+        return y, final, state.new_empty(0), state.new_empty(0), state.new_empty(0)
+    return y, final, states, u, p
 
 
 @operator("wkv7_step", lambda *args: _fake(*args, False)[:2])

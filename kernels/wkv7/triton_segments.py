@@ -34,11 +34,12 @@ from rwkvx_kernels.wkv7.triton_chunk import (
 
 class Run(NamedTuple):
     """y [B, T, H, V], final states; for the backward pass states before chunks [chunks, H, V, K]
-    (None: not kept) and P [S, H, K, K] (empty where nothing was cut)."""
+    and U [B, T, H, V] (None: not kept), P [S, H, K, K] (empty where nothing was cut)."""
 
     y: Tensor
     final: Tensor
     states: Tensor | None
+    u: Tensor | None
     p: Tensor
 
 
@@ -122,7 +123,7 @@ def _follow_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence"])
 def _segment_kernel(
-    p_r, p_log_decay, p_k, p_v, p_alpha, p_beta, p_table, p_start, p_y, p_end, p_states,
+    p_r, p_log_decay, p_k, p_v, p_alpha, p_beta, p_table, p_start, p_y, p_end, p_states, p_u,
     tokens, per_sequence,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, KEPT: tl.constexpr, LENGTH: tl.constexpr,
@@ -159,6 +160,8 @@ def _segment_kernel(
         b_beta = load(p_beta + first_k, o_key, m_key) * tl.exp(-b_centred)
         b_inverse = inverse(later(product(b_beta, b_alpha, STATE), CHUNK), CHUNK, STATE)
         b_u = product(b_u, b_inverse, STATE)
+        if p_u is not None:
+            store(p_u + o_first * V, o_value, tl.trans(b_u), m_value)
         b_r = tl.trans(load(p_r + first_k, o_key, m_key) * tl.exp(b_centred))
         b_y = product(b_state, b_r, LOCAL)
         b_y += product(b_v, since(product(b_k, b_r, LOCAL), CHUNK), LOCAL)
@@ -215,7 +218,7 @@ def run(tensors: list[Tensor], state: Tensor, layout: Layout, keep: bool) -> Run
     """Launch everything: three kernels, or one. `keep` what the backward pass needs."""
     r, _, _, v, _, _ = tensors
     heads, value = v.shape[2:]
-    states = states_like(r, v, layout.plan) if keep else None
+    states, u = (states_like(r, v, layout.plan), torch.empty_like(v)) if keep else (None, None)
     if layout.plan.split:
         p, d = summaries(tensors, layout)
         starts, final = follow(p, d, state, layout, r, reverse=False)
@@ -229,10 +232,10 @@ def run(tensors: list[Tensor], state: Tensor, layout: Layout, keep: bool) -> Run
     programs = layout.plan.segments * heads * triton.cdiv(value, columns)
     if programs:
         _segment_kernel[(programs,)](
-            *tensors, layout.table, starts, y, end, states, *layout.arguments,
+            *tensors, layout.table, starts, y, end, states, u, *layout.arguments,
             COLUMNS=columns, **constants(options, layout, r, v),
         )  # fmt: skip
-    return Run(y, final, states, p)
+    return Run(y, final, states, u, p)
 
 
 def states_like(r: Tensor, v: Tensor, plan: Plan) -> Tensor:

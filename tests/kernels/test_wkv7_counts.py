@@ -50,7 +50,7 @@ def run(args: list[Tensor], training: bool) -> tuple[list[str], int]:
 def test_launches(batch: int, tokens: int) -> None:
     args = inputs(batch, tokens, 16, torch.bfloat16)
     assert len(run(args, False)[0]) <= 3
-    assert len(run(args, True)[0]) <= 8
+    assert len(run(args, True)[0]) <= 7
 
 
 def test_a_full_device_reads_once() -> None:
@@ -70,13 +70,13 @@ def test_bytes_of_a_forward_pass(batch: int, tokens: int) -> None:
 def test_bytes_of_forward_and_backward() -> None:
     """The floor: forward, and backward the inputs again, dY, and a gradient of every input.
 
-    2.84 times that: the two kernels of the gradients read the inputs once each.
+    2.19 times that: the carry goes through the tokens twice, the gradients once more.
     """
     args = inputs(1, 65_536, 16, torch.bfloat16)
     once = sum(x.nbytes for x in args)
     floor = once + args[3].nbytes + args[3].nbytes + 2 * once
     _, moved = run(args, True)
-    assert floor <= moved <= 2.9 * floor
+    assert floor <= moved <= 2.2 * floor
 
 
 @pytest.mark.parametrize("packed", [False, True])
