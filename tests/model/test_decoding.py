@@ -51,10 +51,12 @@ def test_float32_errs_as_the_modules(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "conv_gqa"])
 def test_bfloat16_errs_as_the_modules(name: str) -> None:
-    model, ids = random_model(variant(name)).bfloat16(), random_ids(TOKENS, 1)
+    """Every chunk is chosen: two forms may differ by chance where two scores are close."""
+    config = replace(variant(name), topk=TOKENS)
+    model, ids = random_model(config).bfloat16(), random_ids(TOKENS, 1)
     exact = whole(copy.deepcopy(model).double(), ids)
     assert compiles(model)
-    assert error(decode(model, ids), exact) < 1.5 * error(whole(model, ids), exact)
+    assert error(decode(model, ids), exact) < error(whole(model, ids), exact)
 
 
 def test_coarse_to_fine_is_compiled_until_chunks_are_left_out(
