@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.linear.options import TABLE
+from rwkvx_kernels.tools.operators import operator
 from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_tiles import store
 
@@ -36,6 +37,11 @@ def _entropy_kernel(p_logits, p_targets, p_weights, p_loss, V, BLOCK: tl.constex
         store(p_row, o_v, b_dx, o_v < V)
 
 
+def _fake(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    return torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+
+
+@operator("losses_and_gradients", _fake, mutates=("logits",))
 def losses_and_gradients(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Weighted losses [T] float32 of contiguous logits [T, V], which become their gradients.
 

@@ -138,6 +138,7 @@ CALLS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "chunk_attention_cached_plain": lambda: [
         (*rows(1, 2), *cache(), 20, CHUNK, TOPK, impl, "flat") for impl in ("torch", COMPILED)
     ],
+    "losses_and_gradients": lambda: [(normal(4, 6), whole(0, 5, 2, 2), normal(4))],
     "token_shift": lambda: [(*shifted(grad=True), torch.float32)],
     "token_shift_backward": lambda: [
         ([normal(1, TOKENS, DIM), normal(1, TOKENS, DIM)], [], *shifted(), torch.float32),

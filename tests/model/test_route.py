@@ -17,7 +17,9 @@ from rwkvx_kernels.dispatch import UnsupportedError
 
 
 def run_and_record(monkeypatch: pytest.MonkeyPatch, model: rwkvx.Model, tokens: int) -> set[str]:
-    """Implementations that a forward chooses, by operation."""
+    """Implementations that a forward chooses, by operation, behind tokens to select among."""
+    with torch.no_grad():
+        _, state = model(random_ids(70, batch=1), logits="none")
     chosen: set[str] = set()
 
     def recorded(choose: Callable[..., dispatch.Choice]) -> Callable[..., dispatch.Choice]:
@@ -33,7 +35,7 @@ def run_and_record(monkeypatch: pytest.MonkeyPatch, model: rwkvx.Model, tokens: 
         for name in families:
             api = import_module(f"rwkvx_kernels.{name}.api")
             patch.setattr(api, "choose", recorded(api.choose))
-        model(random_ids(tokens, batch=1), model.fresh_state(1))
+        model(random_ids(tokens, batch=1), state)
     return chosen
 
 
@@ -43,7 +45,10 @@ def test_what_is_told_is_what_runs(monkeypatch: pytest.MonkeyPatch, impl: str, t
     model = random_model(HYBRID).float()
     model.impl = impl
     steps = [s for s in rwkvx.explain(model, 1, tokens) if s.where != "decoding"]
-    assert {step.impl for step in steps} == run_and_record(monkeypatch, model, tokens)
+    told = {step.impl for step in steps}
+    # Where few chunks are, attention to one token chooses among them by the way.
+    always = {step.impl for step in steps if tokens > 1 or step.operation != "selection"}
+    assert always <= run_and_record(monkeypatch, model, tokens) <= told
     assert all(step.why for step in steps)
     operations = [step.operation for step in steps]
     assert {"decay, recurrence, norm and gate", "selection", "attention", "head"} <= set(operations)

@@ -60,12 +60,14 @@ def test_shipped_configs_run(path: Path, shared: Path, tmp_path: Path) -> None:
         "tokens": {"path": str(shared / "text.tokens")},
         "chat": {"paths": [str(shared / "chat.jsonl")]},
     }
-    length = 320 if found["data"]["kind"] == "passkey" else 32
+    data = found["data"] if isinstance(found["data"], list) else [found["data"]]
+    length = 320 if any(source["kind"] == "passkey" for source in data) else 32
     if found.get("init"):
         found |= {"init": str(shared / "model"), "model": None}
     else:
         found["model"] = small
-    found["data"] |= places[found["data"]["kind"]]
+    for source in data:
+        source |= places[source["kind"]]
     for stage in found["stages"]:
         cut = {"recurrent_length": length // 2} if stage.get("recurrent_length") else {}
         cut |= {"long_ce_window": 8} if stage.get("long_ce") else {}
