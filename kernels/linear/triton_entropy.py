@@ -37,12 +37,7 @@ def _entropy_kernel(p_logits, p_targets, p_weights, p_loss, V, BLOCK: tl.constex
         store(p_row, o_v, b_dx, o_v < V)
 
 
-def _fake(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    return torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-
-
-@operator("losses_and_gradients", _fake, mutates=("logits",))
-def losses_and_gradients(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def launch(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Weighted losses [T] float32 of contiguous logits [T, V], which become their gradients.
 
     A target that is no column makes its loss NaN.
@@ -55,3 +50,13 @@ def losses_and_gradients(logits: Tensor, targets: Tensor, weights: Tensor) -> Te
         args = (logits, targets.contiguous(), weights.contiguous(), losses, columns)
         _entropy_kernel[(rows,)](*args, BLOCK=block, **options.launch)
     return losses
+
+
+def _fake(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    return torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+
+
+@operator("losses_and_gradients", _fake, mutates=("logits",))
+def losses_and_gradients(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """As `launch`."""
+    return launch(logits, targets, weights)
