@@ -113,7 +113,7 @@ def _tensors(model: rwkvx.Model) -> dict[str, np.ndarray[Any, Any]]:
 class LlamaPeer:
     """See `peers.Peer`; the state is its own."""
 
-    tolerance = 1e-4
+    tolerance, rounds = 1e-4, False
 
     def __init__(self, model: rwkvx.Model, dtype: str) -> None:
         from llama_cpp import Llama

@@ -38,9 +38,11 @@ class Peer(Protocol):
     Attributes:
         dtype: "float32" or "bfloat16".
         tolerance: largest difference of its float32 logits to ours, relative to the largest.
+        rounds: whether activations are of that dtype too (llama.cpp's are float32 always).
     """
 
     dtype: str
+    rounds: bool
     tolerance: float
 
     def prefill(self, ids: list[int]) -> tuple[Tensor, Any]:
@@ -55,7 +57,7 @@ class Peer(Protocol):
 class TorchPeer:
     """`rwkv-x` for hybrid models, `rwkv` for RWKV-7 alone."""
 
-    tolerance = 2e-5
+    tolerance, rounds = 2e-5, True
 
     def __init__(self, package: str, model: rwkvx.Model, dtype: str) -> None:
         self.dtype, strategy = dtype, STRATEGIES[dtype]

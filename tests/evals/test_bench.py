@@ -228,7 +228,7 @@ def test_wrong_logits_are_not_timed() -> None:
 class FlawedPeer:
     """A peer with logits of its own."""
 
-    dtype, tolerance = "float32", 2e-5
+    dtype, tolerance, rounds = "float32", 2e-5, True
 
     def prefill(self, ids: list[int]) -> tuple[torch.Tensor, None]:
         return torch.ones(70), None
