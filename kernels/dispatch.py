@@ -119,6 +119,21 @@ def decide(
     return Choice(impl, "asked for")
 
 
+def decide_elementwise(impl: str, facts: Facts, triton: str) -> Choice:
+    """As `decide`, for operations between products, of which there are all implementations.
+
+    triton: what Triton lacks. Traced by `torch.compile`, "compiled" is torch's form: that is joined
+    with its neighbours, where a compiled loop would stand apart.
+    """
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    compiled = compiled_lacks(facts._replace(gradients=False), *dtypes)
+    lacks = {"triton": triton, "compiled": compiled, "torch": "", "reference": ""}
+    choice = decide(impl, facts, lacks)
+    if facts.traced and choice.impl == "compiled":
+        return Choice("torch", "torch.compile joins it with its neighbours")
+    return choice
+
+
 def remembered(
     choose: Callable[Concatenate[Facts, P], Choice],
 ) -> Callable[Concatenate[Facts, P], Choice]:

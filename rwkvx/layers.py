@@ -107,7 +107,12 @@ def normed(layer: nn.LayerNorm, x: Tensor, reader: Any) -> tuple[Any, ...]:
         and fuses_norm(x, reader.impl)
         and not (is_hooked(layer) or is_hooked(reader))
     )
-    return (x, Norm(layer.weight, layer.bias, layer.eps)) if fused else (layer(x),)
+    return (x, norm_of(layer)) if fused else (layer(x),)
+
+
+def norm_of(layer: nn.LayerNorm) -> Norm:
+    """What kernels read of a layer norm."""
+    return Norm(layer.weight, layer.bias, layer.eps)
 
 
 def is_hooked(module: nn.Module) -> bool:

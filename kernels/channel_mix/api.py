@@ -1,6 +1,5 @@
 """The public squared ReLU: chooses an implementation."""
 
-import torch
 from torch import Tensor
 
 from rwkvx_kernels.channel_mix.reference import squared_relu_reference
@@ -8,14 +7,11 @@ from rwkvx_kernels.channel_mix.torch_form import squared_relu_torch
 from rwkvx_kernels.dispatch import (
     Choice,
     Facts,
-    compiled_lacks,
-    decide,
+    decide_elementwise,
     facts_of,
     remembered,
     triton_lacks,
 )
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)  # of compiled loops
 
 
 @remembered
@@ -27,10 +23,7 @@ def choose(facts: Facts, impl: str = "auto") -> Choice:
         from rwkvx_kernels.tools.triton_options import missing  # Triton may be missing
 
         triton = missing(TABLE, STAGES, facts.dtype, 1, facts.device)
-    compiled = compiled_lacks(facts._replace(gradients=False), *DTYPES)
-    lacks = {"triton": triton, "compiled": compiled, "torch": "", "reference": ""}
-    traced = {"compiled": "stays apart where torch.compile joins"} if facts.traced else {}
-    return decide(impl, facts, lacks, traced)
+    return decide_elementwise(impl, facts, triton)
 
 
 def squared_relu(x: Tensor, impl: str = "auto", overwrite: bool = False) -> Tensor:
@@ -50,7 +43,7 @@ def squared_relu(x: Tensor, impl: str = "auto", overwrite: bool = False) -> Tens
     if chosen == "reference":
         return squared_relu_reference(x)
     overwrite = overwrite and not facts.gradients and x.is_contiguous()
-    if chosen == "torch" or (chosen == "compiled" and facts.traced):
+    if chosen == "torch":
         return squared_relu_torch(x, overwrite)
     if chosen == "compiled":
         from rwkvx_kernels.channel_mix.numba_relu import squared_relu_compiled  # half a second

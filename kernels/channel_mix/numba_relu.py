@@ -54,6 +54,7 @@ def _square(first, last, x, out):
         target[i] = narrow(value * value, out[0])
 
 
+# Apart from `_square`: where both arrays may be one, there are no vectors.
 @loop
 def _square_in_place(first, last, x):
     part = x[first:last]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rwkvx_kernels.dispatch import Choice, Facts, compiled_lacks, decide, remembered, triton_lacks
 from rwkvx_kernels.one_token.common import BlockWeights, Cache, Memory
+from rwkvx_kernels.token_shift import Norm
 
 
 @remembered
@@ -89,23 +90,23 @@ def read_block(x: Tensor, v_first: Tensor, weights: BlockWeights, memory: Memory
     read(x, v_first, weights, memory)
 
 
-def embed(ids: Tensor, table: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
-    """ids [B] -> layer norm (weight, bias, eps) of table[ids], [B, C] float32: one launch."""
-    from rwkvx_kernels.one_token.triton_products import Norm, embed_rows  # Triton may be missing
+def embed(ids: Tensor, table: Tensor, norm: Norm) -> Tensor:
+    """ids [B] -> layer norm of table[ids], [B, C] float32: one launch."""
+    from rwkvx_kernels.one_token.triton_products import embed_rows  # Triton may be missing
 
-    return embed_rows(ids, table, Norm(*norm))
+    return embed_rows(ids, table, norm)
 
 
 def logits(
     x: Tensor,
-    norm: tuple[Tensor, Tensor, float],
+    norm: Norm,
     head: Tensor,
     scale: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """Product of the head [V, C] (int8 with a scale) and the norm of x [B, C] float32: [B, V] of
     that dtype, in one launch."""
-    from rwkvx_kernels.one_token.triton_products import Matrix, Norm, read_token
+    from rwkvx_kernels.one_token.triton_products import Matrix, read_token
 
-    (y,), *_ = read_token(x, None, Norm(*norm), [Matrix(head, scale)], [], dtype=dtype)
+    (y,), *_ = read_token(x, None, norm, [Matrix(head, scale)], [], dtype=dtype)
     return y

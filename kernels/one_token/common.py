@@ -38,6 +38,8 @@ class BlockWeights(NamedTuple):
 
     def fit(self, like: Tensor) -> bool:
         """Whether they are as said above, of dtype and device of `like`, of shapes that fit."""
+        if any(x is None for x in (*self.ln1, *self.ln2)):  # norms without a bias
+            return False
         matrices = (*self.channel[1:], *self.matrices)
         scales = (*self.channel_scales, *self.scales)
         dtype = like.dtype

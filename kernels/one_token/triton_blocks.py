@@ -13,7 +13,8 @@ from rwkvx_kernels.chunk_select.triton_decode import descend_rows, kept_of_split
 from rwkvx_kernels.one_token.common import BlockWeights, Cache, Memory
 from rwkvx_kernels.one_token.triton_heads import mix_heads
 from rwkvx_kernels.one_token.triton_places import place
-from rwkvx_kernels.one_token.triton_products import Matrix, Norm, add_product, read_token
+from rwkvx_kernels.one_token.triton_products import Matrix, add_product, read_token
+from rwkvx_kernels.token_shift import Norm
 
 # What splits keep is joined by every program that attends, if they keep so few chunks each.
 MOST_JOINED = 32

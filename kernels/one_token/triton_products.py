@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.one_token.options import MOST_ROWS, TABLE
+from rwkvx_kernels.token_shift import Norm
 from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_products import precisions, product
 from rwkvx_kernels.tools.triton_tiles import load, store
@@ -262,14 +263,6 @@ class Matrix(NamedTuple):
     weight: Tensor
     scale: Tensor | None = None
     mix: Tensor | None = None
-
-
-class Norm(NamedTuple):
-    """A layer norm."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
 
 
 def sizes(rows: int, inputs: int, like: Tensor) -> tuple[dict[str, Any], int, int]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from rwkvx_kernels.dispatch import (
@@ -10,8 +9,7 @@ from rwkvx_kernels.dispatch import (
     Facts,
     autocast_dtype,
     check_packed,
-    compiled_lacks,
-    decide,
+    decide_elementwise,
     facts_of,
     remembered,
     triton_lacks,
@@ -19,8 +17,6 @@ from rwkvx_kernels.dispatch import (
 from rwkvx_kernels.token_shift.common import MOST_MIXES, Norm
 from rwkvx_kernels.token_shift.reference import token_shift_reference
 from rwkvx_kernels.token_shift.torch_form import token_shift_torch
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)  # of compiled loops
 
 
 @remembered
@@ -32,16 +28,13 @@ def choose(facts: Facts, impl: str = "auto") -> Choice:
         from rwkvx_kernels.tools.triton_options import missing  # Triton may be missing
 
         triton = missing(TABLE, STAGES, facts.dtype, 1, facts.device)
-    compiled = compiled_lacks(facts._replace(gradients=False), *DTYPES)
-    lacks = {"triton": triton, "compiled": compiled, "torch": "", "reference": ""}
-    traced = {"compiled": "stays apart where torch.compile joins"} if facts.traced else {}
-    return decide(impl, facts, lacks, traced)
+    return decide_elementwise(impl, facts, triton)
 
 
 def fuses_norm(x: Tensor, impl: str = "auto") -> bool:
     """Whether `token_shift` of `x` does a layer norm by the way: it then costs no pass of its own,
     and the normed tokens exist nowhere."""
-    form = _form(x, impl)
+    form = choose(facts_of(x), impl).impl
     if form != "triton":
         return form == "compiled"
     from rwkvx_kernels.token_shift.options import NORM_STAGES, TABLE
@@ -80,7 +73,7 @@ def token_shift(
         UnsupportedError: Triton kernels for float64 or without a GPU.
     """
     _check_shapes(x, previous, mixes, cu_seqlens, norm)
-    form = _form(x, impl)
+    form = choose(facts_of(x), impl).impl
     if norm is not None and not fuses_norm(x, impl):
         x, norm = norm(x), None
     if form == "torch":
@@ -101,12 +94,6 @@ def token_shift(
 
     weight, bias = norm.weight.contiguous(), norm.bias.contiguous()
     return norm_token_shift(x, previous, weight, bias, mixes, cu_seqlens, norm.eps, dtype)
-
-
-def _form(x: Tensor, impl: str) -> str:
-    facts = facts_of(x)
-    chosen = choose(facts, impl).impl
-    return "torch" if chosen == "compiled" and facts.traced else chosen
 
 
 def _check_shapes(

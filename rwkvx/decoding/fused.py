@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkvx.decoding.watch import Watch, weights_of
-from rwkvx.layers import Linear
+from rwkvx.layers import Linear, norm_of
 from rwkvx.model import Block, Model
 from rwkvx_kernels.dispatch import facts_of
 from rwkvx_kernels.one_token import BlockWeights, Memory, embed, logits, read_block
@@ -36,15 +36,15 @@ class FusedModel:
             for block, fits in zip(self.blocks, plain, strict=True)
         ]
         some = any(self.weights)
-        self._embeds = some and start and _alike(like, self._emb.weight, *self._norm(self._ln0)[:2])
+        self._embeds = some and start and _alike(like, self._emb.weight, *norm_of(self._ln0)[:2])
         head = [] if self._head.scale is not None else [self._head.weight]
-        self._heads = some and end and _alike(like, *head, *self._norm(self._ln_out)[:2])
+        self._heads = some and end and _alike(like, *head, *norm_of(self._ln_out)[:2])
 
     def step(self, ids: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
         """ids [B, 1] -> logits [B, 1, V] and new states; those of fused blocks change in place."""
         dtype = self._emb.weight.dtype
         if self._embeds:
-            x = embed(ids.flatten(), self._emb.weight, self._norm(self._ln0))
+            x = embed(ids.flatten(), self._emb.weight, norm_of(self._ln0))
         else:
             x = self._ln0(self._emb(ids)).squeeze(1).float()
         v_first = torch.empty_like(x)
@@ -66,11 +66,7 @@ class FusedModel:
         if not self._heads:
             return self._head(self._ln_out(x.to(dtype))).unsqueeze(1), tuple(new)
         head = (self._head.weight, self._head.scale)
-        return logits(x, self._norm(self._ln_out), *head, dtype).unsqueeze(1), tuple(new)
-
-    @staticmethod
-    def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
-        return norm.weight, norm.bias, norm.eps
+        return logits(x, norm_of(self._ln_out), *head, dtype).unsqueeze(1), tuple(new)
 
 
 _forms: WeakKeyDictionary[Model, FusedModel] = WeakKeyDictionary()
@@ -88,10 +84,11 @@ def _ends(model: Model) -> tuple[nn.Embedding, nn.LayerNorm, nn.LayerNorm, Linea
     return model.emb, model.ln0, model.ln_out, model.head
 
 
-def _alike(like: Tensor, *tensors: Tensor) -> bool:
-    """Whether kernels may read them beside one another."""
+def _alike(like: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether all are there, and kernels may read them beside one another."""
     return all(
-        x.dtype == like.dtype and x.device == like.device and x.is_contiguous() for x in tensors
+        x is not None and x.dtype == like.dtype and x.device == like.device and x.is_contiguous()
+        for x in tensors
     )
 
 

@@ -6,6 +6,7 @@ from ahead_of_time import Case
 from rwkvx_kernels.chunk_select.common import DENSE_NODES, FANOUT
 from rwkvx_kernels.chunk_select.forest import room_for
 from rwkvx_kernels.one_token import BlockWeights, Cache, Memory, embed, logits, read_block
+from rwkvx_kernels.token_shift import Norm
 
 # Chunks of a forest whose descent has two levels.
 MANY = 2 * DENSE_NODES * FANOUT
@@ -114,7 +115,7 @@ def case(
             read_block(x, x, sparse, attended(dtype, rows, sparse, chunk, topk))
             if topk > 1:
                 read_block(x, x, sparse, attended(dtype, rows, sparse, chunk, topk, MANY, True))
-        norm = (*own.ln1, 1e-5)
+        norm = Norm(*own.ln1, 1e-5)
         embed(empty(rows, dtype=torch.int64), empty(65536, width, dtype=dtype), norm)
         head = empty(65536, width, dtype=torch.int8 if int8 else dtype)
         logits(x, norm, head, empty(65536) if int8 else None, dtype)

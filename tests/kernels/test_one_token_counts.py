@@ -15,6 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from rwkvx_kernels.one_token import BlockWeights, Memory, embed, logits, read_block
+from rwkvx_kernels.token_shift import Norm
 
 WIDTH, SIZE = 768, 64
 
@@ -97,7 +98,7 @@ def test_a_long_list_of_chunks_is_joined_apart(coarse: bool, launches: int) -> N
 
 def test_one_launch_before_the_blocks_and_one_after() -> None:
     own = weights(torch.bfloat16, WIDTH, SIZE)
-    norm = (*own.ln1, 1e-5)
+    norm = Norm(*own.ln1, 1e-5)
     with counted() as counts:
         x = embed(empty(1, dtype=torch.int64), empty(100, WIDTH, dtype=torch.bfloat16), norm)
         logits(x, norm, empty(100, WIDTH, dtype=torch.bfloat16), None, torch.bfloat16)

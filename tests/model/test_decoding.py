@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import VARIANTS, error, random_ids, random_model, variant
+from small import HYBRID, VARIANTS, error, random_ids, random_model, variant
 from torch import Tensor, nn
 
 from rwkvx import Model, ModelConfig, ModelState
@@ -234,3 +234,12 @@ def test_int8_reads_as_its_modules() -> None:
         quantize(model)
         assert compiles(model)
         assert error(decode(model, ids), whole(model, ids)) < bound
+
+
+@pytest.mark.parametrize("name", ["ln1", "ln2"])
+def test_a_norm_without_bias_is_a_module(name: str) -> None:
+    """Compiled code would read a bias that is not there."""
+    model, ids = random_model(HYBRID).float(), random_ids(9, 1)
+    getattr(model.blocks[0], name).register_parameter("bias", None)
+    assert form_of(model).weights[0] is None
+    assert error(decode(model, ids), whole(model, ids)) < 1e-5
