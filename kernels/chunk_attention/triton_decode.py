@@ -13,6 +13,7 @@ from torch import Tensor
 from rwkvx_kernels.chunk_attention.triton_forward import LOG2E
 from rwkvx_kernels.chunk_select.triton_decode import LOWEST, best_of, kept_of_split
 from rwkvx_kernels.tools.triton_device import device_kind
+from rwkvx_kernels.tools.triton_overlap import overlapping, wait_for_launches
 from rwkvx_kernels.tools.triton_tiles import load, store
 
 TILE = 64  # keys at once
@@ -24,10 +25,11 @@ def _part_kernel(
     stride_b, stride_s, stride_g, scale, tokens, ahead, candidates,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr, K: tl.constexpr, LOWEST: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A piece of one chunk of one row, of the own chunk in the last slot: output and binary
     log-sum-exp. With K, who chose left the joining of its splits to every program."""
+    wait_for_launches(OVERLAP)
     i_row, i_slot = tl.program_id(0).to(tl.int64), tl.program_id(1) // PIECES
     i_b, i_t, i_h = i_row // H // tokens, i_row // H % tokens, i_row % H
     position = tl.load(p_lengths + i_b) + ahead + i_t
@@ -71,15 +73,11 @@ def _part_kernel(
 
 @triton.jit
 def _join_kernel(
-    p_part,
-    p_lse,
-    p_o,
-    D: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    p_part, p_lse, p_o, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """One softmax over the parts of a row."""
+    wait_for_launches(OVERLAP)
     i_row = tl.program_id(0).to(tl.int64)
     o_p, o_d = i_row * PARTS + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
     m_p = tl.arange(0, BLOCK_P) < PARTS
@@ -113,7 +111,7 @@ def decode(
     batch, tokens, heads, dim = q.shape
     rows, block_d = batch * tokens * heads, max(16, triton.next_power_of_2(dim))
     tile = min(TILE, triton.next_power_of_2(chunk_size))
-    pieces = 2 * device_kind(q.device).processors // max(1, rows * topk)
+    pieces = 4 * device_kind(q.device).processors // max(1, rows * topk)
     pieces = max(1, min(pieces, triton.cdiv(chunk_size, TILE)))
     piece = triton.cdiv(triton.cdiv(chunk_size, pieces), tile) * tile
     pieces = triton.cdiv(chunk_size, piece)
@@ -127,9 +125,11 @@ def decode(
         0 if chosen is None else chosen.shape[1],
         H=heads, G=k.shape[1], D=dim, CHUNK=chunk_size, SLOTS=topk - 1, BLOCK_D=block_d,
         PIECE=piece, PIECES=pieces, K=kept_of_split(topk - 1) if packed else 0, LOWEST=LOWEST,
-        TILE=tile, num_warps=4,
+        TILE=tile, num_warps=4, **overlapping(q.device),
     )  # fmt: skip
     o = torch.empty_like(q)
     block_p = triton.next_power_of_2(parts)
-    _join_kernel[(rows,)](part, lse, o, D=dim, PARTS=parts, BLOCK_D=block_d, BLOCK_P=block_p)
+    _join_kernel[(rows,)](
+        part, lse, o, D=dim, PARTS=parts, BLOCK_D=block_d, BLOCK_P=block_p, **overlapping(q.device)
+    )
     return o

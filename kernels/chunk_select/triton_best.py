@@ -7,6 +7,9 @@ kept, whose scores it reads, and then the members of the level that have no pare
 
 The lists of the best stand in registers, sorted; a tile of scores goes through as many rounds as
 one of its queries has newcomers, after the first tiles few. Of equal scores the first one stays.
+Beside queries of 8 or 11 bits a score is an integer that sorts like it, with its place in the tile
+for its last 6 bits: the largest says where it stands. That cuts scores to 18 bits, what their
+products have (a mean is two numbers of 8 bits). Scores of float32 stay whole, and are looked for.
 Longer lists than `options.MOST_KEPT` are made in passes: each has what comes after the one before.
 
 Axes: B batch, T queries, H query heads, G key/value heads, C chunks, D head size, S lengths of
@@ -119,6 +122,14 @@ def scores_of(
 
 
 @triton.jit
+def sortable(b_score):
+    """Float32 as integers in the same order; NaN comes before all."""
+    b_bits = b_score.to(tl.int32, bitcast=True)
+    b_key = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+    return tl.where(b_score == b_score, b_key, -0x80000000)
+
+
+@triton.jit
 def _insert(scores, columns, b_score, b_column, K: tl.constexpr):
     """Into sorted lists, where it is among the best; after its equals."""
     new_scores, new_columns = (), ()
@@ -135,23 +146,49 @@ def _insert(scores, columns, b_score, b_column, K: tl.constexpr):
 
 
 @triton.jit
-def _meet(scores, columns, b_score, o_column, last, K: tl.constexpr, AFTER: tl.constexpr):
+def _empty(BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, PACKED: tl.constexpr):
+    """What a list holds where it has nothing: below every score but NaN."""
+    b_least = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    if PACKED:
+        b_least = sortable(b_least) & -BLOCK_C
+    return b_least
+
+
+@triton.jit
+def _meet(
+    scores, columns, b_score, o_column, last,
+    K: tl.constexpr, AFTER: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
     """Lists of the best meet a tile of scores, -inf for none, in the order of their columns.
 
     last: scores and columns that all come after, in a later pass.
     """
+    BLOCK_C: tl.constexpr = o_column.shape[0]
+    if PACKED:
+        o_last = BLOCK_C - 1 - tl.arange(0, BLOCK_C)
+        b_score = sortable(b_score) & -BLOCK_C
     if AFTER:
         b_last, b_last_column = last
         m_later = (b_score == b_last[:, None]) & (o_column[None, :] > b_last_column[:, None])
         m_later |= b_score < b_last[:, None]
-        b_score = tl.where(m_later, b_score, float("-inf"))
-    b_top = tl.max(b_score, axis=1)
-    while tl.max((b_top > scores[K - 1]).to(tl.int32), axis=0) > 0:
-        m_top = b_score == b_top[:, None]
-        b_column = tl.min(tl.where(m_top, o_column[None, :], 0x7FFFFFFF), axis=1)
-        scores, columns = _insert(scores, columns, b_top, b_column, K)
-        b_score = tl.where(o_column[None, :] == b_column[:, None], float("-inf"), b_score)
+        b_score = tl.where(m_later, b_score, _empty(1, BLOCK_C, PACKED)[:, None])
+    if PACKED:
+        first = tl.min(o_column, axis=0)
+        b_score = b_score | o_last[None, :]
         b_top = tl.max(b_score, axis=1)
+        while tl.max(((b_top & -BLOCK_C) > scores[K - 1]).to(tl.int32), axis=0) > 0:
+            b_column = first + (BLOCK_C - 1 - (b_top & (BLOCK_C - 1)))
+            scores, columns = _insert(scores, columns, b_top & -BLOCK_C, b_column, K)
+            b_score = tl.where(b_score == b_top[:, None], -0x80000000, b_score)
+            b_top = tl.max(b_score, axis=1)
+    else:
+        b_top = tl.max(b_score, axis=1)
+        while tl.max((b_top > scores[K - 1]).to(tl.int32), axis=0) > 0:
+            m_top = b_score == b_top[:, None]
+            b_column = tl.min(tl.where(m_top, o_column[None, :], 0x7FFFFFFF), axis=1)
+            scores, columns = _insert(scores, columns, b_top, b_column, K)
+            b_score = tl.where(o_column[None, :] == b_column[:, None], float("-inf"), b_score)
+            b_top = tl.max(b_score, axis=1)
     return scores, columns
 
 
@@ -189,6 +226,7 @@ def _best_kernel(
     RUNS: tl.constexpr, LEVELS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constexpr,
     FANOUT: tl.constexpr, EXTRA: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, K: tl.constexpr, AFTER: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Ranks `rank` ... rank + K - 1 among a level's members, for each query: entries, -1 for none.
 
@@ -211,11 +249,11 @@ def _best_kernel(
     q_parts = parts_of(b_q, QUERY_PARTS, PRODUCT)
     scores, columns = (), ()
     for _ in tl.static_range(K):
-        scores = scores + (tl.full((BLOCK_Q,), float("-inf"), tl.float32),)  # noqa: RUF005
+        scores = scores + (_empty(BLOCK_Q, BLOCK_C, PACKED),)  # noqa: RUF005
         columns = columns + (tl.full((BLOCK_Q,), -1, tl.int32),)  # noqa: RUF005
     last = (scores[0], columns[0])
     if AFTER:
-        b_last = tl.load(p_last + o_row, mask=m_t, other=float("-inf"))
+        b_last = tl.load(p_last + o_row, mask=m_t, other=0)
         last = (b_last, tl.load(p_last_column + o_row, mask=m_t, other=-1))
     root, o_in = start * 0, tl.arange(0, BLOCK_C)
     if WIDTH > 0:
@@ -228,7 +266,7 @@ def _best_kernel(
             m_c &= tl.load(p_parent, mask=m_c, other=-1) >= 0
             p_tile = p_scores + o_row[:, None] * (WIDTH * FANOUT) + o_c[None, :]
             b_score = tl.load(p_tile, mask=m_c, other=float("-inf"))
-            scores, columns = _meet(scores, columns, b_score, o_c, last, K, AFTER)
+            scores, columns = _meet(scores, columns, b_score, o_c, last, K, AFTER, PACKED)
     if LEVEL == 0:
         b_stop = (first + o_t) // CHUNK
         stop = (tl.minimum(start + BLOCK_Q, first + tokens) - 1) // CHUNK
@@ -249,7 +287,7 @@ def _best_kernel(
         m_c = (o_c[None, :] < b_stop[:, None]) & m_t[:, None]
         b_score = tl.where(m_c, b_score, float("-inf"))
         o_column = WIDTH * FANOUT + o_c - root
-        scores, columns = _meet(scores, columns, b_score, o_column, last, K, AFTER)
+        scores, columns = _meet(scores, columns, b_score, o_column, last, K, AFTER, PACKED)
     for i in tl.static_range(K):
         b_entry = _entry_of(
             columns[i], p_order, p_kept, o_row, m_t, i_n, root, P, members, parents, groups,
@@ -299,8 +337,11 @@ def best_members(
     options = options_for(TABLE, "level" if forest else "flat", q.dtype, dim, q.device)
     tiles = (first + tokens - 1) // options.rows - first // options.rows + 1
     last = last_column = None
+    packed = q.dtype != torch.float32
     if passes > 1:
-        last = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        last = torch.empty(
+            q.shape[:3], dtype=torch.int32 if packed else torch.float32, device=q.device
+        )
         last_column = torch.empty_like(last, dtype=torch.int32)
     for rank in range(0, slots, keep):
         _best_kernel[(tiles * batch * heads,)](
@@ -310,6 +351,6 @@ def best_members(
             H=heads, G=groups, SLOTS=slots, CHUNK=chunk_size, LEVEL=level,
             WIDTH=0 if kept is None else kept.shape[3], **tree_constants(forest, topk),
             **score_constants(q), BLOCK_Q=options.rows, BLOCK_C=options.columns, K=keep,
-            AFTER=rank > 0, **options.launch,
+            AFTER=rank > 0, PACKED=packed, **options.launch,
         )  # fmt: skip
     return best

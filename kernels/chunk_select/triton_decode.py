@@ -14,12 +14,14 @@ from rwkvx_kernels.chunk_select import common
 from rwkvx_kernels.chunk_select.triton_best import (
     first_level,
     run_of,
+    sortable,
     tree_constants,
     tree_size,
 )
 
-# Chunks that one program scores; a cache of a million tokens in chunks of 128 makes 16 programs.
-SPLIT = 512
+# Candidates that one program scores at most, and into how many splits fewer are cut: each takes
+# time, and whoever joins splits reads what all of them kept.
+MOST_SPLIT, SPLITS = 512, 8
 LEAST_BLOCK = 64
 # Sorts below every chunk.
 LOWEST = -0x7FFFFFFFFFFFFFFF
@@ -28,8 +30,7 @@ LOWEST = -0x7FFFFFFFFFFFFFFF
 @triton.jit
 def pack(b_score, o_member, m_valid, LOWEST: tl.constexpr):
     """Score above, member below, in one integer that sorts by score and then by lower member."""
-    b_bits = b_score.to(tl.int32, bitcast=True)
-    b_key = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+    b_key = sortable(b_score)
     b_low = (0x7FFFFFFF - o_member).to(tl.int64)
     b_packed = (b_key.to(tl.int64) << 32) | b_low[None, :]
     return tl.where(m_valid, b_packed, LOWEST)
@@ -184,15 +185,18 @@ def kept_of_split(slots: int) -> int:
     return max(2, triton.next_power_of_2(slots))
 
 
-def score_sizes(keep: int, dim: int) -> dict[str, int]:
-    """Compile-time constants of `score_split` beside those of the trees."""
+def splits_of(
+    members: int, forest: list[Tensor], level: int, topk: int, dim: int
+) -> tuple[int, int, dict[str, int]]:
+    """How a row's candidates at a level of so many members are cut: how many splits; how many
+    candidates each keeps; compile-time constants of `score_split` beside those of the trees."""
+    candidates = _most_candidates(members, forest, level, topk)
+    keep = kept_of_split(common.kept_at(level, topk))
     block = max(keep, LEAST_BLOCK if dim <= 64 else LEAST_BLOCK // 2)
-    return {"BLOCK_C": block, "SPLIT": SPLIT, "K": keep, "LOWEST": LOWEST}
-
-
-def splits_of(members: int, forest: list[Tensor], level: int, topk: int) -> int:
-    """Into how many splits the candidates of a row at a level of so many members are cut."""
-    return triton.cdiv(_most_candidates(members, forest, level, topk), SPLIT)
+    split = triton.next_power_of_2(triton.cdiv(candidates, SPLITS))
+    split = max(block, min(MOST_SPLIT, split))
+    sizes = {"BLOCK_C": block, "SPLIT": split, "K": keep, "LOWEST": LOWEST}
+    return triton.cdiv(candidates, split), keep, sizes
 
 
 def best_of_level(
@@ -213,8 +217,7 @@ def best_of_level(
     batch, tokens, heads, dim = q.shape
     groups, rows = means.shape[1], batch * tokens * heads
     table = forest[level] if level else means
-    keep = kept_of_split(common.kept_at(level, topk))
-    splits = splits_of(table.shape[2], forest, level, topk)
+    splits, keep, sizes = splits_of(table.shape[2], forest, level, topk, dim)
     best = torch.empty((rows, splits * keep), dtype=torch.int64, device=q.device)
     width = 0 if above is None else common.kept_at(level + 1, topk)
     _score_kernel[(rows, splits)](
@@ -223,7 +226,7 @@ def best_of_level(
         1 if above is None else forest[level + 1].shape[2], batch * groups, means.shape[2], splits,
         H=heads, G=groups, D=dim, CHUNK=chunk_size, LEVEL=level,
         BLOCK_D=max(16, triton.next_power_of_2(dim)), WIDTH=width, KEPT=kept_of_split(width),
-        **tree_constants(forest, topk), **score_sizes(keep, dim),
+        **tree_constants(forest, topk), **sizes,
         num_warps=4 if keep <= 64 else 8,
     )  # fmt: skip
     return best

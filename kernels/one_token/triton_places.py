@@ -14,14 +14,9 @@ from torch import Tensor
 from rwkvx_kernels.chunk_attention.triton_append import put
 from rwkvx_kernels.chunk_select import common
 from rwkvx_kernels.chunk_select.triton_best import tree_constants
-from rwkvx_kernels.chunk_select.triton_decode import (
-    SPLIT,
-    kept_of_split,
-    score_sizes,
-    score_split,
-    splits_of,
-)
+from rwkvx_kernels.chunk_select.triton_decode import score_split, splits_of
 from rwkvx_kernels.one_token.common import BlockWeights, Cache
+from rwkvx_kernels.tools.triton_overlap import overlapping, wait_for_launches
 from rwkvx_kernels.tools.triton_tiles import load, store
 
 
@@ -54,9 +49,11 @@ def _place_kernel(
     RUNS: tl.constexpr, LEVELS: tl.constexpr, RUN: tl.constexpr, GROWTH: tl.constexpr,
     FANOUT: tl.constexpr, EXTRA: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, K: tl.constexpr, LOWEST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The first B · G programs have a key and a value each, the others a split of what a row
     scores first: its past chunks, or the highest level of its tree."""
+    wait_for_launches(OVERLAP)
     i_program = tl.program_id(0).to(tl.int64)
     if i_program < groups:
         i_b, i_g = i_program // G, i_program % G
@@ -98,11 +95,9 @@ def place(
     level = common.first_level(chunks) if cache.forest else 0
     table = cache.forest[level] if level else cache.means
     splits, best = 0, None
-    score: dict[str, int] = {"BLOCK_C": 1, "SPLIT": SPLIT, "K": 0, "LOWEST": 0}
+    score = {"BLOCK_C": 1, "SPLIT": 1, "K": 0, "LOWEST": 0}
     if slots:
-        keep = kept_of_split(common.kept_at(level, slots + 1))
-        splits = splits_of(table.shape[2], cache.forest, level, slots + 1)
-        score = score_sizes(keep, dim)
+        splits, keep, score = splits_of(table.shape[2], cache.forest, level, slots + 1, dim)
         best = torch.empty((rows, splits * keep), dtype=torch.int64, device=q.device)
     taps = weights.conv[0]
     width = 0 if taps is None else len(taps)
@@ -114,6 +109,6 @@ def place(
         BLOCK_W=max(1, triton.next_power_of_2(width - 1)) if width > 1 else 1,
         TILE=min(64, triton.next_power_of_2(capacity // chunks)),
         LEVEL=level, **tree_constants(cache.forest, slots + 1), **score,
-        num_warps=4 if score["K"] <= 64 else 8,
+        num_warps=4 if score["K"] <= 64 else 8, **overlapping(q.device),
     )  # fmt: skip
     return best

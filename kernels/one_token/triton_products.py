@@ -4,7 +4,7 @@
 A block reads a vector three times: the normalised token (all matrices and first low-rank factors of
 a mixer, each with a mix of its own), what the mixer made (the output projection), and so for the
 channel mix. Every program normalises for itself: that costs a few KB from the cache, and a launch
-costs more. Weights are asked for first, so that they are on their way meanwhile.
+costs more. Weights are asked for before the launch before has ended, so that they are on their way.
 
 Axes: B rows of the batch, C width, O outputs, I inputs, R rank. Names: i_ index, p_ pointer, b_
 tile in registers, o_ offset, m_ mask. What is not there (mixes, scales, factors) is None.
@@ -20,6 +20,7 @@ from torch import Tensor
 from rwkvx_kernels.one_token.options import MOST_ROWS, TABLE
 from rwkvx_kernels.token_shift import Norm
 from rwkvx_kernels.tools.triton_options import options_for
+from rwkvx_kernels.tools.triton_overlap import overlapping, wait_for_launches
 from rwkvx_kernels.tools.triton_products import precisions, product
 from rwkvx_kernels.tools.triton_tiles import load, store
 
@@ -44,15 +45,22 @@ def pick(i, p_0, p_1, p_2, p_3):
 def statistics(p_x, o_b, m_b, eps, C: tl.constexpr, K: tl.constexpr):
     """Mean and one over the deviation of rows, [B, 1]."""
     o_k = tl.arange(0, K)[None, :]
-    b_mean, b_square = tl.zeros_like(o_b).to(tl.float32), tl.zeros_like(o_b).to(tl.float32)
-    for i in range(0, C, K):
-        b_x = load(p_x, o_b * C + i + o_k, m_b & (i + o_k < C))
-        b_mean += tl.sum(b_x, axis=1, keep_dims=True)
-    b_mean = b_mean / C
-    for i in range(0, C, K):
-        m_x = m_b & (i + o_k < C)
-        b_x = tl.where(m_x, load(p_x, o_b * C + i + o_k, m_x) - b_mean, 0.0)
-        b_square += tl.sum(b_x * b_x, axis=1, keep_dims=True)
+    if C <= K:
+        m_x = m_b & (o_k < C)
+        b_x = load(p_x, o_b * C + o_k, m_x)
+        b_mean = tl.sum(b_x, axis=1, keep_dims=True) / C
+        b_x = tl.where(m_x, b_x - b_mean, 0.0)
+        b_square = tl.sum(b_x * b_x, axis=1, keep_dims=True)
+    else:
+        b_mean, b_square = tl.zeros_like(o_b).to(tl.float32), tl.zeros_like(o_b).to(tl.float32)
+        for i in range(0, C, K):
+            b_x = load(p_x, o_b * C + i + o_k, m_b & (i + o_k < C))
+            b_mean += tl.sum(b_x, axis=1, keep_dims=True)
+        b_mean = b_mean / C
+        for i in range(0, C, K):
+            m_x = m_b & (i + o_k < C)
+            b_x = tl.where(m_x, load(p_x, o_b * C + i + o_k, m_x) - b_mean, 0.0)
+            b_square += tl.sum(b_x * b_x, axis=1, keep_dims=True)
     return b_mean, 1.0 / tl.sqrt(b_square / C + eps)
 
 
@@ -73,6 +81,36 @@ def read(
 
 
 @triton.jit
+def beside(
+    p_before, p_weight, p_bias, p_mix, o_b, o_first, m_b,
+    TILES: tl.constexpr, K: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    """What `read` reads beside the inputs, of some tiles of K: norm, mix, token before (zeros where
+    nothing is mixed). None of it was written by the launch before."""
+    weights, biases, mixes, befores = (), (), (), ()
+    for j in tl.static_range(TILES):
+        o_i = j * K + o_first
+        m_i = o_i < INPUTS
+        b_weight, b_bias = load(p_weight, o_i, m_i), load(p_bias, o_i, m_i)
+        b_mix, b_before = tl.zeros_like(b_weight), tl.zeros_like(b_weight)
+        if p_mix is not None:
+            b_mix = load(p_mix, o_i, m_i)
+            b_before = load(p_before, o_b * INPUTS + o_i, m_b & m_i)
+        weights = weights + (b_weight,)  # noqa: RUF005
+        biases = biases + (b_bias,)  # noqa: RUF005
+        mixes = mixes + (b_mix,)  # noqa: RUF005
+        befores = befores + (b_before,)  # noqa: RUF005
+    return weights, biases, mixes, befores
+
+
+@triton.jit
+def mixed(b_x, b_mean, b_inverse, b_weight, b_bias, b_mix, b_before):
+    """As `read`, of tiles that are there."""
+    b_x = (b_x - b_mean) * b_inverse * b_weight + b_bias
+    return b_x + (b_before - b_x) * b_mix
+
+
+@triton.jit
 def exact(b_w):
     """int8 as bfloat16, which holds it; float16 as float32, which the products know."""
     if b_w.dtype == tl.int8:
@@ -87,20 +125,37 @@ def exact(b_w):
 def matrix_rows(
     p_w, p_scale, o_o, outputs, p_x, p_before, p_weight, p_bias, p_mix, eps, o_b, m_b,
     INPUTS: tl.constexpr, K: tl.constexpr, NORM_K: tl.constexpr, UNROLLED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of a matrix [O, I]: [B, outputs] float32."""
     o_k, m_o = tl.arange(0, K)[None, :], (o_o < outputs)[:, None]
     p_row = p_w + o_o.to(tl.int64)[:, None] * INPUTS
-    b_first = tl.load(p_row + o_k, mask=m_o & (o_k < INPUTS), other=0)
+    AHEAD: tl.constexpr = UNROLLED if o_b.shape[0] == 1 else 1
+    ahead = ()
+    for j in tl.static_range(AHEAD):
+        o_i = j * K + o_k
+        b_ahead = tl.load(p_row + o_i, mask=m_o & (o_i < INPUTS), other=0)
+        ahead = ahead + (b_ahead,)  # noqa: RUF005
+    NORMED: tl.constexpr = o_b.shape[0] == 1 and p_weight is not None
+    if NORMED:
+        found = beside(p_before, p_weight, p_bias, p_mix, o_b, o_k, m_b, AHEAD, K, INPUTS)
+    wait_for_launches(OVERLAP)
     b_mean, b_inverse = 0.0, 1.0
     if p_weight is not None:
         b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, INPUTS, NORM_K)
     how = (p_x, p_before, p_weight, p_bias, p_mix, b_mean, b_inverse, o_b)
     if o_b.shape[0] == 1:
-        b_sum = b_first.to(tl.float32) * read(*how, o_k, m_b & (o_k < INPUTS), INPUTS)
+        b_sum = tl.zeros((o_o.shape[0], K), tl.float32)
+        for j in tl.static_range(AHEAD):
+            o_i = j * K + o_k
+            b_x = load(p_x, o_b * INPUTS + o_i, m_b & (o_i < INPUTS))
+            if NORMED:  # zeros of the weights are beyond the last input
+                b_x = mixed(
+                    b_x, b_mean, b_inverse, found[0][j], found[1][j], found[2][j], found[3][j]
+                )
+            b_sum += ahead[j].to(tl.float32) * b_x
         # So many at once are on their way.
-        for i_first in range(K, INPUTS, UNROLLED * K):
+        for i_first in range(AHEAD * K, INPUTS, UNROLLED * K):
             for j in tl.static_range(UNROLLED):
                 o_i = i_first + j * K + o_k
                 b_w = load(p_row, o_i, m_o & (o_i < INPUTS))
@@ -108,7 +163,7 @@ def matrix_rows(
         b_y = tl.sum(b_sum, axis=1)[None, :]
     else:
         b_x = read(*how, o_k, m_b & (o_k < INPUTS), INPUTS)
-        b_y = product(b_x, tl.trans(exact(b_first)), PRECISION)
+        b_y = product(b_x, tl.trans(exact(ahead[0])), PRECISION)
         for i in range(K, INPUTS, K):
             b_w = tl.load(p_row + i + o_k, mask=m_o & (i + o_k < INPUTS), other=0)
             b_x = read(*how, i + o_k, m_b & (i + o_k < INPUTS), INPUTS)
@@ -122,15 +177,30 @@ def matrix_rows(
 def factor_columns(
     p_w, o_r, rank, p_x, p_before, p_weight, p_bias, p_mix, eps, o_b, m_b,
     C: tl.constexpr, K: tl.constexpr, NORM_K: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a factor [C, R]: [B, columns] float32."""
+    o_k, m_r = tl.arange(0, K), (o_r < rank)[None, :]
+    AHEAD: tl.constexpr = min(4, (C + K - 1) // K) if o_b.shape[0] == 1 else 0
+    ahead = ()
+    for j in tl.static_range(AHEAD):
+        o_i = (j * K + o_k)[:, None]
+        b_ahead = tl.load(p_w + o_i * rank + o_r[None, :], mask=(o_i < C) & m_r, other=0.0)
+        ahead = ahead + (b_ahead,)  # noqa: RUF005
+    if AHEAD > 0:
+        found = beside(p_before, p_weight, p_bias, p_mix, o_b, o_k[:, None], m_b, AHEAD, K, C)
+    wait_for_launches(OVERLAP)
     b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, C, NORM_K)
     how = (p_x, p_before, p_weight, p_bias, p_mix, b_mean, b_inverse)
-    o_k, m_r = tl.arange(0, K), (o_r < rank)[None, :]
     b_sum = tl.zeros((K, o_r.shape[0]), tl.float32)
     b_y = tl.zeros((o_b.shape[0], o_r.shape[0]), tl.float32)
     if o_b.shape[0] == 1:
-        for i in range(0, C, K):
+        for j in tl.static_range(AHEAD):
+            o_i = (j * K + o_k)[:, None]
+            b_x = load(p_x, o_b * C + o_i, m_b & (o_i < C))
+            b_x = mixed(b_x, b_mean, b_inverse, found[0][j], found[1][j], found[2][j], found[3][j])
+            b_sum += ahead[j].to(tl.float32) * b_x
+        for i in range(AHEAD * K, C, K):
             o_i = (i + o_k)[:, None]
             b_w = load(p_w, o_i * rank + o_r[None, :], (o_i < C) & m_r)
             b_sum += b_w * read(*how, o_b, o_i, m_b & (o_i < C), C)
@@ -165,7 +235,7 @@ def _read_kernel(
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, R3: tl.constexpr,
     SQUARED: tl.constexpr, BLOCK_B: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
     COLUMNS: tl.constexpr, FACTOR_K: tl.constexpr, NORM_K: tl.constexpr, UNROLLED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Programs are tiles of the factors, which have most to read, then of the matrices; the last
     one keeps the normalised token."""
@@ -181,6 +251,7 @@ def _read_kernel(
     M2: tl.constexpr = M1 + (O1 + ROWS - 1) // ROWS
     TILES: tl.constexpr = M2 + (O2 + ROWS - 1) // ROWS
     if i_tile >= TILES:
+        wait_for_launches(OVERLAP)
         b_mean, b_inverse = statistics(p_x, o_b, m_b, eps, C, NORM_K)
         o_k = tl.arange(0, NORM_K)[None, :]
         for i in range(0, C, NORM_K):
@@ -201,7 +272,7 @@ def _read_kernel(
         o_o = (i_tile - first) * ROWS + tl.arange(0, ROWS)
         b_y = matrix_rows(
             pick(i_w, p_w0, p_w1, p_w2, None), p_scale, o_o, outputs, *how, p_mix, eps, o_b, m_b,
-            C, K, NORM_K, UNROLLED, PRECISION,
+            C, K, NORM_K, UNROLLED, PRECISION, OVERLAP,
         )  # fmt: skip
         if SQUARED:
             b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -219,6 +290,7 @@ def _read_kernel(
         b_low = factor_columns(
             pick(i_f, p_f0, p_f1, p_f2, p_f3), o_r, rank, *how,
             pick(i_f, p_mf0, p_mf1, p_mf2, p_mf3), eps, o_b, m_b, C, FACTOR_K, NORM_K, PRECISION,
+            OVERLAP,
         )  # fmt: skip
         b_low = tl.where(i_f == 0, tanh(b_low), tl.where(i_f == 3, tl.sigmoid(b_low), b_low))
         o_low = o_b * (R0 + R1 + R2 + R3) + before + o_r[None, :]
@@ -229,24 +301,29 @@ def _read_kernel(
 def _add_kernel(
     p_y, p_w, p_scale, p_x, p_now, p_shift, batch,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BLOCK_B: tl.constexpr, ROWS: tl.constexpr,
-    K: tl.constexpr, UNROLLED: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, UNROLLED: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """x += W y; and what the next token mixes with takes the place of what this one did."""
     o_b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
     o_o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_x, m_x = o_b * OUTPUTS + o_o[None, :], (o_b < batch) & (o_o < OUTPUTS)[None, :]
+    b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)  # read by the launch before, and not written
     b_y = matrix_rows(
         p_w, p_scale, o_o, OUTPUTS, p_y, None, None, None, None, 0.0, o_b, o_b < batch, INPUTS, K,
-        K, UNROLLED, PRECISION,
+        K, UNROLLED, PRECISION, OVERLAP,
     )  # fmt: skip
-    o_x, m_x = o_b * OUTPUTS + o_o[None, :], (o_b < batch) & (o_o < OUTPUTS)[None, :]
-    tl.store(p_x + o_x, tl.load(p_x + o_x, mask=m_x, other=0.0) + b_y, mask=m_x)
+    tl.store(p_x + o_x, b_x + b_y, mask=m_x)
     if p_shift is not None:
         store(p_shift, o_x, load(p_now, o_x, m_x), m_x)
 
 
 @triton.jit
-def _embed_kernel(p_ids, p_table, p_weight, p_bias, p_x, eps, C: tl.constexpr, BLOCK: tl.constexpr):
+def _embed_kernel(
+    p_ids, p_table, p_weight, p_bias, p_x, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """A row of the embedding, normalised."""
+    wait_for_launches(OVERLAP)
     i_b = tl.program_id(0)
     o_b, o_c = tl.zeros((1, 1), tl.int32), tl.arange(0, BLOCK)[None, :]
     p_row = p_table + tl.load(p_ids + i_b).to(tl.int64) * C
@@ -277,9 +354,10 @@ def sizes(rows: int, inputs: int, like: Tensor) -> tuple[dict[str, Any], int, in
         "BLOCK_B": block,
         "ROWS": options.rows,
         "K": columns,
-        "UNROLLED": max(1, min(4, (inputs - 1) // columns)),
+        "UNROLLED": min(4, triton.cdiv(inputs, columns)),
         "PRECISION": precisions(dtype, like.device)[0],
         **options.launch,
+        **overlapping(like.device),
     }
     return constants, options.rows, triton.cdiv(rows, block)
 
@@ -323,7 +401,7 @@ def read_token(
         batch, norm.eps,
         C=width, **{f"O{i}": n for i, n in enumerate([*outputs, 0, 0][:3])},
         **{f"R{i}": n for i, n in enumerate(ranks)}, SQUARED=squared, COLUMNS=options.rows,
-        NORM_K=4096 // constants["BLOCK_B"],
+        NORM_K=min(4096 // constants["BLOCK_B"], triton.next_power_of_2(width)),
         FACTOR_K=min(options.columns, max(16, triton.next_power_of_2(width)))
         if batch == 1 else constants["K"],
         **constants,
@@ -361,5 +439,7 @@ def embed_rows(ids: Tensor, table: Tensor, norm: Norm) -> Tensor:
     width = table.shape[1]
     x = torch.empty((len(ids), width), dtype=torch.float32, device=ids.device)
     block = min(4096, triton.next_power_of_2(width))
-    _embed_kernel[(len(ids),)](ids, table, *norm[:2], x, norm.eps, C=width, BLOCK=block)
+    _embed_kernel[(len(ids),)](
+        ids, table, *norm[:2], x, norm.eps, C=width, BLOCK=block, **overlapping(ids.device)
+    )
     return x

@@ -6,8 +6,8 @@ Importing this module imports Numba, which takes half a second: import it where 
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import cache
+from contextlib import ExitStack, suppress
+from functools import cache, wraps
 from glob import escape
 from hashlib import sha256
 from pathlib import Path
@@ -17,9 +17,11 @@ from uuid import uuid4
 
 import numba
 import torch
+from filelock import FileLock
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core.caching import FunctionCache
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.serialize import dumps
 from numba.extending import intrinsic
 
@@ -53,11 +55,33 @@ def parallel_loop(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    options = {"nogil": True, "error_model": "numpy", "fastmath": FAST, **options}
+    # A loop that is called, not inlined, is found by its name among all that a process has compiled
+    # or loaded, optimised in one place or in another: sums would round as the first one does.
+    options = {"nogil": True, "error_model": "numpy", "fastmath": FAST, "forceinline": True} | options
     compiled: Any = njit(function, **options)
     with suppress(RuntimeError):  # neither beside the package nor in the home folder may one write
         compiled._cache = _Cache(function)
+        compiled.compile = _by_turns(compiled.compile, compiled._cache.lock)
     return compiled
+
+
+def _by_turns(compile_or_load: Callable[..., Any], lock: Path) -> Callable[..., Any]:
+    """Of processes that need the same loop at once, one compiles it and the others load that.
+
+    Compiled twice, it may round otherwise (sums are reordered): processes of one run would disagree
+    with each other, and a run that goes on after a kill with what it was before.
+    """
+
+    @wraps(compile_or_load)
+    def one_at_a_time(signature: Any) -> Any:
+        # In this order: the thread that compiles a caller comes here for what it calls.
+        with global_compiler_lock, ExitStack() as held:
+            with suppress(OSError, NotImplementedError):  # a file system without locks
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(lock))
+            return compile_or_load(signature)
+
+    return one_at_a_time
 
 
 class _Cache(FunctionCache):
@@ -67,7 +91,8 @@ class _Cache(FunctionCache):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         stamp = f"{numba.__version__} {_sources()}"
-        self._cache_file = _Files(Path(self._cache_path), self._impl.filename_base, stamp)  # type: ignore[assignment]
+        files = _Files(Path(self._cache_path), self._impl.filename_base, stamp)
+        self._cache_file, self.lock = files, files.lock  # type: ignore[assignment]
 
 
 class _Files:
@@ -80,6 +105,11 @@ class _Files:
     def __init__(self, folder: Path, base: str, stamp: str) -> None:
         self.folder, self.base = folder, base
         self.stamp = sha256(stamp.encode()).hexdigest()[:16]
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that compiles the function or loads it."""
+        return self.folder / f"{self.base}.{self.stamp}.lock"
 
     def _path(self, key: object) -> Path:
         name = sha256(repr(key).encode()).hexdigest()[:16]

@@ -12,9 +12,9 @@ from rwkvx_kernels.tools.triton_options import Options, Row
 STAGES = ("segment", "summary", "follow", "carry", "gradients")
 
 TABLE = (
-    Row("segment", Options(16, 64, 4, 1), bytes=2, size=64),
+    Row("segment", Options(16, 64, 4, 3), bytes=2, size=64),
     Row("segment", Options(16, 16, 4, 1), bytes=4, size=128),
-    Row("summary", Options(16, 64, 8, 1), bytes=2, size=64),
+    Row("summary", Options(16, 64, 4, 3), bytes=2, size=64),
     Row("summary", Options(16, 16, 8, 1), bytes=4, size=128),
     Row("follow", Options(0, 32, 4, 1), bytes=4, size=64),
     Row("follow", Options(0, 16, 8, 1), bytes=4, size=128),

@@ -133,7 +133,7 @@ def test_selection(topk: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_cached(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding, split over chunks, and longer pieces; what is behind the length is not read."""
-    monkeypatch.setattr(triton_decode, "SPLIT", 2)
+    monkeypatch.setattr(triton_decode, "MOST_SPLIT", 2)
     monkeypatch.setattr(triton_decode, "LEAST_BLOCK", 2)
     q, k, v = Case(150, 16, 3, heads=4, groups=2, batch=2).inputs()
     cache = KeyValueCache(2, 2, 16, 16, k).append(0, k, v)

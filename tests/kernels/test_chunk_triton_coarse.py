@@ -142,7 +142,7 @@ def test_pieces_and_forks() -> None:
 @pytest.mark.parametrize("split", [64, 512])
 def test_decoding_sequences_of_unequal_length(split: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind two levels, one, two runs, none; chunks behind the lengths are another's."""
-    monkeypatch.setattr(triton_decode, "SPLIT", split)
+    monkeypatch.setattr(triton_decode, "MOST_SPLIT", split)
     monkeypatch.setattr(triton_decode, "LEAST_BLOCK", 32)
     q, k, v = inputs(4 * 1400, 2, 1, 12, batch=5)
     cache = KeyValueCache(5, 1, 12, 4, k).append(0, k, v)

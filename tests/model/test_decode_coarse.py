@@ -44,7 +44,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in (("RUN", 2), ("FANOUT", 2), ("GROWTH", 2), ("DENSE_NODES", 3)):
         monkeypatch.setattr(common, name, value)
     monkeypatch.setattr(common, "beam_widths", lambda topk: (1, 1))
-    monkeypatch.setattr(triton_decode, "SPLIT", 8)
+    monkeypatch.setattr(triton_decode, "MOST_SPLIT", 8)
     monkeypatch.setattr(triton_decode, "LEAST_BLOCK", 4)
     monkeypatch.setattr(api, "CHUNK_MULTIPLE", CHUNK)
     with vary("token", Options(64, 64)), vary("tokens", Options(64, 64)):

@@ -134,6 +134,25 @@ def _time_mix(stage: str, device: str, tokens: int, dtype: torch.dtype) -> Run:
     return lambda: step(x[:6], x[6:], [*own[:4], r_k, *own[:2], own[4]], EPS, state, None)
 
 
+def _wkv7(backward: bool, device: str, tokens: int, dtype: torch.dtype) -> Run:
+    from rwkvx_kernels.wkv7 import triton_ops as wkv7
+
+    r, k, v, kk, dy = (_tensor(device, tokens, dtype) for _ in range(5))
+    kk = torch.nn.functional.normalize(kk, dim=-1)
+    decay, state = -0.6065 * k.float().sigmoid(), torch.randn((1, HEADS, SIZE, SIZE), device=device)
+    given = [r, decay, k, v, -kk, kk * r.sigmoid()]
+    if not backward:
+        return lambda: wkv7.forward(given, state, None, False)[:2]
+
+    def both() -> list[torch.Tensor]:  # what is kept between them depends on the options
+        _, final, states, u, p = wkv7.forward(given, state, None, True)
+        assert states is not None
+        assert u is not None
+        return wkv7.backward(given, [states, u, p], None, dy, final)
+
+    return both
+
+
 def _flat(made: tuple[list[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
     return [*made[0], made[1]]
 
@@ -146,6 +165,7 @@ def families() -> dict[str, Family]:
     from rwkvx_kernels.linear import options as linear
     from rwkvx_kernels.time_mix import options as time_mix
     from rwkvx_kernels.token_shift import options as shift
+    from rwkvx_kernels.wkv7 import options as wkv7
 
     flat, coarse = partial(_selection, False), partial(_selection, True)
     forward, backward = partial(_attention, False), partial(_attention, True)
@@ -168,6 +188,9 @@ def families() -> dict[str, Family]:
             channel_mix.TABLE, {x: partial(_relu, x == "backward") for x in channel_mix.STAGES}
         ),
         "linear": Family(linear.TABLE, {"entropy": _entropy}),
+        "wkv7": Family(
+            wkv7.TABLE, {x: partial(_wkv7, x in ("carry", "gradients")) for x in wkv7.STAGES}
+        ),
     }
 
 
