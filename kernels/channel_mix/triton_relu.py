@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rwkvx_kernels.channel_mix.options import TABLE
 from rwkvx_kernels.tools.operators import operator
+from rwkvx_kernels.tools.sizes import ceil_div
 from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_tiles import load, store
 
@@ -33,7 +34,7 @@ def _launch(stage: str, x: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """Grid, constants and options."""
     options = options_for(TABLE, stage, x.dtype, 1, x.device)
     block = options.rows * options.columns
-    return (triton.cdiv(x.numel(), block),), {"BLOCK": block, **options.launch}
+    return (ceil_div(x.numel(), block),), {"BLOCK": block, **options.launch}
 
 
 def forward(x: Tensor) -> Tensor:

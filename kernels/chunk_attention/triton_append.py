@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.tools.operators import operator
+from rwkvx_kernels.tools.sizes import next_power_of_2
 
 
 @triton.jit
@@ -74,8 +75,8 @@ def append(
     _append_kernel[(batch * groups,)](
         k.contiguous(), v.contiguous(), cached_k, cached_v, means, lengths, capacity,
         means.shape[2],
-        G=groups, D=dim, CHUNK=chunk_size, BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        TILE=min(64, triton.next_power_of_2(chunk_size)), num_warps=4,
+        G=groups, D=dim, CHUNK=chunk_size, BLOCK_D=max(16, next_power_of_2(dim)),
+        TILE=min(64, next_power_of_2(chunk_size)), num_warps=4,
     )  # fmt: skip
 
 

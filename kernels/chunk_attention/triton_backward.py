@@ -18,6 +18,7 @@ from rwkvx_kernels.chunk_attention.triton_forward import (
     Shape,
     own_rows,
 )
+from rwkvx_kernels.tools.sizes import ceil_div, next_power_of_2
 from rwkvx_kernels.tools.triton_lists import Lists, later_segment, row_of, segment_of, segments_of
 from rwkvx_kernels.tools.triton_tiles import finite, load_rows, store_rows
 
@@ -290,10 +291,10 @@ def _keys(
     constants = shape.constants(q, shape.slots if lists else 0)
     tile, keys, launch = shape.oblong("keys", q)
     constants |= {"TILE": tile, "KEYS": keys} | launch
-    key_tiles, segment = triton.cdiv(shape.chunk, keys), max(1, shape.pairs)
+    key_tiles, segment = ceil_div(shape.chunk, keys), max(1, shape.pairs)
     if lists:
         most = SEGMENT_BYTES // (8 * shape.chunk * shape.dim * len(part))
-        segment = max(LEAST_SEGMENT, triton.cdiv(shape.pairs, most + 1))
+        segment = max(LEAST_SEGMENT, ceil_div(shape.pairs, most + 1))
         others = (shape.pairs - 1) // segment
         more = q.new_empty((len(part), others, 2, shape.chunk, shape.dim), dtype=torch.float32)
         if others:
@@ -311,9 +312,9 @@ def delta_of(o: Tensor, do: Tensor) -> Tensor:
     """δ [B, T, H] of o and dO [B, T, H, D], contiguous."""
     delta = o.new_empty(o.shape[:3], dtype=torch.float32)
     rows, dim = delta.numel(), o.shape[3]
-    block = max(16, triton.next_power_of_2(dim))
+    block = max(16, next_power_of_2(dim))
     tile = 2048 // block
-    _delta_kernel[(triton.cdiv(rows, tile),)](o, do, delta, rows, D=dim, BLOCK_D=block, TILE=tile)
+    _delta_kernel[(ceil_div(rows, tile),)](o, do, delta, rows, D=dim, BLOCK_D=block, TILE=tile)
     return delta
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.triton_forward import LOG2E
 from rwkvx_kernels.chunk_select.triton_decode import LOWEST, best_of, kept_of_split
+from rwkvx_kernels.tools.sizes import ceil_div, next_power_of_2
 from rwkvx_kernels.tools.triton_device import device_kind
 from rwkvx_kernels.tools.triton_overlap import overlapping, wait_for_launches
 from rwkvx_kernels.tools.triton_tiles import load, store
@@ -109,12 +110,12 @@ def decode(
         lengths: [B] int64, tokens of each sequence; the T new ones included where `counted`.
     """
     batch, tokens, heads, dim = q.shape
-    rows, block_d = batch * tokens * heads, max(16, triton.next_power_of_2(dim))
-    tile = min(TILE, triton.next_power_of_2(chunk_size))
+    rows, block_d = batch * tokens * heads, max(16, next_power_of_2(dim))
+    tile = min(TILE, next_power_of_2(chunk_size))
     pieces = 4 * device_kind(q.device).processors // max(1, rows * topk)
-    pieces = max(1, min(pieces, triton.cdiv(chunk_size, TILE)))
-    piece = triton.cdiv(triton.cdiv(chunk_size, pieces), tile) * tile
-    pieces = triton.cdiv(chunk_size, piece)
+    pieces = max(1, min(pieces, ceil_div(chunk_size, TILE)))
+    piece = ceil_div(ceil_div(chunk_size, pieces), tile) * tile
+    pieces = ceil_div(chunk_size, piece)
     parts = topk * pieces
     part = torch.empty((rows, parts, dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((rows, parts), dtype=torch.float32, device=q.device)
@@ -128,7 +129,7 @@ def decode(
         TILE=tile, num_warps=4, **overlapping(q.device),
     )  # fmt: skip
     o = torch.empty_like(q)
-    block_p = triton.next_power_of_2(parts)
+    block_p = next_power_of_2(parts)
     _join_kernel[(rows,)](
         part, lse, o, D=dim, PARTS=parts, BLOCK_D=block_d, BLOCK_P=block_p, **overlapping(q.device)
     )

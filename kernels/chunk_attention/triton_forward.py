@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.chunk_attention.options import TABLE
+from rwkvx_kernels.tools.sizes import next_power_of_2
 from rwkvx_kernels.tools.triton_lists import Lists, row_of, segment_of, segments_of
 from rwkvx_kernels.tools.triton_options import Options, options_for
 from rwkvx_kernels.tools.triton_tiles import (
@@ -97,7 +98,7 @@ class Shape(NamedTuple):
 
 def _power(size: int) -> int:
     """What a dimension of a matrix product takes: a power of two, 16 or more."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
 def shape_of(q: Tensor, k: Tensor, chunk: int, slots: int) -> Shape:

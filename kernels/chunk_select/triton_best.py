@@ -28,6 +28,7 @@ from torch import Tensor
 from rwkvx_kernels.chunk_select import common
 from rwkvx_kernels.chunk_select import forest as forests
 from rwkvx_kernels.chunk_select.options import MOST_KEPT, TABLE
+from rwkvx_kernels.tools.sizes import ceil_div, next_power_of_2
 from rwkvx_kernels.tools.triton_device import interpreted
 from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_tiles import finite, load_rows
@@ -56,7 +57,7 @@ def score_constants(q: Tensor) -> dict[str, Any]:
     query_parts, parts = PARTS[q.dtype]
     return {
         "D": q.shape[3],
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
+        "BLOCK_D": max(16, next_power_of_2(q.shape[3])),
         "QUERY_PARTS": query_parts,
         "PARTS": parts,
         "PRODUCT": tl.float32 if interpreted() else tl.bfloat16,
@@ -332,8 +333,8 @@ def best_members(
     groups, chunks = (table.shape[1], table.shape[2]) if not level else (0, 0)
     if forest:
         groups, chunks = forest[0].shape[1] // batch, forest[0].shape[2]
-    passes = triton.cdiv(slots, MOST_KEPT)
-    keep = triton.cdiv(slots, passes)
+    passes = ceil_div(slots, MOST_KEPT)
+    keep = ceil_div(slots, passes)
     options = options_for(TABLE, "level" if forest else "flat", q.dtype, dim, q.device)
     tiles = (first + tokens - 1) // options.rows - first // options.rows + 1
     last = last_column = None

@@ -18,6 +18,7 @@ from rwkvx_kernels.chunk_select.triton_best import (
     tree_constants,
     tree_size,
 )
+from rwkvx_kernels.tools.sizes import ceil_div, next_power_of_2
 
 # Candidates that one program scores at most, and into how many splits fewer are cut: each takes
 # time, and whoever joins splits reads what all of them kept.
@@ -182,7 +183,7 @@ def _most_candidates(members: int, forest: list[Tensor], level: int, topk: int) 
 
 def kept_of_split(slots: int) -> int:
     """How many candidates a split keeps, where so many of all are wanted."""
-    return max(2, triton.next_power_of_2(slots))
+    return max(2, next_power_of_2(slots))
 
 
 def splits_of(
@@ -193,10 +194,10 @@ def splits_of(
     candidates = _most_candidates(members, forest, level, topk)
     keep = kept_of_split(common.kept_at(level, topk))
     block = max(keep, LEAST_BLOCK if dim <= 64 else LEAST_BLOCK // 2)
-    split = triton.next_power_of_2(triton.cdiv(candidates, SPLITS))
+    split = next_power_of_2(ceil_div(candidates, SPLITS))
     split = max(block, min(MOST_SPLIT, split))
     sizes = {"BLOCK_C": block, "SPLIT": split, "K": keep, "LOWEST": LOWEST}
-    return triton.cdiv(candidates, split), keep, sizes
+    return ceil_div(candidates, split), keep, sizes
 
 
 def best_of_level(
@@ -225,7 +226,7 @@ def best_of_level(
         -tokens if counted else 0, 0 if above is None else above.shape[1], table.shape[2],
         1 if above is None else forest[level + 1].shape[2], batch * groups, means.shape[2], splits,
         H=heads, G=groups, D=dim, CHUNK=chunk_size, LEVEL=level,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)), WIDTH=width, KEPT=kept_of_split(width),
+        BLOCK_D=max(16, next_power_of_2(dim)), WIDTH=width, KEPT=kept_of_split(width),
         **tree_constants(forest, topk), **sizes,
         num_warps=4 if keep <= 64 else 8,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.chunk_select.options import TABLE
+from rwkvx_kernels.tools.sizes import next_power_of_2
 from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_tiles import load_rows, store
 
@@ -44,7 +45,7 @@ def means_of(k: Tensor, chunk_size: int) -> Tensor:
     options = options_for(TABLE, "means", k.dtype, dim, k.device)
     _means_kernel[(batch * groups * chunks,)](
         k, means, k.stride(0), k.stride(1), k.stride(2), chunks,
-        G=groups, D=dim, CHUNK=chunk_size, BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        TILE=min(options.rows, triton.next_power_of_2(chunk_size)), **options.launch,
+        G=groups, D=dim, CHUNK=chunk_size, BLOCK_D=max(16, next_power_of_2(dim)),
+        TILE=min(options.rows, next_power_of_2(chunk_size)), **options.launch,
     )  # fmt: skip
     return means

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rwkvx_kernels.linear.options import TABLE
 from rwkvx_kernels.tools.operators import operator
+from rwkvx_kernels.tools.sizes import next_power_of_2
 from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_tiles import store
 
@@ -45,7 +46,7 @@ def launch(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     options = options_for(TABLE, "entropy", logits.dtype, 1, logits.device)
-    block = min(options.columns, triton.next_power_of_2(columns))
+    block = min(options.columns, next_power_of_2(columns))
     if rows:
         args = (logits, targets.contiguous(), weights.contiguous(), losses, columns)
         _entropy_kernel[(rows,)](*args, BLOCK=block, **options.launch)

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 """A time mix between its projections for one token, in one launch: second low-rank factors, decay,
 keys, value residual, the step of the recurrence, group norm, bonus and gate.
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from rwkvx_kernels.one_token.common import BlockWeights
 from rwkvx_kernels.one_token.options import TABLE
 from rwkvx_kernels.time_mix.triton_keys import SCALE, keys
+from rwkvx_kernels.tools.sizes import next_power_of_2
 from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_overlap import overlapping, wait_for_launches
 from rwkvx_kernels.tools.triton_tiles import load, normalise, store
@@ -111,7 +112,7 @@ def mix_heads(
     ranks = [0 if x is None else len(x) for x in weights.up]
     _heads_kernel[(batch * heads,)](
         read, low, *weights.up, *weights.vectors, v_first, state, now, shift, y,
-        batch, weights.eps[2], H=heads, D=size, BLOCK_D=triton.next_power_of_2(size),
+        batch, weights.eps[2], H=heads, D=size, BLOCK_D=next_power_of_2(size),
         **{f"R{i}": n for i, n in enumerate(ranks)}, K=options.columns, **options.launch,
         **overlapping(low.device),
     )  # fmt: skip

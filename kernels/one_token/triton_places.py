@@ -16,6 +16,7 @@ from rwkvx_kernels.chunk_select import common
 from rwkvx_kernels.chunk_select.triton_best import tree_constants
 from rwkvx_kernels.chunk_select.triton_decode import score_split, splits_of
 from rwkvx_kernels.one_token.common import BlockWeights, Cache
+from rwkvx_kernels.tools.sizes import next_power_of_2
 from rwkvx_kernels.tools.triton_overlap import overlapping, wait_for_launches
 from rwkvx_kernels.tools.triton_tiles import load, store
 
@@ -105,9 +106,9 @@ def place(
         q, k, v, cache.conv, taps, cache.k, cache.v, cache.means, table, cache.position, best,
         batch * groups, rows, capacity, chunks, table.shape[2], splits,
         H=weights.heads, G=groups, D=dim, W=width, CHUNK=capacity // chunks,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        BLOCK_W=max(1, triton.next_power_of_2(width - 1)) if width > 1 else 1,
-        TILE=min(64, triton.next_power_of_2(capacity // chunks)),
+        BLOCK_D=max(16, next_power_of_2(dim)),
+        BLOCK_W=max(1, next_power_of_2(width - 1)) if width > 1 else 1,
+        TILE=min(64, next_power_of_2(capacity // chunks)),
         LEVEL=level, **tree_constants(cache.forest, slots + 1), **score,
         num_warps=4 if score["K"] <= 64 else 8, **overlapping(q.device),
     )  # fmt: skip

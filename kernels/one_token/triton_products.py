@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 """Products with all matrices that read one vector, in one launch, and what comes before and after.
 
 A block reads a vector three times: the normalised token (all matrices and first low-rank factors of
@@ -18,107 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.one_token.options import MOST_ROWS, TABLE
+from rwkvx_kernels.one_token.triton_inputs import (
+    beside,
+    exact,
+    mixed,
+    pick,
+    read,
+    statistics,
+    tanh,
+)
 from rwkvx_kernels.token_shift import Norm
+from rwkvx_kernels.tools.sizes import ceil_div, next_power_of_2
 from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_overlap import overlapping, wait_for_launches
 from rwkvx_kernels.tools.triton_products import precisions, product
 from rwkvx_kernels.tools.triton_tiles import load, store
-
-
-@triton.jit
-def pick(i, p_0, p_1, p_2, p_3):
-    """The i-th of some pointers; those that never count may be None."""
-    p_x = p_0
-    if p_1 is not None:
-        if i == 1:
-            p_x = p_1
-        if p_2 is not None:
-            if i == 2:
-                p_x = p_2
-            if p_3 is not None:  # noqa: SIM102 (the outer one is decided when compiled)
-                if i == 3:
-                    p_x = p_3
-    return p_x
-
-
-@triton.jit
-def statistics(p_x, o_b, m_b, eps, C: tl.constexpr, K: tl.constexpr):
-    """Mean and one over the deviation of rows, [B, 1]."""
-    o_k = tl.arange(0, K)[None, :]
-    if C <= K:
-        m_x = m_b & (o_k < C)
-        b_x = load(p_x, o_b * C + o_k, m_x)
-        b_mean = tl.sum(b_x, axis=1, keep_dims=True) / C
-        b_x = tl.where(m_x, b_x - b_mean, 0.0)
-        b_square = tl.sum(b_x * b_x, axis=1, keep_dims=True)
-    else:
-        b_mean, b_square = tl.zeros_like(o_b).to(tl.float32), tl.zeros_like(o_b).to(tl.float32)
-        for i in range(0, C, K):
-            b_x = load(p_x, o_b * C + i + o_k, m_b & (i + o_k < C))
-            b_mean += tl.sum(b_x, axis=1, keep_dims=True)
-        b_mean = b_mean / C
-        for i in range(0, C, K):
-            m_x = m_b & (i + o_k < C)
-            b_x = tl.where(m_x, load(p_x, o_b * C + i + o_k, m_x) - b_mean, 0.0)
-            b_square += tl.sum(b_x * b_x, axis=1, keep_dims=True)
-    return b_mean, 1.0 / tl.sqrt(b_square / C + eps)
-
-
-@triton.jit
-def read(
-    p_x, p_before, p_weight, p_bias, p_mix, b_mean, b_inverse, o_b, o_i, m_x, INPUTS: tl.constexpr
-):
-    """Inputs: as they are, or normalised and mixed with those of the token before."""
-    b_x = load(p_x, o_b * INPUTS + o_i, m_x)
-    if p_weight is not None:
-        b_x = (b_x - b_mean) * b_inverse * load(p_weight, o_i, o_i < INPUTS) + load(
-            p_bias, o_i, o_i < INPUTS
-        )
-        if p_mix is not None:
-            b_x += (load(p_before, o_b * INPUTS + o_i, m_x) - b_x) * load(p_mix, o_i, o_i < INPUTS)
-        b_x = tl.where(m_x, b_x, 0.0)
-    return b_x
-
-
-@triton.jit
-def beside(
-    p_before, p_weight, p_bias, p_mix, o_b, o_first, m_b,
-    TILES: tl.constexpr, K: tl.constexpr, INPUTS: tl.constexpr,
-):  # fmt: skip
-    """What `read` reads beside the inputs, of some tiles of K: norm, mix, token before (zeros where
-    nothing is mixed). None of it was written by the launch before."""
-    weights, biases, mixes, befores = (), (), (), ()
-    for j in tl.static_range(TILES):
-        o_i = j * K + o_first
-        m_i = o_i < INPUTS
-        b_weight, b_bias = load(p_weight, o_i, m_i), load(p_bias, o_i, m_i)
-        b_mix, b_before = tl.zeros_like(b_weight), tl.zeros_like(b_weight)
-        if p_mix is not None:
-            b_mix = load(p_mix, o_i, m_i)
-            b_before = load(p_before, o_b * INPUTS + o_i, m_b & m_i)
-        weights = weights + (b_weight,)  # noqa: RUF005
-        biases = biases + (b_bias,)  # noqa: RUF005
-        mixes = mixes + (b_mix,)  # noqa: RUF005
-        befores = befores + (b_before,)  # noqa: RUF005
-    return weights, biases, mixes, befores
-
-
-@triton.jit
-def mixed(b_x, b_mean, b_inverse, b_weight, b_bias, b_mix, b_before):
-    """As `read`, of tiles that are there."""
-    b_x = (b_x - b_mean) * b_inverse * b_weight + b_bias
-    return b_x + (b_before - b_x) * b_mix
-
-
-@triton.jit
-def exact(b_w):
-    """int8 as bfloat16, which holds it; float16 as float32, which the products know."""
-    if b_w.dtype == tl.int8:
-        return b_w.to(tl.float32).to(tl.bfloat16)
-    elif b_w.dtype == tl.float16:
-        return b_w.to(tl.float32)
-    else:
-        return b_w
 
 
 @triton.jit
@@ -213,16 +127,6 @@ def factor_columns(
             b_x = read(*how, o_b, o_x, m_b & (o_x < C), C)
             b_y += product(b_x, exact(b_w), PRECISION)
     return b_y
-
-
-@triton.jit
-def tanh(b_x):
-    """(1 - t) / (1 + t) with t = exp(-2 |x|), which near 0 would lose digits."""
-    b_t = tl.exp(-2.0 * tl.abs(b_x))
-    b_far = (1.0 - b_t) / (1.0 + b_t)
-    b_2 = b_x * b_x
-    b_near = b_x * (1.0 + b_2 * (-1 / 3 + b_2 * (2 / 15 - b_2 * (17 / 315))))
-    return tl.where(tl.abs(b_x) < 0.1, b_near, tl.where(b_x < 0, -b_far, b_far))
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -347,19 +251,19 @@ def sizes(rows: int, inputs: int, like: Tensor) -> tuple[dict[str, Any], int, in
     tiles of rows."""
     stage = "token" if rows == 1 else "tokens"
     options = options_for(TABLE, stage, like.dtype, 1, like.device)
-    block = 1 if rows == 1 else min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
+    block = 1 if rows == 1 else min(MOST_ROWS, max(16, next_power_of_2(rows)))
     dtype = like.dtype if like.dtype.is_floating_point else torch.bfloat16
-    columns = min(options.columns, max(16, triton.next_power_of_2(inputs)))
+    columns = min(options.columns, max(16, next_power_of_2(inputs)))
     constants = {
         "BLOCK_B": block,
         "ROWS": options.rows,
         "K": columns,
-        "UNROLLED": min(4, triton.cdiv(inputs, columns)),
+        "UNROLLED": min(4, ceil_div(inputs, columns)),
         "PRECISION": precisions(dtype, like.device)[0],
         **options.launch,
         **overlapping(like.device),
     }
-    return constants, options.rows, triton.cdiv(rows, block)
+    return constants, options.rows, ceil_div(rows, block)
 
 
 def read_token(
@@ -392,8 +296,8 @@ def read_token(
     # One that is missing has no programs; a pointer must stand there.
     downs = [factors[0][0] if f is None else f for f, _ in factors] or [None] * 4
     mixes = [m for _, m in factors] or [None] * 4
-    tiles = sum(triton.cdiv(n, options.rows) for n in ranks)
-    tiles += sum(triton.cdiv(n, rows) for n in outputs)
+    tiles = sum(ceil_div(n, options.rows) for n in ranks)
+    tiles += sum(ceil_div(n, rows) for n in outputs)
     three = [*matrices, *[Matrix(None, None, None)] * (3 - len(matrices))]  # type: ignore[arg-type]
     _read_kernel[(tiles + 1, tiles_b)](
         x, before, norm.weight, norm.bias, now, *(m.mix for m in three),
@@ -401,8 +305,8 @@ def read_token(
         batch, norm.eps,
         C=width, **{f"O{i}": n for i, n in enumerate([*outputs, 0, 0][:3])},
         **{f"R{i}": n for i, n in enumerate(ranks)}, SQUARED=squared, COLUMNS=options.rows,
-        NORM_K=min(4096 // constants["BLOCK_B"], triton.next_power_of_2(width)),
-        FACTOR_K=min(options.columns, max(16, triton.next_power_of_2(width)))
+        NORM_K=min(4096 // constants["BLOCK_B"], next_power_of_2(width)),
+        FACTOR_K=min(options.columns, max(16, next_power_of_2(width)))
         if batch == 1 else constants["K"],
         **constants,
     )  # fmt: skip
@@ -420,7 +324,7 @@ def add_product(
     """Launch: x [B, O] += W y [B, I], float32, in place; shift [B, O] becomes `now`."""
     batch, inputs = y.shape
     constants, rows, tiles_b = sizes(batch, inputs, matrix.weight)
-    _add_kernel[(triton.cdiv(x.shape[1], rows), tiles_b)](
+    _add_kernel[(ceil_div(x.shape[1], rows), tiles_b)](
         y,
         matrix.weight,
         matrix.scale,
@@ -438,7 +342,7 @@ def embed_rows(ids: Tensor, table: Tensor, norm: Norm) -> Tensor:
     """Launch: ids [B] -> norm(table[ids]) [B, C] float32."""
     width = table.shape[1]
     x = torch.empty((len(ids), width), dtype=torch.float32, device=ids.device)
-    block = min(4096, triton.next_power_of_2(width))
+    block = min(4096, next_power_of_2(width))
     _embed_kernel[(len(ids),)](
         ids, table, *norm[:2], x, norm.eps, C=width, BLOCK=block, **overlapping(ids.device)
     )

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvx_kernels.time_mix.triton_keys import launch
+from rwkvx_kernels.tools.sizes import ceil_div
 from rwkvx_kernels.tools.triton_tiles import load, normalise, store
 
 
@@ -83,7 +84,7 @@ def finish(tensors: list[Tensor], weights: list[Tensor], eps: float) -> Tensor:
     options, constants = launch("finish", y, heads)
     count = y.shape[0] * y.shape[1]
     if y.numel():
-        grid = (triton.cdiv(count, options.rows) * heads,)
+        grid = (ceil_div(count, options.rows) * heads,)
         _forward_kernel[grid](*tensors, *weights, out, count, eps, **constants)
     return out
 
@@ -100,7 +101,7 @@ def gradients(
     new.append(y.new_empty(*y.shape[:2], heads, dtype=torch.float32))
     options, constants = launch("finish_gradients", y, heads)
     count = y.shape[0] * y.shape[1]
-    parts = triton.cdiv(count, options.rows * options.columns)
+    parts = ceil_div(count, options.rows * options.columns)
     partial = y.new_empty(3, parts, y.shape[-1], dtype=torch.float32)
     if y.numel():
         _backward_kernel[(parts * heads,)](

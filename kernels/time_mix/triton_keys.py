@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rwkvx_kernels.time_mix.common import LOG_DECAY_SCALE
 from rwkvx_kernels.time_mix.options import TABLE
+from rwkvx_kernels.tools.sizes import ceil_div, next_power_of_2
 from rwkvx_kernels.tools.triton_options import Options, options_for
 from rwkvx_kernels.tools.triton_tiles import load, store
 
@@ -118,7 +119,7 @@ def launch(stage: str, x: Tensor, heads: int) -> tuple[Options, dict[str, int]]:
     """The options of a stage, and with them the constants of its kernel, for tokens [B, T, C]."""
     size = x.shape[-1] // heads
     options = options_for(TABLE, stage, x.dtype, size, x.device)
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     constants = {"H": heads, "D": size, "BLOCK_D": block, "ROWS": options.rows}
     return options, constants | options.launch
 
@@ -137,7 +138,7 @@ def prepare(
     options, constants = launch("keys", k, heads)
     count = k.shape[0] * k.shape[1]
     if k.numel():
-        _forward_kernel[(triton.cdiv(count, options.rows) * heads,)](
+        _forward_kernel[(ceil_div(count, options.rows) * heads,)](
             *tokens, *residual or (None, None), *_with(weights, 5),
             *_with(new, 5), count, **constants,
         )  # fmt: skip
@@ -160,7 +161,7 @@ def gradients(
     new = [torch.empty_like(k) for _ in range(7 if residual else 5)]
     options, constants = launch("keys_gradients", k, heads)
     count = k.shape[0] * k.shape[1]
-    parts = triton.cdiv(count, options.rows * options.columns)
+    parts = ceil_div(count, options.rows * options.columns)
     partial = k.new_empty(len(weights), parts, k.shape[-1], dtype=torch.float32)
     if k.numel():
         _backward_kernel[(parts * heads,)](

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rwkvx_kernels.time_mix.options import TABLE
 from rwkvx_kernels.time_mix.triton_keys import SCALE, keys
+from rwkvx_kernels.tools.sizes import next_power_of_2
 from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_tiles import load, normalise, store
 
@@ -70,7 +71,7 @@ def step(
     """
     out, final = torch.empty_like(tokens[3]), torch.empty_like(state)
     heads, size = state.shape[1:3]
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     options = options_for(TABLE, "step", tokens[0].dtype, size, tokens[0].device)
     v0 = weights[7] if residual else None
     if len(state) * heads:

@@ -16,6 +16,7 @@ from torch import Tensor
 from rwkvx_kernels.token_shift.common import MOST_MIXES
 from rwkvx_kernels.token_shift.options import TABLE
 from rwkvx_kernels.tools.operators import operator
+from rwkvx_kernels.tools.sizes import ceil_div
 from rwkvx_kernels.tools.triton_options import options_for
 from rwkvx_kernels.tools.triton_tiles import load, store
 
@@ -137,7 +138,7 @@ def forward(
     out = [torch.empty_like(x, dtype=dtype) for _ in mixes]
     rows, options = batch * tokens, options_for(TABLE, "forward", x.dtype, width, x.device)
     if x.numel():
-        grid = (triton.cdiv(rows, options.rows) * triton.cdiv(width, options.columns),)
+        grid = (ceil_div(rows, options.rows) * ceil_div(width, options.columns),)
         _forward_kernel[grid](
             *(x, previous, starts(tokens, cu_seqlens), *six(mixes), *six(out), tokens, rows),
             C=width,
@@ -155,10 +156,10 @@ def backward(
     batch, tokens, width = x.shape
     rows, options = batch * tokens, options_for(TABLE, "backward", x.dtype, width, x.device)
     dx, dprevious = torch.empty_like(x), torch.zeros_like(previous)
-    parts = triton.cdiv(rows, options.rows)
+    parts = ceil_div(rows, options.rows)
     partial = x.new_empty(parts, len(mixes), width, dtype=torch.float32)
     if x.numel():
-        _backward_kernel[(parts * triton.cdiv(width, options.columns),)](
+        _backward_kernel[(parts * ceil_div(width, options.columns),)](
             *(x, previous, starts(tokens, cu_seqlens), *six(mixes), *six(dout)),
             *(dx, dprevious, partial, tokens, rows),
             M=len(mixes),

@@ -18,6 +18,7 @@ from rwkvx_kernels.token_shift.common import Norm
 from rwkvx_kernels.token_shift.options import TABLE
 from rwkvx_kernels.token_shift.triton_mixes import mix, six, source, starts
 from rwkvx_kernels.tools.operators import operator
+from rwkvx_kernels.tools.sizes import ceil_div, next_power_of_2
 from rwkvx_kernels.tools.triton_options import Options, options_for
 from rwkvx_kernels.tools.triton_tiles import load, normalise, store
 
@@ -162,8 +163,8 @@ def _launch(stage: str, x: Tensor) -> tuple[int, int, Options]:
     """Tokens of a program, programs, and launch options of a stage."""
     rows = x.shape[0] * x.shape[1]
     options = options_for(TABLE, stage, x.dtype, x.shape[2], x.device)
-    count = max(1, min(options.rows, triton.cdiv(rows, PROGRAMS)))
-    return count, triton.cdiv(rows, count), options
+    count = max(1, min(options.rows, ceil_div(rows, PROGRAMS)))
+    return count, ceil_div(rows, count), options
 
 
 def forward(
@@ -184,7 +185,7 @@ def forward(
             *(x, previous, starts(tokens, cu_seqlens), norm.weight, norm.bias),
             *(*six(mixes), *six(out), norm.eps, tokens, batch * tokens, count),
             C=width,
-            BLOCK=triton.next_power_of_2(width),
+            BLOCK=next_power_of_2(width),
             **options.launch,
         )
     return out
@@ -210,7 +211,7 @@ def backward(
             *(norm.eps, tokens, batch * tokens, count),
             M=len(mixes),
             C=width,
-            BLOCK=triton.next_power_of_2(width),
+            BLOCK=next_power_of_2(width),
             **options.launch,
         )
     sums, like = partial.sum(dim=0), (norm.weight, norm.bias, *mixes)

@@ -28,6 +28,15 @@ from numba.extending import intrinsic
 # Sums may be reordered and products contracted, so that loops become vector instructions; unlike
 # full fast-math, infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract", "nsz"}
+# A loop that another one calls, and is not inlined there, is found by its name among all that the
+# process has compiled or loaded, optimised in one place or another: sums would round as whichever
+# came first does, and a process that compiles would disagree with the next one, which loads.
+COMMON: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "forceinline": True,
+    "fastmath": FAST,
+}
 CACHE_LINE = 64
 LEFT_SECONDS = 3600.0  # after which a file that was being written will never be done
 
@@ -55,10 +64,7 @@ def parallel_loop(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    # A loop that is called, not inlined, is found by its name among all that a process has compiled
-    # or loaded, optimised in one place or in another: sums would round as the first one does.
-    options = {"nogil": True, "error_model": "numpy", "fastmath": FAST, "forceinline": True} | options
-    compiled: Any = njit(function, **options)
+    compiled: Any = njit(function, **(COMMON | options))
     with suppress(RuntimeError):  # neither beside the package nor in the home folder may one write
         compiled._cache = _Cache(function)
         compiled.compile = _by_turns(compiled.compile, compiled._cache.lock)

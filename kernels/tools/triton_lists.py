@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.tools.sizes import ceil_div
+
 # Pairs that a warp compares with one another at a time; sections of a group are at least so long,
 # and so many of all groups are wanted, that a GPU is filled.
 STEP, LEAST_SECTION, SECTIONS = 32, 256, 4096
@@ -147,8 +149,8 @@ def lists_of(chosen: Tensor, groups: int, lists: int, part: range) -> Lists | No
         return None
     pairs, count = tokens * (heads // groups) * slots, len(part)
     most = min(SECTIONS // count, pairs // max(LEAST_SECTION, lists))
-    section = triton.cdiv(triton.cdiv(pairs, max(1, most)), STEP) * STEP
-    sections = triton.cdiv(pairs, section)
+    section = ceil_div(ceil_div(pairs, max(1, most)), STEP) * STEP
+    sections = ceil_div(pairs, section)
     new: dict[str, Any] = {"dtype": torch.int32, "device": chosen.device}
     ranks, order = (torch.empty((count, pairs), **new) for _ in range(2))
     counts = torch.empty((count, sections, lists), **new)
@@ -162,7 +164,7 @@ def lists_of(chosen: Tensor, groups: int, lists: int, part: range) -> Lists | No
         counts, offsets, lists, sections,
         LIST_BLOCK=LIST_BLOCK, SECTION_BLOCK=SECTION_BLOCK, num_warps=8,
     )  # fmt: skip
-    _place_kernel[(triton.cdiv(pairs, PLACED), count)](
+    _place_kernel[(ceil_div(pairs, PLACED), count)](
         chosen, ranks, counts, offsets, order, *sizes, **constants, PLACED=PLACED, num_warps=4
     )
     return Lists(order, offsets)

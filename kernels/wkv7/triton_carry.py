@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.tools.sizes import ceil_div
 from rwkvx_kernels.tools.triton_products import load_exact, product
 from rwkvx_kernels.tools.triton_tiles import load, store
 from rwkvx_kernels.wkv7.triton_chunk import (
@@ -117,7 +118,7 @@ def _carry(
     p_k, dstates, x, dv = [k, *kept] if keep else [None] * 4
     options = stage("carry", r, v)
     columns = min(options.columns, block(value))
-    programs = layout.plan.segments * heads * triton.cdiv(value, columns)
+    programs = layout.plan.segments * heads * ceil_div(value, columns)
     if programs:
         _carry_kernel[(programs,)](
             r, log_decay, p_k, alpha, beta, dy, start, layout.table, end, dstates, x, dv,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.tools.sizes import ceil_div, next_power_of_2
 from rwkvx_kernels.tools.triton_device import device_kind
 from rwkvx_kernels.tools.triton_options import Options, options_for
 from rwkvx_kernels.tools.triton_products import precisions, product
@@ -73,11 +74,11 @@ def make_plan(r: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
     """As many segments as fill the device."""
     batch, tokens, heads = r.shape[:3]
     chunk = stage("gradients", r, v).rows
-    chunks = triton.cdiv(tokens, chunk)
+    chunks = ceil_div(tokens, chunk)
     units = device_kind(r.device).processors * PROGRAMS // max(1, batch * heads)
     units = units if units >= LEAST_SEGMENTS else 1
-    length = max(1, min(chunks, max(LEAST_CHUNKS, triton.cdiv(chunks, units))))
-    per_sequence = max(1, triton.cdiv(chunks, length))
+    length = max(1, min(chunks, max(LEAST_CHUNKS, ceil_div(chunks, units))))
+    per_sequence = max(1, ceil_div(chunks, length))
     if cu_seqlens is None:
         segments, sequences = batch * per_sequence, batch
         chunks *= batch
@@ -128,7 +129,7 @@ def constants(options: Options, layout: Layout, r: Tensor, v: Tensor) -> dict[st
 
 def block(width: int) -> int:
     """Channels of a tile: what products need at least, and a power of two."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.tools.sizes import ceil_div
 from rwkvx_kernels.tools.triton_device import device_kind
 from rwkvx_kernels.tools.triton_products import product
 from rwkvx_kernels.tools.triton_tiles import load, precision, store
@@ -175,7 +176,7 @@ def gradients(
         tile_v = 64
     # All registers that there are.
     most = {"maxnreg": 255} if device_kind(r.device).backend == "cuda" else {}
-    programs = plan.segments * (plan.length // plan.chunk) * heads * triton.cdiv(key, tile_k)
+    programs = plan.segments * (plan.length // plan.chunk) * heads * ceil_div(key, tile_k)
     if r.numel():
         _keys_kernel[(programs,)](
             *(*tensors, dy, u, x, states, dstates, layout.table, *found, *layout.arguments),

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.tools.sizes import ceil_div
 from rwkvx_kernels.tools.triton_products import load_exact, precisions, product
 from rwkvx_kernels.tools.triton_tiles import load, store
 from rwkvx_kernels.wkv7.triton_chunk import (
@@ -187,7 +188,7 @@ def follow(
     options = stage("follow", r, d.transpose(2, 3))
     columns = min(options.columns, block(value))
     starts, end = torch.empty_like(d), torch.empty_like(start)
-    programs = sequences * heads * triton.cdiv(value, columns)
+    programs = sequences * heads * ceil_div(value, columns)
     if programs:
         _follow_kernel[(programs,)](
             p, d, start, layout.bounds, starts, end, layout.plan.per_sequence,
@@ -205,7 +206,7 @@ def summaries(tensors: list[Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
     d = r.new_empty(layout.plan.segments, heads, value, key, dtype=torch.float32)
     options = stage("summary", r, v)
     columns = min(options.columns, block(max(key, value)))
-    programs = layout.plan.segments * heads * triton.cdiv(max(key, value), columns)
+    programs = layout.plan.segments * heads * ceil_div(max(key, value), columns)
     if programs:
         _summary_kernel[(programs,)](
             *tensors[1:], layout.table, p, d, *layout.arguments,
@@ -229,7 +230,7 @@ def run(tensors: list[Tensor], state: Tensor, layout: Layout, keep: bool) -> Run
     y = torch.empty_like(v)
     options = stage("segment", r, v)
     columns = min(options.columns, block(value))
-    programs = layout.plan.segments * heads * triton.cdiv(value, columns)
+    programs = layout.plan.segments * heads * ceil_div(value, columns)
     if programs:
         _segment_kernel[(programs,)](
             *tensors, layout.table, starts, y, end, states, u, *layout.arguments,

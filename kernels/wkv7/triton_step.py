@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkvx_kernels.tools.sizes import ceil_div, next_power_of_2
 from rwkvx_kernels.tools.triton_tiles import load, store
 
 TILE_V = 16
@@ -66,11 +67,11 @@ def step(
     """
     heads, width = v.shape[2:]
     y, final = torch.empty_like(v), torch.empty_like(state)
-    grid = (state.shape[0] * heads * triton.cdiv(width, TILE_V),)
+    grid = (state.shape[0] * heads * ceil_div(width, TILE_V),)
     if grid[0]:
         _step_kernel[grid](
             r, log_decay, k, v, alpha, beta, state, offsets, y, final, r.shape[1],
-            H=heads, K=r.shape[3], V=width, BLOCK_K=triton.next_power_of_2(r.shape[3]), TILE=TILE_V,
+            H=heads, K=r.shape[3], V=width, BLOCK_K=next_power_of_2(r.shape[3]), TILE=TILE_V,
             num_warps=1,
         )  # fmt: skip
     return y, final

@@ -5,10 +5,14 @@ Every process reads its part of a step's rows. With "ddp" each holds the whole m
 With `sequence_parallel` some processes read the same rows, each a part of every sequence.
 """
 
+import ctypes
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,6 +27,10 @@ from rwkvx.errors import InputError
 from rwkvx.sequence import SequenceParallel
 from rwkvx.training.forward import Objective
 from rwkvx.training.world import World, sending_device
+
+# The store of torchrun is there before the processes that it starts.
+CONNECT = timedelta(seconds=60)
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def sharing(world: World) -> SequenceParallel | None:
@@ -60,8 +68,11 @@ def joined(device: str, together: int = 1) -> Iterator[tuple[World, str]]:
             )
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_launcher()
     # When torchrun starts processes again, its store still has the addresses of the dead ones.
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, rank, size = next(dist.rendezvous("env://", timeout=CONNECT))
+    store.set_timeout(dist.constants.default_pg_timeout)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt_{attempt}", store)
     backend = "nccl" if device.startswith("cuda") else "gloo"
@@ -70,6 +81,13 @@ def joined(device: str, together: int = 1) -> Iterator[tuple[World, str]]:
         yield World(dist.get_rank(), size, together), device
     finally:
         dist.destroy_process_group()
+
+
+def _end_with_launcher() -> None:
+    """Killed with `torchrun`, which started this process in a session of its own: it would wait for
+    the others, who may be gone, and hold the run's folder against the next attempt."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def distributed(objective: Objective, world: World, how: str, some: bool) -> nn.Module:
