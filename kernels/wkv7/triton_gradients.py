@@ -12,8 +12,7 @@ from torch import Tensor
 
 from rwkvx_kernels.tools.sizes import ceil_div
 from rwkvx_kernels.tools.triton_device import device_kind
-from rwkvx_kernels.tools.triton_products import product
-from rwkvx_kernels.tools.triton_tiles import load, precision, store
+from rwkvx_kernels.tools.triton_tiles import dot, load, precision, store
 from rwkvx_kernels.wkv7.triton_chunk import Layout, decays, locate, stage
 
 
@@ -31,7 +30,7 @@ def _outer(
         o_v = start + tl.arange(0, TILE_V)[None, :]
         o_value, m_value = i_row * (H * V) + o_v, (i_row < count) & (o_v < V)
         b_right = tl.trans(load(p_right, o_value, m_value))
-        b_product += product(load(p_left, o_value, m_value), b_right, PRECISION)
+        b_product += dot(load(p_left, o_value, m_value), b_right, PRECISION)
     return b_product
 
 
@@ -51,7 +50,7 @@ def _through(
         o_value, m_value = i_row * (H * V) + o_v[None, :], (i_row < count) & (o_v[None, :] < V)
         o_state, m_state = o_v[:, None] * K + o_k, (o_v[:, None] < V) & (o_k < K)
         b_left, b_state = load(p_left, o_value, m_value), load(p_state, o_state, m_state)
-        b_product += product(b_left, b_state, PRECISION)
+        b_product += dot(b_left, b_state, PRECISION)
     return b_product
 
 
@@ -120,13 +119,13 @@ def _keys_kernel(
         b_da = _outer(p_left, p_u, count, H, V, TILE_V, CHUNK, PRECISION)
         b_da = tl.where(m_seen, b_da, 0.0)
         b_key = load(p_beta, o_key, m_key) * tl.exp(-b_centred)
-        b_dquery += product(b_da, b_key, PRECISION)
-        b_dbeta += product(tl.trans(b_da), b_query, PRECISION)
+        b_dquery += dot(b_da, b_key, PRECISION)
+        b_dbeta += dot(tl.trans(b_da), b_query, PRECISION)
         b_da = _outer(p_left, p_v, count, H, V, TILE_V, CHUNK, PRECISION)
         b_da = tl.where(m_seen, b_da, 0.0)
         b_key = load(p_k, o_key, m_key) * tl.exp(-b_centred)
-        b_dquery += product(b_da, b_key, PRECISION)
-        b_dk += product(tl.trans(b_da), b_query, PRECISION)
+        b_dquery += dot(b_da, b_key, PRECISION)
+        b_dk += dot(tl.trans(b_da), b_query, PRECISION)
         store(p_dquery, o_key, b_dquery * b_grow, m_key)
         b_dg = b_dquery * b_query
         b_dlog_decay += tl.sum(b_dg, axis=0)[None, :] - tl.cumsum(b_dg, axis=0)
@@ -164,16 +163,12 @@ def gradients(
     heads, key, value = *r.shape[2:], v.shape[3]
     found = [torch.empty_like(x) for i, x in enumerate(tensors) if i != 3]
     plan, options = layout.plan, stage("gradients", r, v)
-    # Exponents of 64 tokens are too much for float16.
-    products = "bf16" if r.dtype == torch.bfloat16 else precision(r.dtype, r.device)
     tile_k, tile_v = tile(key), tile(value)
     launch = options.launch
     if min(tile_k, tile_v) < 32:
         # Eight warps gave wrong gradients on an H200 where 16 channels were a tile (of heads of 16;
         # those of 40 were right): two of them share 8 columns of a product.
         launch["num_warps"] = min(4, options.warps)
-    elif products == "bf16" and value % 64 == 0:
-        tile_v = 64
     # All registers that there are.
     most = {"maxnreg": 255} if device_kind(r.device).backend == "cuda" else {}
     programs = plan.segments * (plan.length // plan.chunk) * heads * ceil_div(key, tile_k)
@@ -181,7 +176,7 @@ def gradients(
         _keys_kernel[(programs,)](
             *(*tensors, dy, u, x, states, dstates, layout.table, *found, *layout.arguments),
             H=heads, K=key, V=value, TILE_K=tile_k, TILE_V=tile_v,
-            CHUNK=plan.chunk, LENGTH=plan.length, PRECISION=products,
+            CHUNK=plan.chunk, LENGTH=plan.length, PRECISION=precision(r.dtype, r.device),
             **launch, **most,
         )  # fmt: skip
     return found

@@ -228,7 +228,7 @@ def run(tensors: list[Tensor], state: Tensor, layout: Layout, keep: bool) -> Run
         p, starts, final = r.new_empty(0, dtype=torch.float32), state, torch.empty_like(state)
         end = final
     y = torch.empty_like(v)
-    options = stage("segment", r, v)
+    options = stage("kept" if keep else "segment", r, v)
     columns = min(options.columns, block(value))
     programs = layout.plan.segments * heads * ceil_div(value, columns)
     if programs:

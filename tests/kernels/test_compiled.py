@@ -1,5 +1,5 @@
 """The cache of compiled loops on disk: never older than any source that a loop was made of, and
-whole or not there, whatever was killed or damaged."""
+whole or not there, whatever was killed or damaged; a loaded loop is the one that was compiled."""
 
 import os
 import random
@@ -30,6 +30,17 @@ def calling(x):
     return called(x)
 print(calling(1), sum(calling.stats.cache_hits.values()))
 """
+# Too long for the compiler to inline of itself, wherever it is called.
+LONG = "import math\n" + CALLED.format("0").replace(
+    "return x", "\n    ".join(f"x += math.sin(x * {i})" for i in range(99)) + "\n    return x"
+)
+NAMED = (
+    CALLING.replace("called(x)", "called(x) * called(x + 1)")
+    + """
+lines = calling.inspect_llvm().popitem()[1].splitlines()
+print(any(" call " in line and "6called6called" in line for line in lines))
+"""
+)
 THREADS = """
 import numba
 import numpy as np
@@ -124,6 +135,22 @@ def test_the_number_of_torch_threads_stays(package: Package, ours: str) -> None:
     count = "import torch\nprint(torch.get_num_threads())\n"
     source = count + INNER.format("doubled") + "\n" + count
     assert package.run(source, OMP_NUM_THREADS="2", NUMBA_NUM_THREADS=ours) == "2\n2\n"
+
+
+def test_what_a_loop_calls_is_inlined(package: Package) -> None:
+    """Called by its name, it could be that of another loop, which was optimised otherwise."""
+    package.write("called", LONG)
+    package.write("calling", NAMED)
+    assert package.run("import rwkvx_kernels.calling").endswith("False\n")
+
+
+def test_of_processes_that_start_together_one_compiles(package: Package) -> None:
+    """They would round sums otherwise, and the next process as one of them."""
+    package.write("threads", THREADS)
+    source = OUTER.format("summed") + "\nprint(sum(summed.stats.cache_misses.values()))"
+    processes = [package.start(source) for _ in range(3)]
+    printed = [process.communicate()[0] for process in processes]
+    assert sorted(printed) == [RIGHT + "0\n", RIGHT + "0\n", RIGHT + "1\n"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "another's"])

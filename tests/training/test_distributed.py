@@ -121,6 +121,16 @@ def test_two_processes_do_what_one_does(write_config: Writer, tmp_path: Path) ->
         assert torch.equal(found[name], expected[name]), name
 
 
+def test_processes_end_with_torchrun(write_config: Writer, tmp_path: Path) -> None:
+    """They would hold the run's folder, or wait for each other for half an hour."""
+    process = launch(write_config("left", **settings(100_000)))
+    while not list((tmp_path / "left" / "checkpoints").glob("step-*")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=30)  # all of them write to this pipe
+
+
 def test_parts_of_a_model_do_what_the_whole_does(write_config: Writer, tmp_path: Path) -> None:
     """FSDP2: two processes go on from one, and one from two."""
     Trainer(read_config(write_config("one", **settings(6)))).run()

@@ -189,7 +189,7 @@ def families() -> dict[str, Family]:
         ),
         "linear": Family(linear.TABLE, {"entropy": _entropy}),
         "wkv7": Family(
-            wkv7.TABLE, {x: partial(_wkv7, x in ("carry", "gradients")) for x in wkv7.STAGES}
+            wkv7.TABLE, {x: partial(_wkv7, x in ("kept", "carry", "gradients")) for x in wkv7.STAGES}
         ),
     }
 
