@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def start(*what: str, processes: int = 2, restarts: int = 0) -> Any:
     )
 
 
+def children(process: Any) -> list[int]:
+    """The processes that torchrun has started, by rank."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(x) for x in path.read_text().split()]
+
+
 def run(path: Path, *options: str) -> str:
     process = launch(path, *options)
     out, _ = process.communicate(timeout=TIMEOUT)
@@ -110,8 +117,7 @@ def test_two_processes_do_what_one_does(write_config: Writer, tmp_path: Path) ->
     while not list(checkpoints.glob("step-[3-7]")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(children(process)[-1], signal.SIGKILL)
     out, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, out
     found, expected = (
@@ -122,13 +128,20 @@ def test_two_processes_do_what_one_does(write_config: Writer, tmp_path: Path) ->
 
 
 def test_processes_end_with_torchrun(write_config: Writer, tmp_path: Path) -> None:
-    """They would hold the run's folder, or wait for each other for half an hour."""
+    """One that waits for another would do so for half an hour, and hold the run's folder."""
     process = launch(write_config("left", **settings(100_000)))
     while not list((tmp_path / "left" / "checkpoints").glob("step-*")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
+    ranks = children(process)
+    os.kill(ranks[-1], signal.SIGSTOP)
     process.kill()
-    process.communicate(timeout=30)  # all of them write to this pipe
+    try:
+        process.communicate(timeout=30)  # all of them write to this pipe
+    finally:
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
 
 
 def test_parts_of_a_model_do_what_the_whole_does(write_config: Writer, tmp_path: Path) -> None:
