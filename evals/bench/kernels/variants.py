@@ -189,7 +189,9 @@ def families() -> dict[str, Family]:
         ),
         "linear": Family(linear.TABLE, {"entropy": _entropy}),
         "wkv7": Family(
-            wkv7.TABLE, {x: partial(_wkv7, x in ("kept", "carry", "gradients")) for x in wkv7.STAGES}
+            wkv7.TABLE,
+            {x: partial(_wkv7, False) for x in ("segment", "summary", "follow")}
+            | {x: partial(_wkv7, True) for x in ("kept", "carry", "gradients")},
         ),
     }
 
