@@ -5,8 +5,9 @@
 A case is a call of a launcher on tensors of the "meta" device: every kernel that it launches, with
 the types, constants and options it gives, is compiled instead of run, so that nothing has to be
 declared twice. A family's cases stand in `cases_<family>.py`. Exits with 1 and a line for
-every problem: shared memory beyond the limit, spilled registers, a product of
-matrices without matrix instructions. Needs an uninterpreted process (no TRITON_INTERPRET).
+every problem: shared memory beyond the limit, spilled registers, a product of matrices without
+matrix instructions, a launch that may begin early and does not wait. Needs an uninterpreted
+process (no TRITON_INTERPRET).
 """
 
 import argparse
@@ -167,6 +168,8 @@ def compile_launch(launch: Launch, case: str, target: str) -> Compiled:
     exact = device.backend == "cuda" and all(re.search(EXACT_DOT, dot) for dot in dots)
     if dots and not matrix and not exact:
         problems.append("multiplies matrices without matrix instructions")
+    if launch.options.get("launch_pdl") and "griddepcontrol.wait" not in assembly:
+        problems.append("begins before what it reads is written, and does not wait")
     return Compiled(
         case=case,
         target=target,

@@ -50,5 +50,6 @@ def test_what_is_wrong_is_found() -> None:
     assert "bytes of shared memory > 65536" in lines["gfx942", "greedy"]
     assert "spills registers" in lines["sm_90", "spilling"]
     assert "does not compile" in lines["sm_90", "wrong"]
+    assert "does not wait" in lines["sm_90", "hasty"]
     assert lines["sm_90", "right"].endswith("mma.sync ok")
     assert lines["gfx942", "right"].endswith("v_mfma ok")
