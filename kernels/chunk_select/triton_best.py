@@ -8,8 +8,9 @@ kept, whose scores it reads, and then the members of the level that have no pare
 The lists of the best stand in registers, sorted; a tile of scores goes through as many rounds as
 one of its queries has newcomers, after the first tiles few. Of equal scores the first one stays.
 Beside queries of 8 or 11 bits a score is an integer that sorts like it, with its place in the tile
-for its last 6 bits: the largest says where it stands. That cuts scores to 18 bits, what their
-products have (a mean is two numbers of 8 bits). Scores of float32 stay whole, and are looked for.
+for its last bits (6 of a tile of 64): the largest says where it stands. That cuts scores to 18
+bits, what their products have (a mean is two numbers of 8 bits). Scores of float32 stay whole, and
+are looked for.
 Longer lists than `options.MOST_KEPT` are made in passes: each has what comes after the one before.
 
 Axes: B batch, T queries, H query heads, G key/value heads, C chunks, D head size, S lengths of

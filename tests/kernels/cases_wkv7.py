@@ -9,7 +9,7 @@ from rwkvx_kernels.wkv7.triton_step import step
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SIZES = {
     "bfloat16": [(64, 64), (128, 128), (16, 16), (24, 40), (128, 16), (16, 128)],
-    "float16": [(64, 64), (128, 128)],
+    "float16": [(64, 64), (128, 128), (16, 24)],
     "float32": [(64, 64), (128, 128), (24, 40)],
 }
 PACKED = [("bfloat16", 64, 64), ("float32", 128, 128)]
