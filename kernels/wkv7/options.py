@@ -1,23 +1,20 @@
 """Launch options of the Triton kernels of WKV7 (`tools/triton_options.py`).
 
-Stages: "segment" (outputs) and "kept" (with what the backward pass needs), "summary", "follow",
-"carry" (the gradient of the state) and "gradients". Rows are tokens of a chunk: the recurrent
-stages have 16, the rows of a tensor core; what is kept for the backward pass is one state for the
-rows of "gradients". Columns are value channels of a program, at most; in "gradients" they are
-fixed. Chosen such that nothing spills on sm_90 for bfloat16 and heads of 64 (packed sequences: up
-to 9 numbers in "summary"), with Triton 3.6 and 3.9.
+Stages: "segment" (outputs), "summary", "follow", "carry" (the gradient of the state) and
+"gradients". Rows are tokens of a chunk: the recurrent stages have 16, the rows of a tensor core;
+what is kept for the backward pass is one state for the rows of "gradients". Columns are value
+channels of a program, at most; in "gradients" they are fixed. Chosen such that nothing spills on
+sm_90 for bfloat16 and heads of 64 (packed sequences: up to 10 numbers in "segment" and "summary"),
+with Triton 3.6 and 3.9.
 """
 
 from rwkvx_kernels.tools.triton_options import Options, Row
 
-STAGES = ("segment", "kept", "summary", "follow", "carry", "gradients")
+STAGES = ("segment", "summary", "follow", "carry", "gradients")
 
 TABLE = (
     Row("segment", Options(16, 64, 4, 3), bytes=2, size=64),
     Row("segment", Options(16, 16, 4, 1), bytes=4, size=128),
-    # Three stages of loads have not been seen on a GPU here, in bfloat16.
-    Row("kept", Options(16, 64, 4, 1), bytes=2, size=64),
-    Row("kept", Options(16, 16, 4, 1), bytes=4, size=128),
     Row("summary", Options(16, 64, 4, 3), bytes=2, size=64),
     Row("summary", Options(16, 16, 8, 1), bytes=4, size=128),
     Row("follow", Options(0, 32, 4, 1), bytes=4, size=64),

@@ -78,24 +78,20 @@ def _carry_kernel(
         b_inverse = inverse(b_scores, CHUNK, STATE)
         b_x = product(b_x, tl.trans(b_inverse), STATE)
         if p_kept is not None:
-            # What follows a store is read again: everything at once does not fit into registers.
+            # dV = k T^T + A_ak^T X + A_rk^T dY, transposed
             store(p_x + first_v, o_value, tl.trans(b_x), m_value)
             b_k = load(p_k + first_k, o_key, m_key) * tl.exp(-b_centred)
             b_dv = product(b_dt, tl.trans(b_k), STATE)
+            b_scores = later(product(b_k, tl.trans(b_alpha), STATE), CHUNK)
+            b_dv += product(b_x, tl.trans(b_scores), STATE)
         # dS = (T + X^T alpha + dY^T r) decayed to the start
         b_dstate = b_dt + product(b_x, b_alpha, STATE) + product(b_dy, b_r, STATE)
         b_dstate *= tl.exp(b_middle)[None, :]
         if p_kept is not None:
-            # dV = k T^T + A_ak^T X + A_rk^T dY, transposed
-            b_k = load(p_k + first_k, o_key, m_key) * tl.exp(-b_centred)
+            # r is read again: everything at once does not fit into registers.
             b_r = load(p_r + first_k, o_key, m_key) * tl.exp(b_centred)
             b_scores = since(product(b_k, tl.trans(b_r), STATE), CHUNK)
-            b_dy = tl.trans(load_exact(p_dy + first_v, o_value, m_value))
             b_dv += product(b_dy, tl.trans(b_scores), STATE)
-            b_log_decay = load(p_log_decay + first_k, o_key, m_key)
-            b_alpha = load(p_alpha + first_k, o_key, m_key) * tl.exp(b_centred - b_log_decay)
-            b_scores = later(product(b_k, tl.trans(b_alpha), STATE), CHUNK)
-            b_dv += product(b_x, tl.trans(b_scores), STATE)
             store(p_dv + first_v, o_value, tl.trans(b_dv), m_value)
             if start % KEPT == 0 and start > 0:
                 o_after = (i_chunk + start // KEPT - 1) * (H * V * K)

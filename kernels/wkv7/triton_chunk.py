@@ -148,9 +148,16 @@ def locate(i_s, p_table, tokens, per_sequence, LENGTH: tl.constexpr, KEPT: tl.co
 
 
 @triton.jit
+def load_decay(p_log_decay, o_key, m_key):
+    """exp(-40) leaves nothing of a state beside a new value; less is too much for the centre."""
+    b_log_decay = load(p_log_decay, o_key, m_key)
+    return tl.maximum(b_log_decay, -40.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def decays(p_log_decay, o_key, m_key, CHUNK: tl.constexpr):
     """log_decay and g - m [C, K], m and g_C - m [K] of some key channels."""
-    b_log_decay = load(p_log_decay, o_key, m_key)
+    b_log_decay = load_decay(p_log_decay, o_key, m_key)
     b_g = tl.cumsum(b_log_decay, axis=0)
     i_row = tl.arange(0, CHUNK)[:, None]
     b_middle = tl.sum(tl.where(i_row == (CHUNK - 1) // 2, b_g, 0.0), axis=0)

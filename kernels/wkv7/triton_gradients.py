@@ -12,8 +12,18 @@ from torch import Tensor
 
 from rwkvx_kernels.tools.sizes import ceil_div
 from rwkvx_kernels.tools.triton_device import device_kind
+from rwkvx_kernels.tools.triton_products import load_exact, product
 from rwkvx_kernels.tools.triton_tiles import dot, load, precision, store
-from rwkvx_kernels.wkv7.triton_chunk import Layout, decays, locate, stage
+from rwkvx_kernels.wkv7.triton_chunk import Layout, decays, load_decay, locate, stage
+
+
+@triton.jit
+def _dot_stored(a, b, PRECISION: tl.constexpr):
+    """Of what was stored: nothing is lost in a product of bfloat16 by bfloat16."""
+    if a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
+        return product(a, b, "bf16")
+    else:
+        return dot(a.to(tl.float32), b.to(tl.float32), PRECISION)
 
 
 @triton.jit
@@ -29,8 +39,8 @@ def _outer(
     for start in range(0, V, TILE_V):
         o_v = start + tl.arange(0, TILE_V)[None, :]
         o_value, m_value = i_row * (H * V) + o_v, (i_row < count) & (o_v < V)
-        b_right = tl.trans(load(p_right, o_value, m_value))
-        b_product += dot(load(p_left, o_value, m_value), b_right, PRECISION)
+        b_right = tl.trans(load_exact(p_right, o_value, m_value))
+        b_product += _dot_stored(load_exact(p_left, o_value, m_value), b_right, PRECISION)
     return b_product
 
 
@@ -49,8 +59,9 @@ def _through(
         o_v = start + tl.arange(0, TILE_V)
         o_value, m_value = i_row * (H * V) + o_v[None, :], (i_row < count) & (o_v[None, :] < V)
         o_state, m_state = o_v[:, None] * K + o_k, (o_v[:, None] < V) & (o_k < K)
-        b_left, b_state = load(p_left, o_value, m_value), load(p_state, o_state, m_state)
-        b_product += dot(b_left, b_state, PRECISION)
+        b_left = load_exact(p_left, o_value, m_value)
+        b_state = load_exact(p_state, o_state, m_state)
+        b_product += _dot_stored(b_left, b_state, PRECISION)
     return b_product
 
 
@@ -107,7 +118,7 @@ def _keys_kernel(
         p_query, p_dquery, p_left = p_alpha, p_dalpha, p_x
         b_grow = b_centred
         if i == 0:
-            b_grow -= load(p_log_decay, o_key, m_key)
+            b_grow -= load_decay(p_log_decay, o_key, m_key)
         else:
             p_query, p_dquery, p_left = p_r, p_dr, p_dy
         b_grow = tl.exp(b_grow)

@@ -31,6 +31,7 @@ from rwkvx_kernels.wkv7.triton_chunk import (
     since,
     stage,
 )
+from rwkvx_kernels.wkv7.triton_step import recur
 
 
 class Run(NamedTuple):
@@ -173,6 +174,14 @@ def _segment_kernel(
             b_beta = load(p_beta + first_k, o_key, m_key) * tl.exp(-b_centred)
         b_state += product(b_v, b_k, STATE) + product(b_u, b_beta, STATE)
         b_state *= tl.exp(b_rest)[None, :]
+    if tl.max(tl.max(tl.where(tl.abs(b_state) < float("inf"), 0, 1), axis=1), axis=0) > 0:
+        # Products took what is not finite to earlier tokens of its chunk, times zeros: all again,
+        # token by token.
+        b_state = tl.load(p_start + i_sh.to(tl.int64) * (V * K) + o_tile, mask=m_tile, other=0.0)
+        b_state = recur(
+            p_r, p_log_decay, p_k, p_v, p_alpha, p_beta, p_y, b_state, i_first, count, o_k, o_v,
+            H, K, V,
+        )  # fmt: skip
     if p_end is not None:
         tl.store(p_end + i_sh.to(tl.int64) * (V * K) + o_tile, b_state, mask=m_tile)
 
@@ -228,7 +237,7 @@ def run(tensors: list[Tensor], state: Tensor, layout: Layout, keep: bool) -> Run
         p, starts, final = r.new_empty(0, dtype=torch.float32), state, torch.empty_like(state)
         end = final
     y = torch.empty_like(v)
-    options = stage("kept" if keep else "segment", r, v)
+    options = stage("segment", r, v)
     columns = min(options.columns, block(value))
     programs = layout.plan.segments * heads * ceil_div(value, columns)
     if programs:

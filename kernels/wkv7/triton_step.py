@@ -17,6 +17,27 @@ from rwkvx_kernels.tools.triton_tiles import load, store
 TILE_V = 16
 
 
+@triton.jit
+def recur(
+    p_r, p_log_decay, p_k, p_v, p_alpha, p_beta, p_y, b_state, i_first, tokens, o_k, o_v,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """The recurrence, from row i_first of [B·T·H] on: stores y, returns the state after it."""
+    m_k, m_v = o_k < K, o_v < V
+    for t in range(tokens):
+        o_row = i_first + t * H
+        o_key, o_value = o_row * K + o_k, o_row * V + o_v
+        b_r, b_log_decay = load(p_r, o_key, m_k), load(p_log_decay, o_key, m_k)
+        b_k, b_v = load(p_k, o_key, m_k), load(p_v, o_value, m_v)
+        b_alpha, b_beta = load(p_alpha, o_key, m_k), load(p_beta, o_key, m_k)
+        b_u = tl.sum(b_state * b_alpha[None, :], axis=1)
+        b_state = b_state * tl.exp(b_log_decay)[None, :]
+        b_state += b_u[:, None] * b_beta[None, :] + b_v[:, None] * b_k[None, :]
+        b_y = tl.sum(b_state * b_r[None, :], axis=1)
+        store(p_y, o_value, b_y, m_v)
+    return b_state
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _step_kernel(
     p_r, p_log_decay, p_k, p_v, p_alpha, p_beta, p_state, p_offsets, p_y, p_final,
@@ -37,17 +58,10 @@ def _step_kernel(
     o_state = i_nh.to(tl.int64) * (V * K) + o_v[:, None] * K + o_k[None, :]
     m_state = m_v[:, None] & m_k[None, :]
     b_state = tl.load(p_state + o_state, mask=m_state, other=0.0)
-    for t in range(tokens):
-        o_row = (first + t) * H + i_h
-        o_key, o_value = o_row * K + o_k, o_row * V + o_v
-        b_r, b_log_decay = load(p_r, o_key, m_k), load(p_log_decay, o_key, m_k)
-        b_k, b_v = load(p_k, o_key, m_k), load(p_v, o_value, m_v)
-        b_alpha, b_beta = load(p_alpha, o_key, m_k), load(p_beta, o_key, m_k)
-        b_u = tl.sum(b_state * b_alpha[None, :], axis=1)
-        b_state = b_state * tl.exp(b_log_decay)[None, :]
-        b_state += b_u[:, None] * b_beta[None, :] + b_v[:, None] * b_k[None, :]
-        b_y = tl.sum(b_state * b_r[None, :], axis=1)
-        store(p_y, o_value, b_y, m_v)
+    b_state = recur(
+        p_r, p_log_decay, p_k, p_v, p_alpha, p_beta, p_y, b_state, first * H + i_h, tokens, o_k,
+        o_v, H, K, V,
+    )  # fmt: skip
     tl.store(p_final + o_state, b_state, mask=m_state)
 
 

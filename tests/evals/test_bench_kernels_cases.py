@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from rwkvx.decoding import start
-from rwkvx_evals.bench.kernels import chunk_attention, energy, models, wkv7
+from rwkvx_evals.bench.kernels import chunk_attention, energy, models, training, wkv7
 from rwkvx_evals.bench.kernels.case import OURS, Case
 from rwkvx_evals.bench.kernels.energy import open_meter
 from rwkvx_evals.bench.kernels.run import check
@@ -31,7 +31,7 @@ DESCENT = "rwkvx_kernels.chunk_select.triton_descent"
 CACHED = [
     *(wkv7._error, wkv7._exact, chunk_attention._error, chunk_attention._exact),
     *(chunk_attention._part_error, models._prefill_error, models._decode_error, models._exact),
-    *(models._shape, models._hybrid, models._dense, models._sizes),
+    *(training._error, models.hybrid_shape, models._hybrid, models._dense, models._sizes),
 ]
 
 
@@ -44,9 +44,9 @@ def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(models, "ROOM", 64)
     monkeypatch.setattr(chunk_attention, "CHUNK", 16)
     monkeypatch.setattr(chunk_attention, "TOPK", 3)
-    for module in (wkv7, chunk_attention, models):
+    for module in (wkv7, chunk_attention, models, training):
         monkeypatch.setattr(module, "CHECKED_TOKENS", 72)
-        if module is not models:
+        if module in (wkv7, chunk_attention):
             monkeypatch.setattr(module, "HEADS", 2)
             monkeypatch.setattr(module, "SIZE", 16)
     yield
@@ -64,6 +64,10 @@ def test_wkv7() -> None:
     assert forward.subjects()[OURS]().shape == (1, 20, 2, 16)  # type: ignore[attr-defined]
     assert len(both.subjects()[OURS]()) == 6  # type: ignore[arg-type]
     assert both.bytes == 3 * forward.bytes == 3 * 20 * 2 * 16 * 16
+    rows = cases[wkv7.ROWS, 20]
+    assert rows.units == 8 * 20
+    assert rows.bytes == 8 * both.bytes
+    assert rows.subjects()[OURS]()[0].shape == (8, 20, 2, 16)  # type: ignore[index]
     for case in (forward, both):
         assert 0 < check(case)[0][OURS] < case.tolerance
 
@@ -129,6 +133,31 @@ def test_whole_models() -> None:
             assert first.shape == (1, 1, 70)  # type: ignore[attr-defined]
             assert torch.equal(first, again) == (family == models.PREFILL)  # type: ignore[arg-type]
     assert cases[models.DECODE, 40].units == 3
+
+
+def test_a_training_step() -> None:
+    """It learns what it reads, and a gradient that is off is seen."""
+    case = cases_of(training, 40)[training.STEP, 40]
+    assert 0 < check(case)[0][OURS] < case.tolerance
+    model = training._model("cpu")
+    before = [x.clone() for x in model.parameters()]
+    objective, batch = training.Objective(model), training._batch("cpu", 40)
+    loss = objective(batch)[0]
+    step = training.step_of(model, batch, "cpu")
+    for _ in range(20):
+        step()
+    assert objective(batch)[0] < 0.9 * loss
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    training._error.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            training,
+            "_gradients",
+            lambda m: torch.cat(
+                [x.grad.flatten()[:5] * (1 + (x.dtype == torch.float32)) for x in m.parameters()]
+            ),
+        )
+        assert case.errors[OURS]() > case.tolerance
 
 
 def test_a_filled_state_is_one_that_a_model_could_have() -> None:

@@ -127,6 +127,20 @@ def test_repeated_key_without_decay(chunk: int) -> None:
     check(args, state(1))
 
 
+def test_one_strong_decay_among_weak_ones(chunk: int) -> None:
+    """Less than exp(-40) counts as that, gradients included."""
+    args = inputs(1, 70)
+    args[1][:, 37, 0, :5] = -200.0
+    args[1][:, 50, 0, 7] = -torch.inf
+    exact, got = (
+        run(args, None, torch.float64, "reference"),
+        run(args, None, torch.float32, "triton"),
+    )
+    for name, x, y in zip(NAMES, got, exact, strict=False):
+        if y is not None and x is not None:
+            assert relative_error(x, y) < 1e-4, name
+
+
 def test_few_tokens_without_a_gradient_go_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_ops, "wkv7_forward", None)
     args = inputs(1, triton_ops.STEP_TOKENS)

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="needs triton (the extra gpu)")
 from measure import relative_error
 from test_wkv7_triton import DEVICE, NAMES, check, inputs, run, state
 
-from rwkvx_kernels.wkv7 import triton_chunk
+from rwkvx_kernels.wkv7 import triton_chunk, wkv7
 
 
 @pytest.fixture(params=[1, 2], ids=["chunk", "two chunks"], autouse=True)
@@ -45,3 +45,23 @@ def test_packed_sequences_equal_those_alone() -> None:
         alone = run([x[:, a:b] for x in args], None, torch.float64, "reference")
         assert relative_error(together[0][:, a:b], alone[0]) < 1e-5, NAMES[0]  # type: ignore[index]
         assert relative_error(together[1][i : i + 1], alone[1]) < 1e-5  # type: ignore[index]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("index", range(6), ids=["r", "log_decay", "k", "v", "alpha", "beta"])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+def test_what_is_not_finite_reaches_later_tokens_alone(index: int, bad: float) -> None:
+    """Of its own chunk and segment too, and of v its own channel alone."""
+    if index == 1 and bad == torch.inf:
+        pytest.skip("no logarithm of a decay")
+    forgets = index == 1 and bad == -torch.inf  # finite
+    args = inputs(1, 44, heads=2)
+    args[index][0, 21, 0, 3] = bad
+    exact, end = wkv7(*args, state(1, heads=2), impl="reference")
+    y, final = wkv7(*(x.float() for x in args), state(1, heads=2).float(), impl="triton")
+    for got, expected in ((y, exact), (final, end)):
+        sound = expected.isfinite()
+        assert torch.equal(got.isfinite(), sound)
+        assert relative_error(got[sound], expected[sound]) < 1e-5
+    assert y[:, :21].isfinite().all()
+    assert bool(y[0, 21].isfinite().all()) == forgets

@@ -23,8 +23,8 @@ COARSE = "chunk attention forward, coarse to fine"
 PART = "chunk attention, choice given"
 FLAT, FINE = "chunk selection", "chunk selection, coarse to fine"
 PLANS: dict[str, Plan] = {
-    FORWARD: {131072: 1, 8192: 1, 524288: 1, 65536: 3, 2**20: 3},
-    BOTH: {131072: 1, 8192: 1, 524288: 1, 65536: 3},
+    FORWARD: {131072: 1, 8192: 1, 524288: 1, 32768: 1, 65536: 3, 2**20: 3},
+    BOTH: {131072: 1, 8192: 1, 524288: 1, 32768: 1, 65536: 3},
     PART: {131072: 1, 8192: 4, 65536: 4, 2**20: 4},
     COARSE: {65536: 1, 2**20: 1, 131072: 4},
     FLAT: {131072: 2, 65536: 4, 2**20: 4},

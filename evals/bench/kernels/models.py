@@ -51,7 +51,7 @@ def cases(device: str, lengths: tuple[int, ...]) -> list[Case]:
 
 
 def _prefill_case(device: str, tokens: int, importance: int, names: list[str]) -> Case:
-    hybrid = _shape()
+    hybrid = hybrid_shape()
     weights, matrices = _sizes(device)
     return Case(
         family=PREFILL,
@@ -68,7 +68,7 @@ def _prefill_case(device: str, tokens: int, importance: int, names: list[str]) -
 
 
 def _decode_case(device: str, tokens: int, importance: int, names: list[str]) -> Case:
-    hybrid = _shape()
+    hybrid = hybrid_shape()
     weights, matrices = _sizes(device)
     return Case(
         family=DECODE,
@@ -115,7 +115,8 @@ def _dtype(device: str) -> torch.dtype:
 
 
 @cache
-def _shape() -> rwkvx.ModelConfig:
+def hybrid_shape() -> rwkvx.ModelConfig:
+    """Of the model that is measured."""
     path = find_config(SHAPE)
     assert path is not None
     return read_shape(path)
@@ -130,20 +131,20 @@ def _hybrid(device: str) -> rwkvx.Model:
 def _dense(device: str) -> Transformer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Transformer(_shape()).to(device, _dtype(device)).eval()
+        return Transformer(hybrid_shape()).to(device, _dtype(device)).eval()
 
 
 @cache
 def _sizes(device: str) -> tuple[int, int]:
     """Bytes of weights that a token reads, and numbers in the blocks' matrices."""
     with torch.device("meta"):
-        model = rwkvx.Model(_shape()).to(_dtype(device))
+        model = rwkvx.Model(hybrid_shape()).to(_dtype(device))
     return bytes_per_token(model), sum(x.numel() for x in model.blocks.parameters() if x.dim() == 2)
 
 
 def _ids(device: str, tokens: int) -> Tensor:
     draw = torch.Generator().manual_seed(1)
-    return torch.randint(1, _shape().vocab_size, (1, tokens), generator=draw).to(device)
+    return torch.randint(1, hybrid_shape().vocab_size, (1, tokens), generator=draw).to(device)
 
 
 def _reader(device: str, name: str) -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rwkvx.errors import InputError
-from rwkvx_evals.bench.kernels import chunk_attention, models, wkv7
+from rwkvx_evals.bench.kernels import chunk_attention, models, training, wkv7
 from rwkvx_evals.bench.kernels.budget import Budget, ordered
 from rwkvx_evals.bench.kernels.case import OURS, Case
 from rwkvx_evals.bench.kernels.energy import EnergyMeter, open_meter
@@ -25,7 +25,12 @@ from rwkvx_evals.bench.timing import ratio
 from rwkvx_evals.files import write_atomically, write_json, write_text
 
 # Modules with a function `cases(device, lengths)`; of equal importance, the first come first.
-FAMILIES = {"chunk_attention": chunk_attention, "models": models, "wkv7": wkv7}
+FAMILIES = {
+    "chunk_attention": chunk_attention,
+    "models": models,
+    "training": training,
+    "wkv7": wkv7,
+}
 SECONDS = 1.0  # spent on timing all subjects of a case
 ENERGY_SECONDS = 2.0  # spent on the energy of one subject
 COPY, PRODUCT = "copy, GB/s", "bfloat16 matrix product, TFLOP/s"

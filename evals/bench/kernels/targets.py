@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from rwkvx_evals.bench.kernels import chunk_attention as chunk
-from rwkvx_evals.bench.kernels import models, wkv7
+from rwkvx_evals.bench.kernels import models, training, wkv7
 from rwkvx_evals.bench.kernels.case import OURS
 from rwkvx_evals.bench.kernels.dense import SDPA
 from rwkvx_evals.bench.timing import spread
@@ -96,6 +96,12 @@ def _rate(family: str, tokens: int, rows: Rows) -> dict[str, float]:
     return spread([1e-12 * flops / x for x in rows.seconds(family, tokens)])
 
 
+def _share(family: str, tokens: int, rows: Rows) -> dict[str, float]:
+    """Of the rate of one matrix product, in percent."""
+    floor = rows[family, tokens]["floor_seconds"]["products"]
+    return spread([100 * floor / x for x in rows.seconds(family, tokens)])
+
+
 def _growth(family: str, above: int, below: int, per_token: bool, rows: Rows) -> dict[str, float]:
     """Time at one length over that at another, per token of the length or of what is decoded."""
     high, low = spread(rows.seconds(family, above)), spread(rows.seconds(family, below))
@@ -117,7 +123,10 @@ def targets() -> list[Target]:
     return [
         Target("WKV7 forward + backward, 16K tokens: times as fast as fla's chunk_rwkv7",
                1.3, True, against(wkv7.BOTH, 16 * K, wkv7.FLA)),
-        Target("the same: error against float64 over fla's", 1.0, False,
+        Target("the same, 8 sequences of 4K tokens", 1.3, True, against(wkv7.ROWS, 4 * K, wkv7.FLA)),
+        Target("WKV7 forward, 64K tokens: times as fast as fla's chunk_rwkv7",
+               1.5, True, against(wkv7.FORWARD, 64 * K, wkv7.FLA)),
+        Target("WKV7 forward + backward, 16K tokens: error against float64 over fla's", 1.0, False,
                partial(_error, wkv7.BOTH, 16 * K, wkv7.FLA)),
         Target("WKV7 forward, 64K tokens: time over its byte floor", 3.0, False,
                partial(_over_bytes, wkv7.FORWARD, 64 * K)),
@@ -127,8 +136,12 @@ def targets() -> list[Target]:
                10.0, True, against(chunk.BOTH, 128 * K, SDPA)),
         Target("sparse attention forward, 8K tokens: times as fast as dense SDPA",
                1.0, True, against(chunk.FORWARD, 8 * K, SDPA)),
+        Target("sparse attention forward, 32K tokens: times as fast as dense SDPA",
+               4.0, True, against(chunk.FORWARD, 32 * K, SDPA)),
         Target("sparse attention forward + backward, 8K tokens: times as fast as dense SDPA",
                1.0, True, against(chunk.BOTH, 8 * K, SDPA)),
+        Target("sparse attention forward + backward, 32K tokens: times as fast as dense SDPA",
+               3.0, True, against(chunk.BOTH, 32 * K, SDPA)),
         Target("sparse attention without selection, 128K tokens: effective matrix rate",
                200.0, True, partial(_rate, chunk.PART, 128 * K), " TFLOP/s"),
         Target("WKV7 forward: time per token at 1M over 64K", 1.15, False,
@@ -139,6 +152,8 @@ def targets() -> list[Target]:
                1.0, False, partial(_memory, chunk.FORWARD, 512 * K)),
         Target("sparse attention forward + backward, 512K tokens: peak extra memory over inputs "
                "and outputs", 1.0, False, partial(_memory, chunk.BOTH, 512 * K)),
+        Target("training step of the 0.22B shape, 16K tokens: share of the products' rate",
+               35.0, True, partial(_share, training.STEP, 16 * K), " %"),
         Target("decode step of the 0.22B shape, batch 1: time at 1M over 4K tokens of context",
                1.1, False, partial(_growth, models.DECODE, 1024 * K, 4 * K, False)),
     ]  # fmt: skip

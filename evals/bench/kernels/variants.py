@@ -191,7 +191,7 @@ def families() -> dict[str, Family]:
         "wkv7": Family(
             wkv7.TABLE,
             {x: partial(_wkv7, False) for x in ("segment", "summary", "follow")}
-            | {x: partial(_wkv7, True) for x in ("kept", "carry", "gradients")},
+            | {x: partial(_wkv7, True) for x in ("carry", "gradients")},
         ),
     }
 
