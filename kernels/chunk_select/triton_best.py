@@ -195,7 +195,7 @@ def _meet(
 
 
 @triton.jit
-def _entry_of(
+def entry_of(
     b_column, p_order, p_kept, o_row, m_t, i_n, root, P, members, parents, groups, chunks,
     LEVEL: tl.constexpr, WIDTH: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr,
     GROWTH: tl.constexpr, FANOUT: tl.constexpr,
@@ -291,7 +291,7 @@ def _best_kernel(
         o_column = WIDTH * FANOUT + o_c - root
         scores, columns = _meet(scores, columns, b_score, o_column, last, K, AFTER, PACKED)
     for i in tl.static_range(K):
-        b_entry = _entry_of(
+        b_entry = entry_of(
             columns[i], p_order, p_kept, o_row, m_t, i_n, root, P, members, parents, groups,
             chunks, LEVEL, WIDTH, RUNS, RUN, GROWTH, FANOUT,
         )  # fmt: skip

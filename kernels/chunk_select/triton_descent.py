@@ -23,6 +23,7 @@ from rwkvx_kernels.chunk_select.triton_best import (
     score_constants,
     scores_of,
 )
+from rwkvx_kernels.chunk_select.triton_keep import MOST_COLUMNS, columns_of, keep_members
 from rwkvx_kernels.tools.triton_lists import (
     MOST_GROUPS,
     lists_of,
@@ -50,7 +51,7 @@ def _children_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERY_PARTS: tl.constexpr, PARTS: tl.constexpr, PRODUCT: tl.constexpr,
     LEVEL: tl.constexpr, WIDTH: tl.constexpr, FANOUT: tl.constexpr, EXTRA: tl.constexpr,
-    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile of pairs that keep one node: the scores of its children, members of `LEVEL`."""
     i_n = tl.program_id(1).to(tl.int64)
@@ -77,19 +78,18 @@ def _children_kernel(
         parts_of(b_q, QUERY_PARTS, PRODUCT), tl.sqrt(tl.sum(b_q * b_q, axis=1)), p_table, o_x,
         o_c >= 0, o_d, LEVEL, D, EXTRA, QUERY_PARTS, PARTS, PRODUCT,
     )  # fmt: skip
-    o_out = (o_row * WIDTH + o_pair % WIDTH) * FANOUT
+    o_out = o_row * COLUMNS + o_pair % WIDTH * FANOUT
     tl.store(p_scores + o_out[:, None] + o_c[None, :], b_score, mask=m_pair[:, None])
 
 
 def _score_children(
-    q: Tensor, table: Tensor, forest: list[Tensor], level: int, kept: Tensor
-) -> Tensor:
-    """Scores of the children, members of `level`, of kept [B, T, H, W]: [B, T, H, W · FANOUT]."""
+    q: Tensor, table: Tensor, forest: list[Tensor], level: int, kept: Tensor, scores: Tensor
+) -> None:
+    """Scores of the children, members of `level`, of kept [B, T, H, W] into the first W · FANOUT of
+    scores [B, T, H, columns]."""
     order, (runs, groups, parents, _) = forest[0], forest[level + 1].shape
     batch, tokens, heads, width = kept.shape
     options = options_for(TABLE, "children", q.dtype, q.shape[3], q.device)
-    shape = (*kept.shape[:3], width * common.FANOUT)
-    scores = torch.empty(shape, dtype=torch.float32, device=q.device)
     for start in range(0, groups, MOST_GROUPS):
         part = range(start, min(groups, start + MOST_GROUPS))
         lists = lists_of(kept, groups // batch, runs * parents + 1, part)
@@ -98,9 +98,9 @@ def _score_children(
             q, table, order, kept, *lists, scores, start, tokens, lists.order.shape[1],
             runs * parents + 1, parents, table.shape[2], groups, order.shape[2],
             H=heads, G=groups // batch, **score_constants(q), LEVEL=level, WIDTH=width,
-            FANOUT=common.FANOUT, EXTRA=forests.EXTRA, TILE=options.rows, **options.launch,
+            FANOUT=common.FANOUT, EXTRA=forests.EXTRA, COLUMNS=scores.shape[3],
+            TILE=options.rows, **options.launch,
         )  # fmt: skip
-    return scores
 
 
 def descend(
@@ -125,16 +125,31 @@ def descend(
     step = max(1, rows // (batch * heads * TILE_MULTIPLE)) * TILE_MULTIPLE
     for start in range(0, tokens, step):
         part = q[:, start : start + step].contiguous()
-        chunks = (first + start + part.shape[1] - 1) // chunk_size // common.RUN * common.RUN
-        top = common.first_level(chunks) if chunks > common.scored_whole(topk) else 0
-        kept: Tensor | None = None
-        scores: Tensor | None = None
-        for level in range(top, -1, -1):
-            table = forest[level] if level else means
-            if kept is not None:
-                scores = _score_children(part, table, forest, level, kept)
-            place = (level, kept, scores, first + start, chunk_size, topk)
-            kept = best_members(part, table, forest, *place)
-        assert kept is not None
-        chosen[:, start : start + step] = kept
+        place = (first + start, chunk_size, topk)
+        chosen[:, start : start + step] = _descend_part(part, means, forest, *place)
     return chosen
+
+
+def _descend_part(
+    q: Tensor, means: Tensor, forest: list[Tensor], first: int, chunk_size: int, topk: int
+) -> Tensor:
+    """`descend`, a forest, of as many queries as are worked on at once."""
+    past = [(first + i) // chunk_size for i in (0, q.shape[1] - 1)]
+    tree = past[1] // common.RUN * common.RUN
+    top = common.first_level(tree) if tree > common.scored_whole(topk) else 0
+    kept: Tensor | None = None
+    for level in range(top, -1, -1):
+        table, width = forest[level] if level else means, 0 if kept is None else kept.shape[3]
+        columns = columns_of(level, width, *past, topk)
+        keep = level > 0 and columns <= MOST_COLUMNS
+        scores = None
+        if keep or kept is not None:
+            columns = columns if keep else width * common.FANOUT
+            scores = q.new_empty((*q.shape[:3], columns), dtype=torch.float32)
+        if kept is not None:
+            assert scores is not None
+            _score_children(q, table, forest, level, kept, scores)
+        make = keep_members if keep else best_members
+        kept = make(q, table, forest, level, kept, scores, first, chunk_size, topk)  # type: ignore[arg-type]
+    assert kept is not None
+    return kept

@@ -175,11 +175,6 @@ def gradients(
     found = [torch.empty_like(x) for i, x in enumerate(tensors) if i != 3]
     plan, options = layout.plan, stage("gradients", r, v)
     tile_k, tile_v = tile(key), tile(value)
-    launch = options.launch
-    if min(tile_k, tile_v) < 32:
-        # Eight warps gave wrong gradients on an H200 where 16 channels were a tile (of heads of 16;
-        # those of 40 were right): two of them share 8 columns of a product.
-        launch["num_warps"] = min(4, options.warps)
     # All registers that there are.
     most = {"maxnreg": 255} if device_kind(r.device).backend == "cuda" else {}
     programs = plan.segments * (plan.length // plan.chunk) * heads * ceil_div(key, tile_k)
@@ -188,6 +183,6 @@ def gradients(
             *(*tensors, dy, u, x, states, dstates, layout.table, *found, *layout.arguments),
             H=heads, K=key, V=value, TILE_K=tile_k, TILE_V=tile_v,
             CHUNK=plan.chunk, LENGTH=plan.length, PRECISION=precision(r.dtype, r.device),
-            **launch, **most,
+            **options.launch, **most,
         )  # fmt: skip
     return found

@@ -7,6 +7,8 @@ from rwkvx_kernels.chunk_attention.triton_append import append
 from rwkvx_kernels.chunk_attention.triton_decode import decode
 from rwkvx_kernels.chunk_attention.triton_ops import attend_sequences, gradients_of_sequences
 
+# Loads and stores; on an H200 0.83 of the forward pass's time with 8 warps.
+SPILLS = {"_own_kernel": 6}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Chunk size, top k, head size, query heads, key/value heads.
 SHAPES = [(16, 8, 64, 16, 16), (48, 3, 24, 16, 4), (128, 8, 64, 16, 16), (128, 8, 128, 16, 2)]

@@ -23,7 +23,6 @@ from rwkvx_kernels.chunk_attention import (
 from rwkvx_kernels.chunk_select import common, forest, triton_decode, triton_descent
 from rwkvx_kernels.chunk_select.trees import Trees
 from rwkvx_kernels.chunk_select.triton_descent import descend
-from rwkvx_kernels.chunk_select.triton_ops import select_triton, select_whole
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COARSE = "coarse_to_fine"
@@ -171,6 +170,32 @@ def test_choice_repeats_and_ignores_neighbours() -> None:
 
 
 @pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("slots", [1, 3, 8, 31, 40])
+def test_nodes_are_kept_as_the_best_are(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two levels, nodes without parent among them; of equal ones the first."""
+    monkeypatch.setattr(common, "beam_widths", lambda topk: (slots, 2))
+    q, k, _ = inputs(1300, heads=2, groups=1)
+    means = k.transpose(1, 2).contiguous()
+    means[:, :, 64:128] = means[:, :, :64]
+    keep, best, levels = triton_descent.keep_members, triton_descent.best_members, []
+
+    def both(q, table, trees, level, kept, scores, *place):  # type: ignore[no-untyped-def]
+        found = keep(q, table, trees, level, kept, scores, *place)
+        children = None
+        if kept is not None:
+            children = scores[..., : kept.shape[3] * common.FANOUT].contiguous()
+        expected = best(q, table, trees, level, kept, children, *place)
+        assert torch.equal(found.sort().values, expected.sort().values)
+        assert int((found >= 0).sum()) > 0
+        levels.append(level)
+        return found
+
+    monkeypatch.setattr(triton_descent, "keep_members", both)
+    descend(q[:, -3:].contiguous(), means, wide_forest(means, 1300), 1297, 1, 3)
+    assert levels == [2, 1]
+
+
+@pytest.mark.usefixtures("narrow")
 def test_not_a_number_chooses_something() -> None:
     q, k, _ = inputs(600, heads=1, groups=1)
     q[0, -3] = torch.nan
@@ -184,14 +209,14 @@ def test_not_a_number_chooses_something() -> None:
 def test_operators() -> None:
     q, k, v = inputs(16 * 65 + 3, 1, 1, 16)
     few = [x[:, :20].contiguous().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(select_whole, (*few[:2], None, True, 16, 2))
+    torch.library.opcheck(torch.ops.rwkvx.select_chunks_whole, (*few[:2], None, True, 16, 2))
     cache = KeyValueCache(1, 1, 16, 16, k).append(0, k, v)
     trees = cache.trees.forest(65)
     cached = (cache.k_BGSD, cache.v_BGSD, cache.means_BGCD, trees)
     part, length = q[:, -2:].contiguous(), q.shape[1]
-    torch.library.opcheck(select_triton, (part, *cached[2:], length - 2, 16, 2))
+    torch.library.opcheck(torch.ops.rwkvx.select_chunks, (part, *cached[2:], length - 2, 16, 2))
     lengths = torch.tensor([length], device=DEVICE)
-    torch.library.opcheck(triton_ops.decode_triton, (part, *cached, lengths, 16, 2))
+    torch.library.opcheck(torch.ops.rwkvx.chunk_attention_decode, (part, *cached, lengths, 16, 2))
 
 
 def test_auto_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="needs triton (the extra gpu)")
 
@@ -172,3 +173,68 @@ def test_operator(name: str) -> None:
     torch.manual_seed(0)
     for args in CALLS[name]():
         torch.library.opcheck(getattr(torch.ops.rwkvx, name), args)
+
+
+def differentiable() -> dict[str, Callable[..., Any]]:
+    """What is called in the place of some operators."""
+    from rwkvx_kernels.channel_mix.triton_relu import squared_relu
+    from rwkvx_kernels.chunk_attention.triton_ops import attend_triton
+    from rwkvx_kernels.time_mix.triton_ops import time_mix_forward
+    from rwkvx_kernels.token_shift.triton_norm import norm_token_shift
+    from rwkvx_kernels.wkv7.triton_ops import wkv7_forward
+
+    return {
+        "wkv7": wkv7_forward,
+        "attend_chunks": attend_triton,
+        "time_mix": time_mix_forward,
+        "norm_token_shift": norm_token_shift,
+        "squared_relu": squared_relu,
+    }
+
+
+def leaves(args: tuple[Any, ...]) -> list[Tensor]:
+    found = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+    return [x for x in found if isinstance(x, Tensor) and x.requires_grad]
+
+
+def tensors(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+@pytest.mark.parametrize("name", differentiable())
+def test_past_the_dispatcher_the_same_comes_out(name: str) -> None:
+    """The results, of the same type, and gradients of some or all of them."""
+    torch.manual_seed(0)
+    function, args = differentiable()[name], CALLS[name]()[0]
+    through, past = getattr(torch.ops.rwkvx, name)(*args), function(*args)
+    assert "PastDispatcher" in str(tensors(past)[0].grad_fn)
+    for x, y in zip(tensors(past), tensors(through), strict=True):
+        assert torch.equal(x, y)
+        assert x.requires_grad == y.requires_grad
+    inputs = leaves(args)
+    for chosen in (slice(0, 1), slice(None)):
+        found = []
+        for results in (through, past):
+            asked = [x for x in tensors(results) if x.requires_grad][chosen]
+            weights = [torch.linspace(-1, 1, x.numel()).view_as(x).to(x) for x in asked]
+            found.append(torch.autograd.grad(asked, inputs, weights, retain_graph=True))
+        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    with torch.no_grad():
+        alone = function(*args)
+    assert not any(x.requires_grad for x in tensors(alone))
+    assert all(torch.equal(x, y) for x, y in zip(tensors(alone), tensors(through), strict=True))
+
+
+def test_whoever_follows_sees_operators() -> None:
+    """Without data, under modes and transforms, and where there is no second derivative."""
+    function, (args, *_) = differentiable()["attend_chunks"], CALLS["attend_chunks"]()
+    nowhere = [x.detach().to("meta") if isinstance(x, Tensor) else x for x in args]
+    assert function(*nowhere)[0].device.type == "meta"
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args]
+        assert function(*fake)[0].shape == args[0].shape
+    relu, x = differentiable()["squared_relu"], normal(3, 4, grad=True)
+    assert torch.func.vmap(lambda row: row + 1)(x).shape == (3, 4)
+    (first,) = torch.autograd.grad(relu(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        torch.autograd.grad(first.sum(), x)

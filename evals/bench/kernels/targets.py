@@ -123,7 +123,8 @@ def targets() -> list[Target]:
     return [
         Target("WKV7 forward + backward, 16K tokens: times as fast as fla's chunk_rwkv7",
                1.3, True, against(wkv7.BOTH, 16 * K, wkv7.FLA)),
-        Target("the same, 8 sequences of 4K tokens", 1.3, True, against(wkv7.ROWS, 4 * K, wkv7.FLA)),
+        Target("the same, 8 sequences of 4K tokens",
+               1.3, True, against(wkv7.ROWS, 4 * K, wkv7.FLA)),
         Target("WKV7 forward, 64K tokens: times as fast as fla's chunk_rwkv7",
                1.5, True, against(wkv7.FORWARD, 64 * K, wkv7.FLA)),
         Target("WKV7 forward + backward, 16K tokens: error against float64 over fla's", 1.0, False,

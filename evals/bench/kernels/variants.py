@@ -171,7 +171,9 @@ def families() -> dict[str, Family]:
     forward, backward = partial(_attention, False), partial(_attention, True)
     return {
         "chunk_select": Family(
-            selection.TABLE, {"means": flat, "flat": flat, "level": coarse, "children": coarse}
+            selection.TABLE,
+            dict.fromkeys(("means", "flat"), flat)
+            | dict.fromkeys(("level", "children", "keep"), coarse),
         ),
         "chunk_attention": Family(
             attention.TABLE,
