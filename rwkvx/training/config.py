@@ -131,7 +131,7 @@ class TrainConfig:
         device: "cpu", "cuda", "cuda:1", "mps".
         gradient_checkpointing: keep one tensor for each block and compute the rest again in the
             backward pass: less memory, more arithmetic.
-        compile: let torch.compile fuse what a block does beside its kernels; takes minutes first.
+        compile: let torch.compile fuse what a block does beside its kernels; half a minute first.
         most_skipped: steps in a row that a loss or gradient that is not finite may leave without
             an update; one more ends the run.
         eval_every, save_every: steps between evaluations and checkpoints. seed: of everything.

@@ -30,13 +30,13 @@ LENGTHS = (8192, 131072, 524288)
 # at 131,072 with a selection that took 6.23 ms there).
 MEASURED = {
     ("selection", 131072): (26.6, 3.64),
-    ("forward given the choice", 131072): (9.9, 7.08),
-    ("forward", 8192): (1.54, 1.32),
+    ("forward given the choice", 131072): (9.9, 7.28),
+    ("forward", 8192): (1.54, 1.04),
     ("forward", 131072): (37.8, 11.2),
-    ("forward", 524288): (426.0, 90.1),
-    ("forward + backward", 8192): (5.5, 2.81),
-    ("forward + backward", 131072): (71.4, 27.8),
-    ("forward + backward", 524288): (564.0, 151.0),
+    ("forward", 524288): (426.0, 69.8),
+    ("forward + backward", 8192): (5.5, 2.94),
+    ("forward + backward", 131072): (71.4, 25.4),
+    ("forward + backward", 524288): (564.0, 130.0),
 }
 
 
