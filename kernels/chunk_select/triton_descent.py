@@ -140,7 +140,7 @@ def _descend_part(
     kept: Tensor | None = None
     for level in range(top, -1, -1):
         table, width = forest[level] if level else means, 0 if kept is None else kept.shape[3]
-        columns = columns_of(level, width, *past, topk)
+        columns = columns_of(level, width, past[0], past[1], topk)
         keep = level > 0 and columns <= MOST_COLUMNS
         scores = None
         if keep or kept is not None:

@@ -4,11 +4,11 @@
 
 A case is a call of a launcher on tensors of the "meta" device: every kernel that it launches, with
 the types, constants and options it gives, is compiled instead of run, so that nothing has to be
-declared twice. A family's cases stand in `cases_<family>.py`, and in `SPILLS` of it what kernels may
-spill that a GPU has run faster so than with options that do not. Exits with 1 and a line for
-every problem: shared memory beyond the limit, spilled registers, a product of matrices without
-matrix instructions, a launch that may begin early and does not wait. Needs an uninterpreted
-process (no TRITON_INTERPRET).
+declared twice. A family's cases stand in `cases_<family>.py`; its `SPILLS` are what kernels may
+spill that a GPU has run faster so than with options that do not. Exits with 1 and a line for every
+problem: shared memory beyond the limit, spilled registers, a product of matrices without matrix
+instructions, a launch that may begin early and does not wait. Needs an uninterpreted process (no
+TRITON_INTERPRET).
 """
 
 import argparse
