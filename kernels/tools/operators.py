@@ -53,23 +53,8 @@ def operator(
         made.register_fake(fake)
         parts = Parts(run, None, outputs, kept, schema.endswith("-> Tensor[]"))
         if gradients is not None:
-
-            def back(grads: list[Tensor], results: list[Tensor], *args: Any) -> list[Tensor]:
-                return [x.contiguous() for x in gradients(grads, results, args)]
-
-            parts = parts._replace(backward=back)
-            arguments = schema.rpartition(" -> ")[0].removeprefix("(")
-            backward = torch.library.custom_op(
-                f"rwkvx::{name}_backward",
-                back,
-                mutates_args=(),
-                schema=f"(Tensor[] grads, Tensor[] results, {arguments} -> Tensor[]",
-            )
-            backward.register_fake(
-                lambda grads, results, *args: [
-                    x.new_empty(x.shape) for x in _leaves(args) if _has_gradient(x)
-                ]
-            )
+            parts = parts._replace(backward=_ordered(gradients))
+            backward = _backward_operator(name, schema, parts.backward)
             _differentiate(made, parts._replace(backward=backward))
 
         @wraps(function)
@@ -106,6 +91,28 @@ def opaque(name: str, fake: Callable[..., R]) -> Callable[[Callable[..., R]], Ca
         return operator(name, fake, again)(function)
 
     return wrap
+
+
+def _ordered(gradients: Gradients) -> Callable[..., list[Tensor]]:
+    """With the arguments one by one."""
+    return lambda grads, results, *args: [x.contiguous() for x in gradients(grads, results, args)]
+
+
+def _backward_operator(name: str, schema: str, back: Any) -> Any:
+    """`rwkvx::name_backward`."""
+    arguments = schema.rpartition(" -> ")[0].removeprefix("(")
+    made = torch.library.custom_op(
+        f"rwkvx::{name}_backward",
+        back,
+        mutates_args=(),
+        schema=f"(Tensor[] grads, Tensor[] results, {arguments} -> Tensor[]",
+    )
+    made.register_fake(
+        lambda grads, results, *args: [
+            x.new_empty(x.shape) for x in _leaves(args) if _has_gradient(x)
+        ]
+    )
+    return made
 
 
 def _differentiate(made: Any, parts: Parts) -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="needs triton (the extra gpu)")
 
 from rwkvx.errors import InputError
 from rwkvx_evals.bench.command import bench_command
-from rwkvx_evals.bench.kernels import variants
+from rwkvx_evals.bench.kernels import stopwatch, variants
 from rwkvx_evals.bench.kernels.case import OURS
 from rwkvx_kernels.chunk_attention import triton_ops
 from rwkvx_kernels.tools.triton_options import Options
@@ -24,6 +24,8 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {"CHUNK": 16, "HEADS": 1, "SIZE": 16, "TOPK": 3, "SECONDS": 0.0, "VOCABULARY": 50}
     for name, value in tiny.items():
         monkeypatch.setattr(variants, name, value)
+    monkeypatch.setattr(stopwatch, "REPEATS", (1, 1))
+    monkeypatch.setattr(stopwatch, "WARM_UPS", 0)
 
 
 @pytest.mark.parametrize("stage", ["chunk_select.flat", "chunk_attention.keys"])
