@@ -22,11 +22,19 @@ from rwkvx_kernels.wkv7.triton_chunk import (
     decays,
     inverse,
     later,
+    load_decay,
     locate,
     since,
     stage,
 )
 from rwkvx_kernels.wkv7.triton_segments import follow, states_like
+
+
+@triton.jit
+def _through_alpha(b_x, b_k, b_alpha, CHUNK: tl.constexpr, STATE: tl.constexpr):
+    """A_ak^T X, transposed."""
+    b_scores = later(product(b_k, tl.trans(b_alpha), STATE), CHUNK)
+    return product(b_x, tl.trans(b_scores), STATE)
 
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence"])
@@ -82,16 +90,23 @@ def _carry_kernel(
             store(p_x + first_v, o_value, tl.trans(b_x), m_value)
             b_k = load(p_k + first_k, o_key, m_key) * tl.exp(-b_centred)
             b_dv = product(b_dt, tl.trans(b_k), STATE)
-            b_scores = later(product(b_k, tl.trans(b_alpha), STATE), CHUNK)
-            b_dv += product(b_x, tl.trans(b_scores), STATE)
+            if BLOCK_K <= 64:
+                b_dv += _through_alpha(b_x, b_k, b_alpha, CHUNK, STATE)
         # dS = (T + X^T alpha + dY^T r) decayed to the start
         b_dstate = b_dt + product(b_x, b_alpha, STATE) + product(b_dy, b_r, STATE)
         b_dstate *= tl.exp(b_middle)[None, :]
         if p_kept is not None:
             # r is read again: everything at once does not fit into registers.
+            if BLOCK_K > 64:
+                b_k = load(p_k + first_k, o_key, m_key) * tl.exp(-b_centred)
+                b_dy = tl.trans(load_exact(p_dy + first_v, o_value, m_value))
             b_r = load(p_r + first_k, o_key, m_key) * tl.exp(b_centred)
             b_scores = since(product(b_k, tl.trans(b_r), STATE), CHUNK)
             b_dv += product(b_dy, tl.trans(b_scores), STATE)
+            if BLOCK_K > 64:
+                b_log_decay = load_decay(p_log_decay + first_k, o_key, m_key)
+                b_alpha = load(p_alpha + first_k, o_key, m_key) * tl.exp(b_centred - b_log_decay)
+                b_dv += _through_alpha(b_x, b_k, b_alpha, CHUNK, STATE)
             store(p_dv + first_v, o_value, tl.trans(b_dv), m_value)
             if start % KEPT == 0 and start > 0:
                 o_after = (i_chunk + start // KEPT - 1) * (H * V * K)
