@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install what the tests need, then lint, check types and test, in two processes of half of the
-# cores each. Arguments go to pytest.
+# Install what the tests need, then lint, check types and test, in three processes of half of the
+# cores each: they often wait for processes that they start. Arguments go to pytest.
 # Tests on real data need RWKVX_DATA to name the data folder; without it they are skipped.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -31,7 +31,7 @@ typed() {
 }
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}"
 export NUMBA_NUM_THREADS="${NUMBA_NUM_THREADS:-$OMP_NUM_THREADS}"
-step "pytest" python -m pytest -n 2 --dist worksteal "$@"
+step "pytest" python -m pytest -n 3 --dist worksteal "$@"
 step "mypy" typed
 if [ "${#failed[@]}" -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}" >&2
