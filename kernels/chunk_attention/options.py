@@ -2,8 +2,9 @@
 
 Stages: "pairs" and "own" forward; "pairs_dq", "own_dq" and "keys" (gradients of keys and values)
 backward; "decode". Rows are pairs or queries, columns keys; where a chunk has no more keys than
-columns, it is attended in one step. "own" and "own_dq" work on squares: rows count. Chosen such
-that nothing spills on sm_90, with Triton 3.6 and 3.9 (docs/results/ahead_of_time.md).
+columns, it is attended in one step. "own" and "own_dq" work on squares: rows count. Chosen by
+what an H200 took, of those that do not spill on sm_90 with Triton 3.6 and 3.9 ("own": 2 numbers
+with 3.9; docs/results/ahead_of_time.md).
 """
 
 from rwkvx_kernels.tools.triton_options import Options, Row
