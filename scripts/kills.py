@@ -23,20 +23,30 @@ from pathlib import Path
 import yaml
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 60
-MODEL = {
-    **{"vocab_size": 256, "tokenizer": "bytes", "width": 32, "head_size": 32, "key_conv": 2},
-    **{"pattern": ["rwkv7", "sparse"], "chunk_size": 8, "topk": 2},
-}
-CONFIG = {
-    **{"name": "small", "seed": 3, "threads": 1, "model": MODEL, "average": 0.9},
-    "optimizer": {"lr": 0.01, "warmup": 2},
-    "stages": [
-        {"steps": 30, "length": 24, "batch": 4},
-        {"steps": 40, "length": 40, "batch": 2, "state_passing": 0.5},
-    ],
-    **{"eval_every": 20, "eval_batches": 1, "save_every": 3},
-}
+CONFIG = """
+name: small
+seed: 3
+threads: 1
+model:
+  vocab_size: 256
+  tokenizer: bytes
+  width: 32
+  head_size: 32
+  pattern: [rwkv7, sparse]
+  chunk_size: 8
+  topk: 2
+  key_conv: 2
+optimizer: {lr: 0.01, warmup: 2}
+stages:
+  - {steps: 30, length: 24, batch: 4}
+  - {steps: 40, length: 40, batch: 2, state_passing: 0.5}
+average: 0.9
+eval_every: 20
+eval_batches: 1
+save_every: 3
+"""
 MOMENTS = (0.15, 0.95)  # of the time that a whole run takes
+PATIENCE = 300  # seconds: processes that have not ended by then hang
 SHARED = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
 
 
@@ -44,7 +54,9 @@ def start(folder: Path, name: str, processes: int) -> subprocess.Popen[bytes]:
     """`rwkvx train` into folder / name, in a session of its own."""
     data = {"kind": "text", "paths": [str(folder / "text.txt")]}
     config = folder / f"{name}.yaml"
-    config.write_text(yaml.safe_dump({**CONFIG, "data": data, "out": str(folder / name)}))
+    config.write_text(
+        yaml.safe_dump({**yaml.safe_load(CONFIG), "data": data, "out": str(folder / name)})
+    )
     several = (*SHARED, "--nproc-per-node", str(processes)) if processes > 1 else ()
     command = [sys.executable, *several, "-m", "rwkvx", "train", str(config)]
     quiet = subprocess.DEVNULL
@@ -53,7 +65,7 @@ def start(folder: Path, name: str, processes: int) -> subprocess.Popen[bytes]:
 
 def finish(process: subprocess.Popen[bytes], out: Path) -> str:
     """The sum of the weights that a run ends with."""
-    _, said = process.communicate()
+    _, said = process.communicate(timeout=PATIENCE)
     if process.returncode:
         raise SystemExit(f"error: a run failed: {said.decode(errors='replace')[-600:]}")
     total = hashlib.sha256()
@@ -80,7 +92,7 @@ def kill(process: subprocess.Popen[bytes], one: bool, draw: random.Random) -> No
         os.kill(draw.choice(found), signal.SIGKILL)
     else:
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=PATIENCE)
 
 
 def main() -> None:

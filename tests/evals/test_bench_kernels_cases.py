@@ -144,9 +144,9 @@ def test_a_training_step() -> None:
     objective, batch = training.Objective(model), training._batch("cpu", 40)
     loss = objective(batch)[0]
     step = training.step_of(model, batch, "cpu")
-    for _ in range(6):
+    for _ in range(20):
         step()
-    assert objective(batch)[0] < 0.97 * loss
+    assert objective(batch)[0] < 0.9 * loss
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     training._error.cache_clear()
     with pytest.MonkeyPatch.context() as patch:

@@ -170,7 +170,7 @@ def test_choice_repeats_and_ignores_neighbours() -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("slots", [3, 39])
+@pytest.mark.parametrize("slots", [1, 3, 31, 39])
 def test_nodes_are_kept_as_the_best_are(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two levels, nodes without parent among them; of equal ones the first."""
     monkeypatch.setattr(common, "beam_widths", lambda topk: (slots, 2))

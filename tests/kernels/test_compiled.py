@@ -175,7 +175,7 @@ def test_a_kill_at_any_moment_of_a_first_run(package: Package, trials: int) -> N
     package.run(OUTER.format("summed"))
     longest = time.monotonic() - began
     draw = random.Random(0)
-    for _ in range(trials // 50):
+    for _ in range(trials // 20):
         for path in package.cached():
             path.unlink()
         process = package.start(OUTER.format("summed"))

@@ -86,7 +86,7 @@ def cached(impl: str) -> tuple[Callable[..., Any], list[Tensor]]:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
         cache = KeyValueCache(B, G, D, 16, k).append(0, k[:, :20], v[:, :20])
         cache = cache.append(20, k[:, 20:], v[:, 20:])
-        parts = [cached_chunk_attention(q[:, -n:], cache, T, 2, impl=impl) for n in (1, 12)]
+        parts = [cached_chunk_attention(q[:, -n:], cache, T, 2, impl=impl) for n in (1, 5, 12)]
         return [*parts, selected_chunks(q[:, -3:], cache, T, 2)]
 
     return call, keys()

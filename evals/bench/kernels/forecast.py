@@ -26,8 +26,7 @@ COPY, GATHERED, STREAMED = 2.983e12, 0.44, 0.64
 PRODUCTS, KEY_PRODUCTS, SCORES, LAUNCH = 166e12, 84e12, 0.307e12, 4e-6
 LENGTHS = (8192, 131072, 524288)
 # Milliseconds that this took: on that card with other kernels (commit 262a1fa), and on an H200,
-# whose memory is 1.4 times as fast, with these (docs/results/h200; all but selection and "forward"
-# at 131,072 with a selection that took 6.23 ms there).
+# whose memory is 1.4 times as fast, with those of commit 159494d (docs/results/h200).
 MEASURED = {
     ("selection", 131072): (26.6, 3.64),
     ("forward given the choice", 131072): (9.9, 7.28),

@@ -24,9 +24,8 @@ PLANS: dict[str, Plan] = {STEP: {16384: 1, 65536: 4}}
 CHECKED_TOKENS = 512
 # All gradients together, of sixteen blocks in bfloat16.
 TOLERANCE = 0.1
-# Of a number of a float32 weight: read, its gradient written and read three times (products
-# included), two moments read and written, the weight written.
-WEIGHT_BYTES = 4 * 9
+# Of each number of the weights, in float32: it, its gradient and two moments, read and written.
+WEIGHT_BYTES = 4 * 8
 
 
 def cases(device: str, lengths: tuple[int, ...]) -> list[Case]:
