@@ -23,16 +23,13 @@ from torch import nn
 
 import rwkvx
 from rwkvx.errors import InputError
-from rwkvx.init import init_weights
 from rwkvx.progress import progress
-from rwkvx.training.batches import Batch
-from rwkvx.training.config import OptimizerConfig
 from rwkvx.training.distributed import distributed, joined
 from rwkvx.training.forward import Objective
-from rwkvx.training.optim import build_optimizer
 from rwkvx.training.world import World
 from rwkvx_evals.bench.floor import low_rank_of
 from rwkvx_evals.bench.machine import describe
+from rwkvx_evals.bench.step import Step, fresh_model, random_batch
 from rwkvx_evals.bench.subjects import find_shape
 from rwkvx_evals.bench.timing import Run, by_turns, ratio, spread
 from rwkvx_evals.files import peak_memory_bytes, write_json, write_text
@@ -69,36 +66,12 @@ class Settings:
             raise InputError(f"--memory: {longest} tokens a step are no multiple of {odd[0]}")
 
 
-class Step:
-    """One optimiser step on random tokens, as the trainer makes it.
-
-    Args:
-        batch, length: of the rows that this process reads.
-    """
-
-    def __init__(
-        self, settings: Settings, batch: int, length: int, world: World | None = None
-    ) -> None:
-        torch.manual_seed(0)
-        self.model = init_weights(rwkvx.Model(find_shape(settings.model)), 0).train()
-        self.half = settings.precision == "bf16"
-        self.called: nn.Module = Objective(self.model)
-        if world is not None:
-            self.called = distributed(Objective(self.model), world, "ddp", False)
-        self.optimizer = build_optimizer(self.model, OptimizerConfig())
-        ids = torch.randint(self.model.config.vocab_size, (batch, length + 1))
-        weights = torch.full((batch, length), 1 / (batch * length))
-        none = torch.zeros(batch, length, dtype=torch.bool)
-        inputs, targets = ids[:, :-1].clone(), ids[:, 1:].clone()
-        self.batch = Batch(inputs, targets, weights, none, none.numpy())
-
-    def __call__(self) -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
-            loss, _ = self.called(self.batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+def step_of(settings: Settings, rows: int, length: int, world: World | None = None) -> Step:
+    """A step of rows of so many tokens, which this process reads."""
+    model = fresh_model(find_shape(settings.model))
+    called = None if world is None else distributed(Objective(model), world, "ddp", False)
+    batch = random_batch(model.config.vocab_size, rows, length)
+    return Step(model, batch, settings.precision == "bf16", called)
 
 
 class Products:
@@ -173,7 +146,7 @@ def run(settings: Settings, out: Path, quiet: bool = False) -> Results:
 
 def measure_step(settings: Settings, bar: Any) -> Results:
     """A step and its products, by turns."""
-    step = Step(settings, 1, settings.length)
+    step = step_of(settings, 1, settings.length)
     products = Products(step.model, settings.length, step.half)
     runs = [Run("step", step), Run("products", products)]
     seconds = by_turns(runs, settings.repeats, bar)
@@ -249,7 +222,7 @@ def child_steps(settings: Settings, batch: int, length: int, steps: int) -> Chil
     """So many steps in this process, one of those that its environment names."""
     seconds = []
     with joined("cpu") as (world, _):
-        step = Step(settings, batch, length, world)
+        step = step_of(settings, batch, length, world)
         for _ in range(steps):
             began = time.perf_counter()
             step()

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from rwkvx.decoding import start
+from rwkvx.training.forward import Objective
 from rwkvx_evals.bench.kernels import chunk_attention, energy, models, training, wkv7
 from rwkvx_evals.bench.kernels.case import OURS, Case
 from rwkvx_evals.bench.kernels.energy import open_meter
@@ -139,11 +140,11 @@ def test_a_training_step() -> None:
     """It learns what it reads, and a gradient that is off is seen."""
     case = cases_of(training, 40)[training.STEP, 40]
     assert 0 < check(case)[0][OURS] < case.tolerance
-    model = training._model("cpu")
+    step = training._step("cpu", 40)
+    model, batch = step.model, step.batch
     before = [x.clone() for x in model.parameters()]
-    objective, batch = training.Objective(model), training._batch("cpu", 40)
+    objective = Objective(model)
     loss = objective(batch)[0]
-    step = training.step_of(model, batch, "cpu")
     for _ in range(20):
         step()
     assert objective(batch)[0] < 0.9 * loss

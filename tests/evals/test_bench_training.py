@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from rwkvx.cli.main import cli
 from rwkvx.errors import InputError
-from rwkvx_evals.bench.training import Products, Settings, Step
+from rwkvx_evals.bench.training import Products, Settings, step_of
 
 SHAPE = """
 model:
@@ -37,7 +37,7 @@ def settings(shape: str, **changes: object) -> Settings:
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_step_learns_and_products_are_those_of_its_matrices(shape: str, precision: str) -> None:
-    step = Step(settings(shape, precision=precision), 2, 16)
+    step = step_of(settings(shape, precision=precision), 2, 16)
     before = {n: x.detach().clone() for n, x in step.model.named_parameters()}
     for _ in range(3):  # some factors are zeros at first, and so are gradients of others
         step()

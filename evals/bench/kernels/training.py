@@ -6,18 +6,14 @@ import copy
 from functools import cache, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import rwkvx
 from rwkvx.costs import mixing_flops
-from rwkvx.init import init_weights
-from rwkvx.training.batches import Batch
-from rwkvx.training.config import OptimizerConfig
-from rwkvx.training.forward import Objective
-from rwkvx.training.optim import build_optimizer
 from rwkvx_evals.bench.kernels.case import OURS, Call, Case, Plan, planned
 from rwkvx_evals.bench.kernels.error import relative_error
 from rwkvx_evals.bench.kernels.models import hybrid_shape
+from rwkvx_evals.bench.step import Step, fresh_model, random_batch
 
 STEP = "training step, 0.22B shape"
 PLANS: dict[str, Plan] = {STEP: {16384: 1, 65536: 4}}
@@ -55,52 +51,24 @@ def cases(device: str, lengths: tuple[int, ...]) -> list[Case]:
     return found
 
 
-def _batch(device: str, tokens: int) -> Batch:
-    draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(hybrid_shape().vocab_size, (1, tokens + 1), generator=draw)
-    weights = torch.full((1, tokens), 1 / tokens, device=device)
-    starts = torch.zeros(1, tokens, dtype=torch.bool)
-    inputs, targets = ids[:, :-1].to(device), ids[:, 1:].to(device)
-    return Batch(inputs, targets, weights, starts.to(device), starts.numpy())
-
-
-def _model(device: str) -> rwkvx.Model:
-    return init_weights(rwkvx.Model(hybrid_shape()), 0).to(device).train()
-
-
-def _backward(objective: Objective, batch: Batch, device: str) -> None:
-    with torch.autocast(device, dtype=torch.bfloat16):
-        loss, _ = objective(batch)
-    loss.backward()
+def _step(device: str, tokens: int) -> Step:
+    model = fresh_model(hybrid_shape(), device)
+    return Step(model, random_batch(model.config.vocab_size, 1, tokens, device), half=True)
 
 
 def _subjects(device: str, tokens: int) -> dict[str, Call]:
-    return {OURS: step_of(_model(device), _batch(device, tokens), device)}
-
-
-def step_of(model: rwkvx.Model, batch: Batch, device: str) -> Call:
-    """What makes one step."""
-    objective, optimizer = Objective(model), build_optimizer(model, OptimizerConfig())
-
-    def step() -> None:
-        _backward(objective, batch, device)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    return {OURS: _step(device, tokens)}
 
 
 @cache
 def _error(device: str) -> float:
     """Of all gradients as one vector."""
-    model, batch = _model(device), _batch(device, CHECKED_TOKENS)
-    exact = copy.deepcopy(model).double()
-    _backward(Objective(model), batch, device)
-    weights = batch.weights.double()
-    loss, _ = Objective(exact)(batch._replace(weights=weights))
-    loss.backward()
-    return relative_error([_gradients(model)], [_gradients(exact)])
+    step = _step(device, CHECKED_TOKENS)
+    wide = step.batch._replace(weights=step.batch.weights.double())
+    exact = Step(copy.deepcopy(step.model).double(), wide, half=False)
+    for one in (step, exact):
+        one.backward()
+    return relative_error([_gradients(step.model)], [_gradients(exact.model)])
 
 
 def _gradients(model: rwkvx.Model) -> Tensor:
