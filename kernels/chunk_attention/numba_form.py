@@ -82,7 +82,8 @@ def _attend_heads(parts, offset, size, topk, q, k, v, means, output):
             g = h // shared
             if slots < past:
                 best_chunks(q[b, 0, h], means[b, g, :past], best, chosen)
-            scaled[:] = q[b, 0, h] * q.dtype.type(scale)
+            for d in range(dim):
+                scaled[d] = q[b, 0, h, d] * q.dtype.type(scale)
             keys, values = k[b, g].reshape(shape), v[b, g].reshape(shape)
             _one_query(scaled, keys, values, offset, chosen, score, output[b, 0, h])
 

@@ -16,7 +16,13 @@ from rwkvx_kernels.chunk_attention.numba_form import attend_heads
 from rwkvx_kernels.linear.numba_products import activate, add_columns, product_rows
 from rwkvx_kernels.one_token.common import BlockWeights, Cache
 from rwkvx_kernels.time_mix.numba_head import mix_head
-from rwkvx_kernels.tools.numba_loops import array_at, loop, parallel_loop
+from rwkvx_kernels.tools.numba_loops import (
+    array_at,
+    copy_matrix,
+    copy_row,
+    loop,
+    parallel_loop,
+)
 from rwkvx_kernels.tools.numba_scalars import as_array, narrow, widen
 
 # Places in the table: the tensors of `BlockWeights` in its order.
@@ -129,7 +135,9 @@ def _read(
                 _mix(now, before, _at(at[MIXES + m], width, vector), mixed[m])
             _project(at, ranks, mixed, projected, low, vector, matrix, parts)
             for part in range(1, parts):
-                low[0] += low[part]
+                for m in range(4):
+                    for c in range(ranks[m]):
+                        low[0, m, c] += low[part, m, c]
             activate(low[0, 0, : ranks[0]], 1)
             activate(low[0, 3, : ranks[3]], 2)
             _heads(
@@ -268,7 +276,7 @@ def _heads(
             add_columns(weight, low[m, : ranks[m]], made, first * size)
         scratch = np.empty((13, size), np.float32)
         for h in range(first, last):
-            new[h] = old[h]
+            copy_matrix(old[h], new[h])
             _one_head(at, h * size, projected, raised, v_first, eps, new[h], scratch, gated, vector)
 
 
@@ -282,7 +290,7 @@ def _one_head(at, c0, projected, raised, v_first, eps, s, scratch, gated, vector
             scratch[m, c] = widen(weight[c])
     first, residual = v_first[c0:c1], at[VECTORS + 2] != 0
     if not residual:
-        first[:] = projected[2, c0:c1]
+        copy_row(projected[2, c0:c1], first)
     y = gated[c0:c1].reshape((1, len(s)))
     r, k, v = projected[0:1, c0:c1], projected[1:2, c0:c1], projected[2:3, c0:c1]
     w, a, mix, g = raised[0:1, c0:c1], raised[1:2, c0:c1], raised[2:3, c0:c1], raised[3:4, c0:c1]

@@ -8,7 +8,7 @@ import numpy as np
 
 from rwkvx_kernels.linear.numba_products import add_columns
 from rwkvx_kernels.time_mix.common import LOG_DECAY_SCALE
-from rwkvx_kernels.tools.numba_loops import loop
+from rwkvx_kernels.tools.numba_loops import copy_row, loop
 from rwkvx_kernels.tools.numba_scalars import exp, sigmoid
 from rwkvx_kernels.wkv7.numba_recurrence import product, step, step_transposed
 
@@ -46,7 +46,7 @@ def mix_head(
             step_transposed(s, t, after, w, beta, k, r, alpha, u, v, y, u_next)
         else:
             step(s, t, after, w, beta, k, r, alpha, u, v, y, u_next)
-        u[:] = u_next
+        copy_row(u_next, u)
     # Apart: the steps are one long chain, tokens here go side by side.
     _norm(y, weights, eps, count)
     _finish(y, r, k, v, g, weights, count)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwkvx_kernels.dispatch import check_cu_seqlens
 from rwkvx_kernels.time_mix.numba_head import mix_head
-from rwkvx_kernels.tools.numba_loops import in_threads, loop
+from rwkvx_kernels.tools.numba_loops import copy_matrix, in_threads, loop
 from rwkvx_kernels.tools.numba_scalars import as_array, narrow, widen
 from rwkvx_kernels.wkv7.numba_recurrence import FEW, worth_transposing
 
@@ -100,7 +100,7 @@ def _scan(
 def _transpose(states):
     """[H, D, D], each transposed in its place."""
     for h in range(len(states)):
-        states[h] = states[h].T.copy()
+        copy_matrix(states[h].T.copy(), states[h])
 
 
 @loop

@@ -216,6 +216,22 @@ def read_ahead(address, size):  # type: ignore[no-untyped-def]
         _prefetch(address + offset)  # type: ignore[call-arg]
 
 
+# At an assignment between arrays, whose memory may overlap, Numba compiles for two seconds.
+@loop
+def copy_row(x, out):  # type: ignore[no-untyped-def]
+    """out[:] = x, of one axis."""
+    for i in range(len(out)):
+        out[i] = x[i]
+
+
+@loop
+def copy_matrix(x, out):  # type: ignore[no-untyped-def]
+    """out[:] = x, of two axes."""
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] = x[i, j]
+
+
 @loop
 def array_at(address, shape, like):  # type: ignore[no-untyped-def]
     """The array of that shape at an address, of the type of the array `like`."""

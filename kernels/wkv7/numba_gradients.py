@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from rwkvx_kernels.dispatch import without_autocast
-from rwkvx_kernels.tools.numba_loops import in_threads, loop
+from rwkvx_kernels.tools.numba_loops import copy_matrix, in_threads, loop
 from rwkvx_kernels.tools.numba_vectors import (
     add_product,
     load_lanes,
@@ -99,7 +99,7 @@ def _backward(first, last, ends, pieces, saved, final, inputs, u, dy, gradients,
         for piece in range((stop - start - 1) // PIECE, -1, -1):
             here = start + piece * PIECE
             there = min(here + PIECE, stop)
-            before[0] = saved[pieces[n] + piece, h]
+            copy_matrix(saved[pieces[n] + piece, h], before[0])
             for t in range(here, there - 1):
                 m = t - here
                 for place in range(0, keys, KEYS):

@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from rwkvx_kernels.tools.numba_loops import in_threads, loop
+from rwkvx_kernels.tools.numba_loops import copy_matrix, copy_row, in_threads, loop
 from rwkvx_kernels.tools.numba_vectors import (
     add_product,
     load_lanes,
@@ -107,16 +107,17 @@ def _scan(first, last, ends, pieces, size, r, decay, k, v, alpha, beta, state, y
         for t in range(start, stop):
             row, after = t * heads + h, min(t + 1, stop - 1) * heads + h
             if size:
-                us[row] = u
-                if (t - start) % size == 0:
-                    saved[pieces[n] + (t - start) // size, h] = transposed.T if lanes else s
+                copy_row(u, us[row])
+                done = t - start
+                if done % size == 0:
+                    copy_matrix(transposed.T if lanes else s, saved[pieces[n] + done // size, h])
             if lanes:
                 step_transposed(transposed, row, after, decay, beta, k, r, alpha, u, v, y, u_next)
             else:
                 step(s, row, after, decay, beta, k, r, alpha, u, v, y, u_next)
-            u[:] = u_next
+            copy_row(u_next, u)
         if lanes:
-            s[:] = transposed.T
+            copy_matrix(transposed.T, s)
 
 
 @loop
