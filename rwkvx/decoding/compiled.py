@@ -21,10 +21,17 @@ from rwkvx_kernels.one_token.api import choose
 
 def can_compile(model: Model, rows: int) -> str | None:
     """Why compiled code cannot decode so many rows of a model; None if it can."""
+    found = _form_for(model, rows)
+    return found if isinstance(found, str) else None
+
+
+def _form_for(model: Model, rows: int) -> "CompiledModel | str":
+    """The model's compiled form, or why compiled code cannot decode so many rows of it."""
     choice = choose(facts_of(model.emb.weight.detach()), rows)
     if choice.impl != "compiled":
         return choice.why
-    return None if any(form_of(model).weights) else "compiled code has none of these blocks"
+    form = form_of(model)
+    return form if any(form.weights) else "compiled code has none of these blocks"
 
 
 class CompiledDecoder:
@@ -40,12 +47,13 @@ class CompiledDecoder:
         """See `Decoder.step`."""
         model = self.model
         logits: Tensor | None
-        if model.recurrent_pieces != 1 or can_compile(model, ids.numel()):  # was changed meanwhile
+        form = _form_for(model, ids.numel())
+        if model.recurrent_pieces != 1 or isinstance(form, str):  # was changed meanwhile
             logits, self.state = model(ids, self.state, logits="last")
             assert logits is not None
             return logits
         model.check_ids(ids)
-        x, blocks = form_of(model).read(model.ln0(model.emb(ids)), self.state.blocks)
+        x, blocks = form.read(model.ln0(model.emb(ids)), self.state.blocks)
         self.state = ModelState(blocks, self.state.length + 1)
         return model.head(model.ln_out(x))
 
