@@ -77,5 +77,5 @@ def _panel(axes: Any, entries: list[dict[str, Any]], key: str, labels: dict[str,
     axes.grid(which="major", color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12, y=0.12)
-    # Below the axes, where no line can be.
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(-0.02, -0.15), ncols=3)
+    # Below the axes, where no line can be; one below the other, as a peer's name may be long.
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(-0.02, -0.15))

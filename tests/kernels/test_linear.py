@@ -1,10 +1,13 @@
 """Products with weights: every routine gives what float64 gives, and gradients flow."""
 
+import numba
 import pytest
 import torch
 from measure import relative_error
 
-from rwkvx_kernels.linear import linear, low_rank, torch_form
+from rwkvx_kernels.linear import linear, low_rank, numba_products, torch_form
+from rwkvx_kernels.tools.numba_loops import COMMON
+from rwkvx_kernels.tools.numba_scalars import as_array
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 48), (48,), (1, 2, 48), (3, 7, 48), (1, 0, 48)])
@@ -19,6 +22,25 @@ def test_equals_float64(shape: tuple[int, ...], outputs: int, dtype: torch.dtype
     assert got.shape == expected.shape
     rounding = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3}
     assert relative_error(got, expected) < rounding[dtype]
+
+
+@pytest.mark.parametrize("far", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("rows", [1, 3, 27])
+def test_rows_in_either_order(
+    rows: int, dtype: torch.dtype, far: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row once, by whichever part, in the order of this processor and of others."""
+    monkeypatch.setattr(numba_products, "FAR_ROWS", far)
+    product = numba.njit(numba_products.product_rows.py_func, **COMMON)
+    torch.manual_seed(0)
+    weight, x, scale = (torch.randn(rows, 48) * 9).to(dtype), torch.randn(48), torch.rand(rows)
+    expected = weight.double() @ x.double()
+    for scales, wanted in ((scale[:0], expected), (scale, expected * scale.double())):
+        y = torch.full((rows,), torch.nan)
+        for part in range(2):
+            product(as_array(weight), scales.numpy(), x.numpy(), y.numpy(), part, 2)
+        assert relative_error(y, wanted) < 1e-6
 
 
 @pytest.mark.parametrize("tokens", [2, 600])
